@@ -1,0 +1,207 @@
+"""ARM in use: answer what looks consistent, withhold the answer to what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from cmai_fast.arm.images import expected_size, read_image
+from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.data import VQACollator, format_prompt
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the guard made of one image and one question.
+
+    Attributes:
+        answer: the model's answer; None when it is rejected.
+        score: S_c of the image and the question with the model's answer, in [-1, 1]. NaN (a broken model) is rejected.
+        threshold: tau; rejected is what scores below it.
+        route: "answer" or "reject".
+        question: as asked.
+        withheld_answer: what the model would have said, when it is rejected: for the person who reviews the case,
+            never for the one who asked. None when it is answered.
+    """
+
+    answer: str | None
+    score: float
+    threshold: float
+    route: Literal["answer", "reject"]
+    question: str
+    withheld_answer: str | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON, with all attributes; a score that is not finite is null."""
+        record = dataclasses.asdict(self) | {"score": self.score if math.isfinite(self.score) else None}
+        return json.dumps(record, allow_nan=False)
+
+
+class Guard:
+    """Answers with a model, and scores every answer with its consistency heads.
+
+    Args:
+        model: an image-text model of `transformers`. It is used in evaluation mode and given back as it was.
+        processor: its processor, with a chat template.
+        heads: trained with this model.
+        threshold: below which an answer is withheld: a `Threshold`, or a finite number.
+        max_new_tokens: length of an answer at most.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        heads: ConsistencyHeads,
+        threshold: Threshold | float,
+        *,
+        max_new_tokens: int = 16,
+    ) -> None:
+        self.threshold = threshold.tau if isinstance(threshold, Threshold) else float(threshold)
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {threshold}; expected a finite number, from cmcv.calibrate on clean inputs")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        self.model, self.processor, self.heads, self.max_new_tokens = model, processor, heads, max_new_tokens
+        self.bridge = Bridge(model)
+        dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
+        theirs = {name: heads.settings[name] for name in dims}
+        if theirs != dims:
+            raise ValueError(
+                f"the heads were made for {theirs}, the model has {dims}; use those trained with this model"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, threshold: float | None = None, max_new_tokens: int = 16, **model_kwargs: Any
+    ) -> Guard:
+        """The guard of a model folder with `cmcv/` in it or beside it, of a run folder, or of a bundled name.
+
+        Args:
+            folder: a `transformers` folder, a run folder (with `model/` and `cmcv/`), or a bundled model's name.
+            threshold: used in place of the saved one.
+            model_kwargs: for the model's `from_pretrained`, such as `dtype` and `device_map`.
+
+        Raises:
+            ValueError: unknown name, no model, weights damaged or not safetensors, no heads, no threshold.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from cmai_fast.models import resolve
+
+        model_folder = _find_model(Path(resolve(str(folder))))
+        heads, saved = ConsistencyHeads.from_pretrained(_find_heads(model_folder))
+        tau = saved if threshold is None else threshold
+        if tau is None:
+            raise ValueError(f"the heads of {folder} were saved without a threshold; calibrate them or pass threshold=")
+        model_kwargs["use_safetensors"] = True  # a pickle runs whatever code it holds
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(model_folder, **model_kwargs).eval()
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {model_folder} are damaged ({error}); copy or save them again") from error
+        processor = AutoProcessor.from_pretrained(model_folder)
+        return cls(model, processor, heads.to(model.device), tau, max_new_tokens=max_new_tokens)
+
+    def decide(self, image: Any, question: str, *, resize: bool = False) -> Decision:
+        """The decision for one image (path, PIL picture, uint8 or [0, 1] float array (H, W, 3)) and one question.
+
+        Raises:
+            ValueError: an image that cannot be read, has NaN or is of the wrong size (unless `resize`, which leaves it
+                to the processor); a question that is empty, holds the image token or is too long.
+        """
+        return self.decide_batch([image], [question], resize=resize)[0]
+
+    def decide_batch(self, images: Sequence[Any], questions: Sequence[str], *, resize: bool = False) -> list[Decision]:
+        """As `decide`, for images and questions of the same number; each decision is the one it would get alone."""
+        if isinstance(questions, str) or len(images) != len(questions):
+            raise ValueError(f"{len(images)} images for questions {questions!r:.80}; expected one question an image")
+        size = None if resize else expected_size(self.processor)
+        pictures = [read_image(image, size, f"image {i}") for i, image in enumerate(images)]
+        for i, question in enumerate(questions):
+            self._check_question(question, f"question {i}")
+        if not pictures:
+            return []
+        with frozen(self.model, self.heads), torch.no_grad():
+            answers = self._answer(pictures, questions)
+            scores = self._score(pictures, questions, answers)
+        return [self._decide(*row) for row in zip(questions, answers, scores, strict=True)]
+
+    def _decide(self, question: str, answer: str, score: float) -> Decision:
+        if score >= self.threshold:  # false for NaN
+            return Decision(answer, score, self.threshold, "answer", question)
+        return Decision(None, score, self.threshold, "reject", question, withheld_answer=answer)
+
+    def _check_question(self, question: Any, name: str) -> None:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
+        token = getattr(self.processor, "image_token", None)
+        if token and token in question:
+            raise ValueError(f"{name} holds {token!r}, which stands for an image; ask without it")
+
+    def _answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        """Greedy answers through the chat template."""
+        inputs = self.processor(
+            images=list(pictures),
+            text=[format_prompt(self.processor, q) for q in questions],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for i, length in enumerate(lengths):
+            if context is not None and length + self.max_new_tokens > context:
+                raise ValueError(
+                    f"question {i} makes a prompt of {length} tokens and the answer may take {self.max_new_tokens}; "
+                    f"the model's context is {context}. Shorten the question or set max_new_tokens lower"
+                )
+        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [a.strip() for a in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _score(self, pictures: Sequence[Image.Image], questions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """S_c of each image with its question and answer, laid out as in training (one collator for both)."""
+        rows = zip(pictures, questions, answers, strict=True)
+        batch = VQACollator(self.processor)([{"image": p, "question": q, "answer": a} for p, q, a in rows])
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        image = self.bridge.encode_image(batch["pixel_values"].to(self.model.dtype))
+        text = self.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return self.heads.score(self.heads.project_image(image), self.heads.project_text(text)).tolist()
+
+
+def _find_model(folder: Path) -> Path:
+    """`folder` or its `model/`, whichever holds a config.json, with weights in safetensors."""
+    found = next((f for f in (folder / "model", folder) if (f / "config.json").is_file()), None)
+    if found is None:
+        raise ValueError(f"no config.json in {folder} or in {folder / 'model'}; name the folder of a model or of a run")
+    if not any(found.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in found.glob(pattern))
+        raise ValueError(
+            f"{found} holds no *.safetensors"
+            + (f", only {', '.join(pickles)}: a pickle runs code when it is read and is refused" if pickles else "")
+            + ". Save the model with save_pretrained, which writes safetensors"
+        )
+    return found
+
+
+def _find_heads(model_folder: Path) -> Path:
+    places = (model_folder / "cmcv", model_folder.parent / "cmcv")
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise ValueError(
+            f"no consistency heads for {model_folder}: neither {places[0]} nor {places[1]} is there. Immunise it "
+            "(cmai-fast immunize), which trains them, or copy their cmcv/ folder there"
+        )
+    return found

@@ -1,0 +1,139 @@
+"""Auto-PGD on the cross-entropy (Croce and Hein, 2020, algorithm 1): steps that halve themselves, per sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmai_fast import ops
+from cmai_fast.attacks.objective import Objective, Passes
+from cmai_fast.attacks.state import AttackResult, Best, prepare
+from cmai_fast.threat import ThreatModel
+
+_MOMENTUM = 0.75
+_RHO = 0.75  # share of steps that must have raised the loss, or the step is halved
+
+
+def checkpoints(steps: int) -> set[int]:
+    """The iterations at which a step may be halved: p_0 = 0, p_1 = 0.22, p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06)."""
+    p = [0.0, 0.22]
+    while p[-1] < 1:
+        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
+    return {int(-(-x * steps // 1)) for x in p[1:] if x <= 1}
+
+
+def apgd(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    early_stop: bool = True,
+) -> AttackResult:
+    """APGD-CE (Croce and Hein, 2020). Arguments and result are those of `cmai_fast.attacks.pgd`; the first step is 2 * eps."""
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"steps is {steps} and restarts {restarts}; expected at least 1 of each")
+    before, objective.passes = objective.passes, Passes()
+    try:
+        with objective.frozen:
+            clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
+            best = Best(clean)
+            if early_stop and len(clean):
+                with torch.no_grad():
+                    rows = torch.arange(len(clean), device=clean.device)
+                    best.offer(clean, objective(objective.space.to_model(clean)), rows)
+            for restart in range(restarts):
+                rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
+                if not len(rows):
+                    break
+                _Run(objective, clean, threat, eps, sample_ids, best, rows, early_stop, seed + 1_000_003 * restart).ascend(
+                    steps
+                )
+            return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
+    finally:
+        objective.passes = before + objective.passes
+
+
+class _Run:
+    """One restart: the state of each row that is still in the batch."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        clean: Tensor,
+        threat: ThreatModel,
+        eps: Tensor,
+        sample_ids: Tensor,
+        best: Best,
+        rows: Tensor,
+        early_stop: bool,
+        seed: int,
+    ) -> None:
+        self.objective, self.best, self.early_stop = objective, best, early_stop
+        self.project = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
+        self.mean, self.std = objective.space.mean.to(clean), objective.space.std.to(clean)
+        self.rows, self.clean, self.eps = rows, clean[rows], eps[rows]
+        self.adv = torch.empty_like(self.clean)
+        ops.random_start_(self.adv, self.clean, self.eps, sample_ids[rows], seed, threat.norm)
+        self.previous = self.adv.clone()
+        self.size = 2 * self.eps
+        self.evaluate()
+        n = len(rows)
+        self.top_adv, self.top_grad, self.top_loss = self.adv.clone(), self.grad.clone(), self.loss.clone()
+        self.rises = torch.zeros(n, device=clean.device)
+        self.top_at_check = self.top_loss.clone()
+        self.halved_at_check = torch.zeros(n, dtype=torch.bool, device=clean.device)
+
+    def evaluate(self) -> None:
+        """Loss, gradient and verdict at `adv`; what fools goes to `best`."""
+        self.grad, at = self.objective.gradient(self.objective.space.to_model(self.adv), self.rows)
+        self.loss, self.right = at.loss.to(self.adv), at.right
+        self.best.offer(self.adv, at, self.rows)
+
+    def drop_fooled(self) -> None:
+        if not self.early_stop or self.right.all():
+            return
+        keep = self.right
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name not in ("mean", "std"):
+                setattr(self, name, value[keep])
+
+    def ascend(self, steps: int) -> None:
+        checks, last_check = checkpoints(steps), 0
+        self.drop_fooled()
+        for k in range(steps):
+            if not len(self.rows):
+                return
+            momentum = _MOMENTUM if k else 1.0
+            step = self.adv.clone()
+            self.project(step, self.grad, self.clean, self.eps, self.size, mean=self.mean, std=self.std)
+            following = self.adv + momentum * (step - self.adv) + (1 - momentum) * (self.adv - self.previous)
+            # The combination may leave the ball: projecting is a step of size 0.
+            self.project(
+                following, self.grad, self.clean, self.eps, torch.zeros_like(self.size), mean=self.mean, std=self.std
+            )
+            self.previous, self.adv = self.adv, following
+            old_loss = self.loss
+            self.evaluate()
+            self.rises += (self.loss > old_loss).to(self.rises)
+            better = self.loss > self.top_loss
+            self.top_adv[better], self.top_grad[better] = self.adv[better], self.grad[better]
+            self.top_loss = torch.where(better, self.loss, self.top_loss)
+            if k + 1 in checks:
+                self.halve(k + 1 - last_check)
+                last_check = k + 1
+            self.drop_fooled()
+
+    def halve(self, steps: int) -> None:
+        """Halves the step of rows that stopped improving and sends them back to their best point (conditions 1 and 2)."""
+        stuck = self.rises < _RHO * steps
+        stuck |= ~self.halved_at_check & (self.top_at_check >= self.top_loss)
+        self.size = torch.where(stuck, self.size / 2, self.size)
+        self.adv[stuck], self.grad[stuck], self.loss[stuck] = (
+            self.top_adv[stuck], self.top_grad[stuck], self.top_loss[stuck],
+        )  # fmt: skip
+        self.halved_at_check, self.top_at_check = stuck, self.top_loss.clone()
+        self.rises.zero_()

@@ -1,0 +1,163 @@
+"""Iterated gradient ascent inside a ball: FGSM (Goodfellow et al., 2015), PGD (Madry et al., 2018), MI-FGSM (Dong et al., 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmai_fast import ops
+from cmai_fast.attacks.objective import Objective, Passes
+from cmai_fast.attacks.state import AttackResult, Best, prepare
+from cmai_fast.threat import ThreatModel
+
+
+def pgd(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 10,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    decay: float = 0.0,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    early_stop: bool = True,
+) -> AttackResult:
+    """PGD-`steps` from a random point of the ball (Madry et al., 2018), untargeted.
+
+    Args:
+        objective: what is maximised.
+        clean: (N, C, H, W) pixels in [0, 1].
+        threat: the ball.
+        steps: gradient steps a restart; 0 tries the random start alone.
+        step_size: in the [0, 1] pixel range; None: 2.5 * eps / steps (Madry et al.), at most eps.
+        restarts: independent starts; the best result of each sample is kept.
+        random_start: False starts at the clean image.
+        decay: momentum of MI-FGSM: gradients are L1-normalised per sample and accumulated; 0 is plain PGD.
+        seed: of the starts. A sample's start depends on (seed, restart, sample id) only.
+        sample_ids: (N,) int64, a name for each sample; None: its place in the batch.
+        early_stop: samples that are fooled leave the batch, which shrinks; False returns the last iterate of each
+            sample instead of the best, as adversarial training uses it.
+
+    The model is given back as it was, and no global random state is read or changed.
+    """
+    if steps < 0 or restarts < 1:
+        raise ValueError(f"steps is {steps} and restarts {restarts}; expected at least 0 and at least 1")
+    before, objective.passes = objective.passes, Passes()
+    try:
+        with objective.frozen:
+            clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
+            size = min(threat.eps, 2.5 * threat.eps / max(steps, 1)) if step_size is None else step_size
+            best = Best(clean)
+            if early_stop:
+                with torch.no_grad():
+                    rows = torch.arange(len(clean), device=clean.device)
+                    if len(rows):
+                        best.offer(clean, objective(objective.space.to_model(clean)), rows)
+            for restart in range(restarts):
+                rows = torch.nonzero(~best.fooled).squeeze(1) if early_stop else torch.arange(len(clean))
+                if not len(rows):
+                    break
+                _ascend(
+                    objective, clean, threat, eps, size, steps, decay, best, rows.to(clean.device), early_stop,
+                    (seed + 1_000_003 * restart, sample_ids) if random_start else None,
+                )  # fmt: skip
+            return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
+    finally:
+        objective.passes = before + objective.passes
+
+
+def _ascend(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    eps: Tensor,
+    size: float,
+    steps: int,
+    decay: float,
+    best: Best,
+    rows: Tensor,
+    early_stop: bool,
+    start: tuple[int, Tensor] | None,
+) -> None:
+    """One restart over `rows`; what it finds goes to `best`. The batch holds only rows that are not yet fooled."""
+    step = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
+    mean, std = objective.space.mean.to(clean), objective.space.std.to(clean)
+    origin = clean[rows]
+    adv = origin.clone()
+    if start is not None:
+        ops.random_start_(adv, origin, eps[rows], start[1][rows], start[0], threat.norm)
+    model_input = objective.space.to_model(adv)
+    velocity = torch.zeros_like(adv) if decay else None
+    radius, sizes = eps[rows], torch.full_like(eps[rows], size)
+    for _ in range(steps):
+        grad, at = objective.gradient(model_input, rows)
+        if early_stop:
+            best.offer(adv, at, rows)
+            going = at.right
+            if not going.all():
+                rows, origin, adv, model_input, grad, radius, sizes = (
+                    t[going] for t in (rows, origin, adv, model_input, grad, radius, sizes)
+                )
+                velocity = None if velocity is None else velocity[going]
+                if not len(rows):
+                    return
+        if velocity is not None:
+            norm = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
+            velocity.mul_(decay).add_(grad / norm.view(-1, *[1] * (grad.dim() - 1)))
+            grad = velocity
+        step(adv, grad, origin, radius, sizes, model_input=model_input, mean=mean, std=std)
+    with torch.no_grad():
+        at = objective(model_input, rows)
+    if early_stop:
+        best.offer(adv, at, rows)
+    else:
+        best.adv[rows], best.fooled[rows], best.loss[rows] = adv, ~at.right, at.loss.to(best.loss)
+
+
+def fgsm(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 1,
+    restarts: int = 1,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+) -> AttackResult:
+    """One step of size eps from the clean image (Goodfellow et al., 2015). `steps` and `restarts` other than 1 are refused."""
+    if (steps, restarts) != (1, 1):
+        raise ValueError(f"fgsm takes one step from the clean image; steps is {steps}, restarts {restarts}. Use pgd for more")
+    return pgd(objective, clean, threat, steps=1, step_size=threat.eps, random_start=False, sample_ids=sample_ids)
+
+
+def mi_fgsm(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 10,
+    restarts: int = 1,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+) -> AttackResult:
+    """MI-FGSM (Dong et al., 2018): decay 1, step eps / steps; its first start is the clean image, later ones are random."""
+    first = pgd(
+        objective, clean, threat, steps=steps, step_size=threat.eps / max(steps, 1), decay=1.0, random_start=False,
+        seed=seed, sample_ids=sample_ids,
+    )  # fmt: skip
+    if restarts == 1:
+        return first
+    more = pgd(
+        objective, clean, threat, steps=steps, step_size=threat.eps / max(steps, 1), decay=1.0, restarts=restarts - 1,
+        seed=seed, sample_ids=sample_ids,
+    )  # fmt: skip
+    take = (more.fooled & ~first.fooled) | ((more.fooled == first.fooled) & (more.loss > first.loss))
+    return AttackResult(
+        torch.where(take.view(-1, 1, 1, 1), more.adv, first.adv),
+        first.fooled | more.fooled,
+        torch.where(take, more.loss, first.loss),
+        first.passes + more.passes,
+    )

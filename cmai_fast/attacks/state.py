@@ -1,0 +1,64 @@
+"""What every image attack shares: its checked inputs, the best adversarial images so far, and its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmai_fast.attacks.objective import Evaluation, Objective, Passes
+from cmai_fast.threat import ThreatModel, check_pixels
+
+
+@dataclass
+class AttackResult:
+    """Adversarial images of a batch.
+
+    adv: (N, C, H, W) float32 (float64 where `clean` was) in [0, 1], inside the ball.
+    fooled: (N,) bool: the model's response to `adv` is not the label. A sample that was wrong when untouched is fooled
+        by its clean image, which is then `adv`.
+    loss: (N,) alpha * L_task - beta * S_c at `adv`.
+    passes: what it cost.
+    """
+
+    adv: Tensor
+    fooled: Tensor
+    loss: Tensor
+    passes: Passes
+
+
+class Best:
+    """Keeps, per row, the adversarial image that counts: one that fools before one that does not, then the higher loss."""
+
+    def __init__(self, clean: Tensor) -> None:
+        self.adv = clean.clone()
+        self.fooled = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+        self.loss = torch.full((len(clean),), float("-inf"), dtype=clean.dtype, device=clean.device)
+
+    def offer(self, adv: Tensor, at: Evaluation, rows: Tensor) -> None:
+        """`adv` (n, ...) was evaluated as `at`; `rows` (n,) says which rows of the batch these are."""
+        fooled, loss = ~at.right, at.loss.to(self.loss)
+        old_fooled, old_loss = self.fooled[rows], self.loss[rows]
+        better = (fooled & ~old_fooled) | ((fooled == old_fooled) & (loss > old_loss))
+        won = rows[better]
+        self.adv[won] = adv[better]
+        self.fooled[won] = fooled[better]
+        self.loss[won] = loss[better]
+
+
+def prepare(
+    objective: Objective, clean: Tensor, threat: ThreatModel, sample_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked clean images (a float32 or float64 copy), eps per row (N,), and sample ids (N,) int64."""
+    if len(clean) != len(objective):
+        raise ValueError(f"there are {len(clean)} images for {len(objective)} texts; expected one image a text")
+    check_pixels(clean)
+    # A copy made outside inference mode, so that attacks also work on tensors that were created in it.
+    clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32)).clone(memory_format=torch.contiguous_format)
+    if sample_ids is None:
+        sample_ids = torch.arange(len(clean), device=clean.device)
+    elif sample_ids.shape != (len(clean),):
+        raise ValueError(f"sample_ids has shape {tuple(sample_ids.shape)}; expected ({len(clean)},), one a sample")
+    eps = torch.full((len(clean),), threat.eps, dtype=clean.dtype, device=clean.device)
+    return clean, eps, sample_ids.to(clean.device)

@@ -1,0 +1,7 @@
+"""Cross-modal consistency verification: does the image agree with the question and its answer?"""
+
+from cmai_fast.cmcv.calibration import Threshold, calibrate
+from cmai_fast.cmcv.heads import ConsistencyHeads
+from cmai_fast.cmcv.loss import contrastive_loss, same_text
+
+__all__ = ["ConsistencyHeads", "Threshold", "calibrate", "contrastive_loss", "same_text"]

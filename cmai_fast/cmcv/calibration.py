@@ -1,0 +1,48 @@
+"""The threshold under which an input counts as inconsistent, set on clean inputs held out for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from numpy.typing import ArrayLike
+
+from cmai_fast.metrics import threshold_at_fpr
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`tau`: an input is rejected if and only if its S_c is below it; and where that number comes from.
+
+    Attributes:
+        tau: finite.
+        false_rejection_rate: share of clean inputs it was asked to reject at most.
+        samples: how many clean inputs it was set on.
+        split: which split they were; never the test split.
+    """
+
+    tau: float
+    false_rejection_rate: float
+    samples: int
+    split: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.tau):
+            raise ValueError(f"tau is {self.tau}; expected a finite number, calibrate again")
+        if not 0 <= self.false_rejection_rate < 1:
+            raise ValueError(f"false_rejection_rate is {self.false_rejection_rate}; expected 0 <= rate < 1")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; expected at least 1 clean input")
+
+
+def calibrate(scores: ArrayLike, false_rejection_rate: float = 0.05) -> float:
+    """The highest tau for which `score < tau` rejects at most that share of these clean scores.
+
+    Args:
+        scores: (n,) S_c of clean inputs with the model's own answers, from a split that nothing was fitted to.
+        false_rejection_rate: 0 <= rate < 1.
+
+    Raises:
+        ValueError: no scores, NaN or infinite ones, or a rate outside [0, 1).
+    """
+    return threshold_at_fpr(scores, false_rejection_rate)

@@ -1,0 +1,62 @@
+"""Heads for a model that stays as it is: CMCV alone, and the starting point of MBAT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.cmcv.calibration import Threshold, calibrate
+from cmai_fast.cmcv.heads import ConsistencyHeads
+from cmai_fast.cmcv.loss import contrastive_loss, same_text
+
+
+def fit_heads(
+    bridge: Bridge,
+    heads: ConsistencyHeads,
+    batches: Iterator[Mapping[str, Tensor]],
+    steps: int,
+    *,
+    learning_rate: float = 1e-3,
+    on_step: Callable[[int, float], None] | None = None,
+) -> None:
+    """Trains `heads` by the contrastive loss, `steps` batches, on features of the model, which is not changed.
+
+    Args:
+        batches: as `VQACollator(processor, negatives=K)` makes them.
+        on_step: called with (step, loss), for a progress bar.
+    """
+    optimizer = torch.optim.AdamW(heads.parameters(), learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 1), pct_start=0.1)
+    with frozen(bridge.model):
+        heads.train()
+        for step in range(steps):
+            batch = next(batches)
+            text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+            wrong = {k: batch[f"negative_{k}"] for k in text if f"negative_{k}" in batch}
+            with torch.no_grad():
+                image = bridge.encode_image(batch["pixel_values"])
+                own = bridge.encode_text(**text)
+                other = bridge.encode_text(**wrong) if wrong else None
+            loss = contrastive_loss(
+                heads,
+                heads.project_image(image),
+                heads.project_text(own),
+                None if other is None else heads.project_text(other),
+                same_text=same_text(text["input_ids"], text["attention_mask"]),
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if on_step is not None:
+                on_step(step, loss.item())
+        heads.eval()
+
+
+def fit_threshold(scores: Tensor, split: str, false_rejection_rate: float = 0.05) -> Threshold:
+    """The threshold that rejects at most this share of clean `scores` (N,), which come from `split`."""
+    tau = calibrate(scores.cpu().numpy(), false_rejection_rate)
+    return Threshold(tau=tau, false_rejection_rate=false_rejection_rate, samples=len(scores), split=split)

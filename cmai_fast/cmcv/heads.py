@@ -1,0 +1,140 @@
+"""Projection heads P_v and P_t: S_c = cos(P_v(h_v), P_t(h_t)), how well an image and a text with its answer agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from cmai_fast import ops
+from cmai_fast.cmcv.calibration import Threshold
+
+WEIGHTS, RECORD = "heads.safetensors", "cmcv.json"
+_MAX_LOGIT_SCALE = math.log(100.0)  # CLIP (Radford et al., 2021), section 2.5
+
+
+class ConsistencyHeads(nn.Module):
+    """Two small networks into one shared space of `dim` dimensions, and the temperature that they are trained with.
+
+    Each image token passes a hidden layer before the mean is taken (Deep Sets, Zaheer et al., 2017), so that an object
+    that fills one token out of many is not averaged away before it is seen.
+
+    Args:
+        image_dim: width of h_v, as `Bridge.image_dim`.
+        text_dim: width of h_t, as `Bridge.text_dim`.
+        dim: width of the shared space.
+        hidden: width of the hidden layers.
+    """
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int = 128, hidden: int = 256) -> None:
+        super().__init__()
+        self.settings = {"image_dim": image_dim, "text_dim": text_dim, "dim": dim, "hidden": hidden}
+        for name, value in self.settings.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        self.image_tokens = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, hidden), nn.GELU())
+        self.image_out = nn.Linear(hidden, dim)
+        self.text = nn.Sequential(
+            nn.LayerNorm(text_dim), nn.Linear(text_dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, 0-d, at most 100; differentiable."""
+        return self.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+
+    def project_image(self, image_features: Tensor) -> Tensor:
+        """h_v (N, T, image_dim), any float dtype -> (N, dim) in the heads' dtype, not normalised."""
+        self._check(image_features, 3, "image_dim", "(N, T, image_dim)")
+        return self.image_out(self.image_tokens(image_features.to(self.logit_scale.dtype)).mean(1))
+
+    def project_text(self, text_features: Tensor) -> Tensor:
+        """h_t (N, text_dim), any float dtype -> (N, dim) in the heads' dtype, not normalised."""
+        self._check(text_features, 2, "text_dim", "(N, text_dim)")
+        return self.text(text_features.to(self.logit_scale.dtype))
+
+    def score(self, image: Tensor, text: Tensor) -> Tensor:
+        """S_c (N,) in [-1, 1] of two projections (N, dim); 0 where one of them is zero."""
+        return ops.cosine_heads(image.unsqueeze(1), text.unsqueeze(1)).squeeze(1)
+
+    def _check(self, features: Tensor, rank: int, width: str, shape: str) -> None:
+        if features.dim() != rank or features.shape[-1] != self.settings[width]:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)}; these heads expect {shape} with {width} "
+                f"{self.settings[width]}. Heads belong to the model that they were trained with"
+            )
+
+    def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
+        """Writes heads.safetensors and cmcv.json (settings, threshold); each file appears whole or not at all.
+
+        The record names the digest of its weights, so an interrupted save over older heads cannot be read as either.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
+        record = {
+            "format": 1,
+            **self.settings,
+            "threshold": dataclasses.asdict(threshold) if threshold else None,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        _write_atomic(folder / WEIGHTS, weights)
+        _write_atomic(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> tuple[ConsistencyHeads, Threshold | None]:
+        """The heads of `folder`, on the CPU and in evaluation mode, and their threshold if one was saved.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the two do not belong together.
+        """
+        folder = Path(folder)
+        for name in (WEIGHTS, RECORD):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} has no {name}; expected a folder written by ConsistencyHeads.save_pretrained, such as "
+                    "the cmcv/ folder of a run"
+                )
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            settings = {k: record[k] for k in ("image_dim", "text_dim", "dim", "hidden")}
+            threshold = Threshold(**record["threshold"]) if record["threshold"] else None
+            digest = record["sha256"]
+            heads = cls(**settings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / RECORD} is damaged ({error!r}); save the heads again") from error
+        weights = (folder / WEIGHTS).read_bytes()
+        if hashlib.sha256(weights).hexdigest() != digest:
+            raise ValueError(
+                f"{folder / WEIGHTS} is not the file that {RECORD} was written with: it is damaged, or a save was "
+                "interrupted; save the heads again"
+            )
+        try:
+            heads.load_state_dict(load(weights))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder / WEIGHTS} does not fit {RECORD} ({error}); save the heads again") from error
+        return heads.eval(), threshold
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes it private to this user
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,63 @@
+"""The contrastive loss that teaches the heads what agrees (InfoNCE, van den Oord et al., 2018, both ways)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmai_fast import ops
+from cmai_fast.cmcv.heads import ConsistencyHeads
+
+
+def same_text(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(N, N) bool: rows whose unmasked tokens are the same. input_ids, attention_mask: (N, L), padded on one side."""
+    ids = torch.where(attention_mask.bool(), input_ids, -1)
+    return (ids[:, None] == ids[None]).all(-1)
+
+
+def contrastive_loss(
+    heads: ConsistencyHeads,
+    image: Tensor,
+    text: Tensor,
+    text_negative: Tensor | None = None,
+    *,
+    same_text: Tensor | None = None,
+) -> Tensor:
+    """Mean of image -> text and text -> image InfoNCE over the batch, 0-d, differentiable in all that it takes.
+
+    Args:
+        heads: whose temperature is used.
+        image, text: projections (N, dim) of images and of their own texts, not normalised.
+        text_negative: (N * K, dim), row i * K + k is a wrong answer to the question of row i. It is a negative for
+            image i alone: another image may well make it true.
+        same_text: (N, N) bool, true where two rows hold the same text (`cmcv.same_text`). Such a pair is no negative.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    n, dim = image.shape
+    if text.shape != image.shape:
+        raise ValueError(
+            f"text projections {tuple(text.shape)}, image projections {tuple(image.shape)}; expected equal"
+        )
+    image, text, scale = F.normalize(image, dim=-1), F.normalize(text, dim=-1), heads.scale
+    own = torch.arange(n, device=image.device)
+    if same_text is None and text_negative is None:
+        return (ops.info_nce(image, text, own, scale) + ops.info_nce(text, image, own, scale)) / 2
+
+    logits = scale * image @ text.T
+    if same_text is not None:
+        if same_text.shape != logits.shape:
+            raise ValueError(f"same_text has shape {tuple(same_text.shape)}; expected {tuple(logits.shape)}")
+        others = ~torch.eye(n, dtype=torch.bool, device=image.device)
+        logits = logits.masked_fill(same_text & others, float("-inf"))
+    to_text = logits
+    if text_negative is not None:
+        if not len(text_negative) or len(text_negative) % n or text_negative.shape[1:] != (dim,):
+            raise ValueError(
+                f"text_negative has shape {tuple(text_negative.shape)}; expected ({n} * K, {dim}): K for each row"
+            )
+        wrong = F.normalize(text_negative, dim=-1).view(n, -1, dim)
+        to_text = torch.cat([logits, scale * torch.einsum("nd,nkd->nk", image, wrong)], dim=1)
+    return (F.cross_entropy(to_text, own) + F.cross_entropy(logits.T, own)) / 2

@@ -1,0 +1,111 @@
+"""easy-VQA: 64 x 64 pictures of one coloured shape and questions about it (MIT, victorzhou/easy-VQA).
+
+The package `easy-vqa` ships 4,000 training and 1,000 test pictures. Its training pictures are divided here into
+`train` (95%) and `calibration` (every twentieth picture), so that a detector's threshold is never set on pictures
+the model was fitted to, nor on the test split.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+YES_NO = ("no", "yes")
+SPLITS = ("train", "calibration", "test")
+_CALIBRATION_EVERY = 20
+
+
+def answer_choices(answer: str) -> tuple[str, ...]:
+    """The answers of the same kind as `answer`: the colours, the shapes, or yes and no."""
+    for choices in (COLORS, SHAPES, YES_NO):
+        if answer in choices:
+            return choices
+    raise ValueError(f"{answer!r} is no easy-VQA answer; expected one of {COLORS + SHAPES + YES_NO}")
+
+
+@lru_cache(maxsize=2)
+def _load_pictures(official_split: str) -> np.ndarray:
+    """All pictures of an official split, uint8 (n, 64, 64, 3), row = picture id."""
+    import easy_vqa
+
+    paths = getattr(easy_vqa, f"get_{official_split}_image_paths")()
+    return np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in range(len(paths))])
+
+
+class EasyVQA(Dataset):
+    """Questions about easy-VQA pictures, one sample a question.
+
+    Args:
+        split: `train`, `calibration` (both from the package's training part) or `test`.
+        limit: how many questions to keep, drawn with `seed`; None keeps all (38,575 over train + calibration, 9,673 test).
+        seed: of the draw; the same seed and limit give the same questions.
+
+    A sample is a dict: `sample_id` (int, position in the official question list, so a result can be traced),
+    `image` (uint8 array, 64 x 64 x 3), `question`, `answer` (str), `choices` (the answers of the same kind).
+    """
+
+    name = "easyvqa"
+
+    def __init__(self, split: str = "train", limit: int | None = None, seed: int = 0) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; easyvqa has {', '.join(SPLITS)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; expected at least 1 question, or None for all")
+        import easy_vqa
+
+        self.split = split
+        self._official = "test" if split == "test" else "train"
+        self.questions, self.answers, self.image_ids = getattr(easy_vqa, f"get_{self._official}_questions")()
+        ids = np.arange(len(self.questions))
+        if split != "test":
+            held_out = np.asarray(self.image_ids) % _CALIBRATION_EVERY == 0
+            ids = ids[held_out if split == "calibration" else ~held_out]
+        if limit is not None and limit < len(ids):
+            ids = np.sort(np.random.default_rng(seed).choice(ids, size=limit, replace=False))
+        self.sample_ids: list[int] = ids.tolist()
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        i = self.sample_ids[index]
+        return {
+            "sample_id": i,
+            "image": _load_pictures(self._official)[self.image_ids[i]],
+            "question": self.questions[i],
+            "answer": self.answers[i],
+            "choices": answer_choices(self.answers[i]),
+        }
+
+    def picture_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pictures with the colour and shape that this split's own questions give away.
+
+        Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 where no question tells. Only
+        facts stated by an answer are used ("what color ...?" or a "yes" to a question without a negation).
+        """
+        colour: dict[int, int] = {}
+        shape: dict[int, int] = {}
+        for i in self.sample_ids:
+            picture, answer, words = self.image_ids[i], self.answers[i], self.questions[i].rstrip("?").split()
+            told = [answer]
+            if answer == "yes" and not {"no", "not"} & set(words):
+                told = words
+            for word in told:
+                if word in COLORS:
+                    colour[picture] = COLORS.index(word)
+                elif word in SHAPES:
+                    shape[picture] = SHAPES.index(word)
+        pictures = sorted({self.image_ids[i] for i in self.sample_ids})
+        pixels = torch.from_numpy(_load_pictures(self._official)[pictures]).permute(0, 3, 1, 2).contiguous()
+        return (
+            pixels,
+            torch.tensor([colour.get(p, -1) for p in pictures]),
+            torch.tensor([shape.get(p, -1) for p in pictures]),
+        )

@@ -1,0 +1,1 @@
+"""Protocols that measure robustness, and the report that shows what was measured."""

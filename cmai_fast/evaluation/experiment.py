@@ -1,0 +1,377 @@
+"""The whole job, end to end: train, calibrate, evaluate before and after, and write what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cmai_fast
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.fit import fit_heads, fit_threshold
+from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.evaluation.overhead import step_overhead
+from cmai_fast.evaluation.pictures import picture_grid
+from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, measure, own_scores, run_attack
+from cmai_fast.evaluation.report import write_report
+from cmai_fast.evaluation.results import read_results, write_results
+from cmai_fast.evaluation.sanity import sanity_checks
+from cmai_fast.evaluation.subject import Sample, Subject
+from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
+from cmai_fast.threat import ThreatModel
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class ImmunizeSettings:
+    """One immunisation. `eps` in the [0, 1] pixel range; `max_steps` are optimiser steps of `batch_size` samples."""
+
+    model: str = "easyvqa-llava"
+    data: str = "easyvqa"
+    eps: float = 8 / 255
+    norm: str = "linf"
+    inner: str = "bridge"
+    inner_steps: int = 10
+    refreshes: int = 0
+    alpha: float = 1.0
+    beta: float = 0.1
+    lam: float = 0.5
+    gamma: float = 0.1
+    arm: bool = True
+    trainable: str = "all"
+    max_steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    eps_warmup: float = 0.2
+    seed: int = 0
+    attack_steps: int = 50
+    restarts: int = 2
+    limit: int = 500
+    save_steps: int = 100
+    command: str = ""
+
+
+def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains, calibrates, evaluates the model before and after; writes `out/{model,cmcv,results.json,report.html}`.
+
+    Args:
+        settings: see there.
+        out: a folder that is new or empty, or with `resume` that of an interrupted run with the same settings.
+        resume: go on from the last whole checkpoint; the result is that of a run never interrupted.
+
+    Raises:
+        ValueError: unknown model or data, settings out of range, or `out` holds something else.
+    """
+    out = Path(out)
+    threat = ThreatModel(settings.norm, settings.eps)  # type: ignore[arg-type]  # checked there
+    _claim(out, settings, resume)
+    before = Subject.load(settings.model)
+    if before.heads is None:
+        before.heads = _fitted_heads(before, settings, progress)
+    trained = out / "trained.json"
+    if not trained.is_file():
+        record = _train(before, settings, out, resume, progress)
+        write_results(record, trained)
+    after = Subject.load(str(out / "model"))
+    after.name = "immunised"
+    samples = _samples(settings.data, "test", settings.limit, settings.seed)
+    suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
+    results = _compare(before, after, samples, threat, suite, settings.seed, progress)
+    args = _config(settings, out, progress=False)
+    data = load_dataset(settings.data, "train", settings.batch_size, settings.seed)
+    batch = VQACollator(before.processor, negatives=1)([data[i] for i in range(len(data))])
+    results["overhead"] = step_overhead(before, args, batch)
+    results["training"] = json.loads(trained.read_text())
+    results["settings"] = asdict(settings) | {"split": "test", "steps": settings.attack_steps} | _curve_setting(suite)
+    results |= {"seed": settings.seed, "versions": versions(), "sample_ids": [s["sample_id"] for s in samples]}
+    write_results(results, out / "results.json")
+    write_report(read_results(out / "results.json"), out / "report.html")
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # only needed to resume
+    return results
+
+
+def evaluate(
+    model: str,
+    data: str,
+    threat: ThreatModel,
+    *,
+    against: str | None,
+    out: Path,
+    limit: int = 500,
+    steps: int = 50,
+    restarts: int = 2,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Measures `model`, and `against` (the undefended one) if named, on the test split; writes results.json, report.html.
+
+    Raises:
+        ValueError: unknown model or data, or `out` holds results already.
+    """
+    out = Path(out)
+    if (out / "results.json").exists():
+        raise ValueError(f"{out} already holds results; name another folder with --out, or delete it")
+    after, before = Subject.load(model), Subject.load(against) if against else None
+    samples = _samples(data, "test", limit, seed)
+    suite = [AttackSpec("pgd", steps, restarts), AttackSpec("apgd", 2 * steps)]
+    results = _compare(before, after, samples, threat, suite, seed, progress, batch_size)
+    results["settings"] = {
+        "model": model, "against": against, "data": data, "split": "test", "limit": limit, "eps": threat.eps,
+        "norm": threat.norm, "steps": steps, "restarts": restarts, "batch_size": batch_size, "command": command,
+    } | _curve_setting(suite)  # fmt: skip
+    results |= {"seed": seed, "versions": versions(), "sample_ids": [s["sample_id"] for s in samples]}
+    out.mkdir(parents=True, exist_ok=True)
+    write_results(results, out / "results.json")
+    write_report(read_results(out / "results.json"), out / "report.html")
+    return results
+
+
+def attack(
+    model: str,
+    data: str,
+    attack_name: str,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    restarts: int,
+    limit: int,
+    seed: int,
+    batch_size: int,
+    out: Path,
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """One attack on the test split; writes one JSON file with totals and a verdict per sample."""
+    spec = AttackSpec(attack_name, steps, restarts)
+    if Path(out).exists():
+        raise ValueError(f"{out} exists; name another file with --out, or delete it")
+    subject, samples = Subject.load(model), _samples(data, "test", limit, seed)
+    clean = torch.cat(
+        [subject.right(x, batch) for _, batch, x in batches(subject, samples, batch_size, "clean", progress)]
+    ).numpy()
+    attacked = run_attack(subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress)
+    right, right_8bit = worst_case(clean, attacked.right), worst_case(clean, attacked.right_8bit)
+    record: dict[str, Any] = {
+        "acc_clean": accuracy(clean),
+        "acc_robust": accuracy(right),
+        "acc_robust_8bit": accuracy(right_8bit),
+        "asr": attack_success_rate(clean, right),
+        "n": len(samples),
+        "passes": vars(attacked.passes),
+        "seconds": attacked.seconds,
+        "settings": {
+            "model": model, "data": data, "split": "test", "attack": attack_name, "eps": threat.eps, "norm": threat.norm,
+            "steps": steps, "restarts": restarts, "limit": limit, "batch_size": batch_size, "command": command,
+        },
+        "seed": seed,
+        "versions": versions(),
+        "per_sample": [
+            {
+                "sample_id": s["sample_id"], "question": s["question"], "answer": s["answer"],
+                "right_clean": bool(c), "right_adv": bool(r),
+            }
+            for s, c, r in zip(samples, clean, right, strict=True)
+        ],
+    }  # fmt: skip
+    write_results(record, Path(out))
+    return record
+
+
+def versions() -> dict[str, str]:
+    """What a result was obtained with."""
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "-C", str(Path(cmai_fast.__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    return {
+        "cmai_fast": cmai_fast.__version__,
+        "commit": commit or "not a checkout",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+
+
+def _compare(
+    before: Subject | None,
+    after: Subject,
+    samples: list[Sample],
+    threat: ThreatModel,
+    suite: list[AttackSpec],
+    seed: int,
+    progress: bool,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """`undefended`, `immunised` and `pictures`; images made on the undefended model are also tried on the other."""
+    curve, first = _curve_attack(suite), suite[0].key
+    subjects = {k: s for k, s in (("undefended", before), ("immunised", after)) if s is not None}
+    measured: dict[str, Measured] = {}
+    results: dict[str, Any] = {"undefended": None, "immunised": None}
+    for key, subject in subjects.items():
+        transferred = {"transfer": measured["undefended"].attacked[first].adv} if key != "undefended" and measured else None
+        measured[key] = measure(
+            subject, samples, threat, suite, curve=curve, transferred=transferred, batch_size=batch_size, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        measured[key].record["sanity"] = sanity_checks(
+            subject, samples, measured[key], threat, must_break=key == "undefended", batch_size=batch_size, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        results[key] = measured[key].record
+    results["pictures"] = picture_grid(subjects, measured, samples, first, threat)
+    return results
+
+
+def _curve_attack(suite: list[AttackSpec]) -> AttackSpec:
+    """Fewer steps than the headline: the curve has many points, and says what it was made with."""
+    return AttackSpec("pgd", min(20, suite[0].steps))
+
+
+def _curve_setting(suite: list[AttackSpec]) -> dict[str, str]:
+    return {"curve_attack": _curve_attack(suite).key}
+
+
+def _samples(data: str, split: str, limit: int, seed: int) -> list[Sample]:
+    dataset = load_dataset(data, split, limit, seed)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def _claim(out: Path, settings: ImmunizeSettings, resume: bool) -> None:
+    """Makes `out` this run's folder, or checks that it is."""
+    mine, there = asdict(settings) | {"command": ""}, out / RUN_FILE
+    if (out / "results.json").exists():
+        raise ValueError(f"{out} holds a finished run; name another folder with --out, or delete it")
+    if there.is_file():
+        other = json.loads(there.read_text()) | {"command": ""}
+        changed = [f"{k} was {other.get(k)!r}, now {v!r}" for k, v in mine.items() if other.get(k) != v]
+        if not resume:
+            raise ValueError(f"{out} holds an unfinished run; continue it with --resume, or name another folder")
+        if changed:
+            raise ValueError(f"{out} was begun with other settings ({'; '.join(changed)}); resume with the same ones")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no run of cmai-fast; name a new folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_results(asdict(settings), there)
+
+
+def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATConfig:
+    return MBATConfig(
+        output_dir=str(out),
+        eps=settings.eps,
+        norm=settings.norm,
+        inner=settings.inner,
+        inner_steps=settings.inner_steps,
+        refreshes=settings.refreshes,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        lam=settings.lam,
+        gamma=settings.gamma,
+        arm=settings.arm,
+        trainable=settings.trainable,
+        eps_warmup=settings.eps_warmup,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.max_steps // 20),
+        weight_decay=0.0,
+        seed=settings.seed,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, settings.max_steps // 20)),
+        report_to="none",
+        disable_tqdm=not progress,
+        dataloader_drop_last=True,
+    )
+
+
+def _train(
+    before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool
+) -> dict[str, Any]:
+    """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
+    subject = Subject.load(settings.model)
+    args = _config(settings, out, progress=progress)
+    data = load_dataset(settings.data, "train")
+    trainer = MBATTrainer(
+        subject.model,
+        args,
+        heads=before.heads,
+        train_dataset=data,
+        data_collator=VQACollator(subject.processor, negatives=1, max_length=subject.bridge.context, seed=settings.seed),
+        processing_class=subject.processor,
+    )
+    checkpoint = last_checkpoint(out) if resume else None
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    heads = trainer.heads
+    assert heads is not None
+    after = Subject("immunised", subject.model, subject.processor, heads.eval())
+    held_out = _samples(settings.data, "calibration", 1000, settings.seed)
+    images = torch.cat([x for _, _, x in batches(after, held_out, 128, "calibration", progress)])
+    threshold = fit_threshold(torch.from_numpy(own_scores(after, held_out, images, 128)), "calibration")
+    for name, save in (
+        ("model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d))),
+        ("cmcv", lambda d: heads.save_pretrained(d, threshold)),
+    ):
+        _appear(out / name, save)
+    logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry]
+    curves = ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta")
+    return {
+        "step": [entry["step"] for entry in logs],
+        **{k: [entry.get(k) for entry in logs] for k in curves if any(k in entry for entry in logs)},
+        "seconds": seconds,
+        "resumed": checkpoint is not None,
+        "passes": vars(trainer.passes),
+    }
+
+
+def _appear(folder: Path, save: Any) -> None:
+    """A folder appears whole or not at all."""
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save(staging)
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed between the two renames
+    staging.rename(folder)
+
+
+def _fitted_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> ConsistencyHeads:
+    """New heads for a model that came without, fitted on its own features before MBAT uses S_c."""
+    heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
+    stream = training_batches(subject, settings.data, settings.batch_size, settings.seed)
+    fit_heads(subject.bridge, heads, stream, steps=300)
+    return heads
+
+
+def training_batches(subject: Subject, data: str, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Endless training batches with wrong answers, in an order that depends on `seed` alone."""
+    dataset, collate = load_dataset(data, "train"), VQACollator(subject.processor, negatives=1, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
+        yield collate([dataset[i] for i in rows])
+
+
+def with_seed(settings: ImmunizeSettings, seed: int) -> ImmunizeSettings:
+    """The same run with another seed."""
+    return replace(settings, seed=seed)

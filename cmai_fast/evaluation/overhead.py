@@ -1,0 +1,116 @@
+"""What an MBAT step costs over a clean fine-tuning step of the same model, batch and precision."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.evaluation.subject import Subject
+from cmai_fast.mbat import MBATConfig, MBATTrainer
+
+
+class SavedActivations:
+    """Peak bytes that autograd holds for a backward pass, parameters not counted. Use as a context; then read `peak`.
+
+    A tensor saved by several operations is counted once. On the CPU PyTorch keeps no record of peak memory, and this is
+    what recomputation, frozen weights and batch size act on.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.peak = self.live = 0
+        self._holders: dict[int, int] = {}
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __enter__(self) -> SavedActivations:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Held(self, t), lambda held: held.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def hold(self, storage: int, size: int) -> None:
+        if storage in self._parameters:
+            return
+        if not self._holders.get(storage):
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        self._holders[storage] = self._holders.get(storage, 0) + 1
+
+    def release(self, storage: int, size: int) -> None:
+        if storage in self._parameters:
+            return
+        self._holders[storage] -= 1
+        if not self._holders[storage]:
+            self.live -= size
+
+
+class _Held:
+    """A saved tensor that says when autograd lets go of it."""
+
+    def __init__(self, owner: SavedActivations, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self.owner, self.storage, self.size = tensor, owner, storage.data_ptr(), storage.nbytes()
+        owner.hold(self.storage, self.size)
+
+    def __del__(self) -> None:
+        self.owner.release(self.storage, self.size)
+
+
+def step_overhead(
+    subject: Subject, args: MBATConfig, batch: dict[str, Tensor], *, rounds: int = 5
+) -> dict[str, float | str | int]:
+    """`time_ratio` and `memory_ratio` of an MBAT step with `args` over a clean step, measured alternating, medians.
+
+    Both run forward, backward and an AdamW update on copies of the model, which itself is not changed.
+    """
+    plain = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
+    runs = {"clean": _stepper(subject, args, plain), "mbat": _stepper(subject, args, {})}
+    peaks = {}
+    for name, (model, step) in runs.items():
+        with SavedActivations(model) as held:
+            step(batch)  # also warms up
+        peaks[name] = held.peak
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (_, step) in runs.items():
+            start = time.perf_counter()
+            step(batch)
+            times[name].append(time.perf_counter() - start)
+    clean, mbat = statistics.median(times["clean"]), statistics.median(times["mbat"])
+    return {
+        "time_ratio": mbat / clean,
+        "memory_ratio": peaks["mbat"] / peaks["clean"],
+        "clean_step_s": clean,
+        "mbat_step_s": mbat,
+        "clean_saved_bytes": peaks["clean"],
+        "mbat_saved_bytes": peaks["mbat"],
+        "protocol": f"batch {len(batch['labels'])}, forward + backward + AdamW, {rounds} rounds, alternating, medians; "
+        f"memory: peak bytes saved for backward; {torch.get_num_threads()} threads, {args.device}",
+    }
+
+
+def _stepper(
+    subject: Subject, args: MBATConfig, changes: dict[str, Any]
+) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
+    args = copy.copy(args)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    model = copy.deepcopy(subject.model).to(args.device)
+    heads: ConsistencyHeads | None = copy.deepcopy(subject.heads) if args.gamma or args.beta else None
+    trainer = MBATTrainer(model, args, processing_class=subject.processor, heads=heads)
+    trainer.create_optimizer()
+
+    def step(batch: dict[str, Tensor]) -> None:
+        trainer.training_step(model, dict(batch))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return model, step

@@ -1,0 +1,77 @@
+"""Clean image, perturbation and adversarial image side by side, with what the models answer: for the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from cmai_fast.evaluation.protocol import Attacked, Measured
+from cmai_fast.evaluation.subject import Sample, Subject
+from cmai_fast.threat import ThreatModel, round_to_8bit
+
+
+def picture_grid(
+    subjects: dict[str, Subject],
+    measured: dict[str, Measured],
+    samples: Sequence[Sample],
+    attack: str,
+    threat: ThreatModel,
+    most: int = 6,
+) -> list[dict[str, Any]]:
+    """Up to `most` samples for each attacked model: those on which the models differ first.
+
+    `subjects` and `measured` go by `undefended` / `immunised`; `attack` is the key of the attack whose images are shown,
+    rounded to 8 bits.
+    """
+    pictures = []
+    for against, m in measured.items():
+        attacked = m.attacked[attack]
+        for row in _rows(m, attacked, most):
+            clean = m.clean[row : row + 1]
+            adv = round_to_8bit(attacked.adv[row : row + 1], clean, threat)
+            amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
+            answers = {
+                key: {
+                    "clean": subject.answers(clean, samples[row : row + 1])[0],
+                    "adversarial": subject.answers(adv, samples[row : row + 1])[0],
+                }
+                for key, subject in subjects.items()
+            }
+            pictures.append(
+                {
+                    "question": samples[row]["question"],
+                    "answer": samples[row]["answer"],
+                    "against": against,
+                    "amplification": round(amplification, 1),
+                    "clean_png": _png(clean),
+                    "perturbation_png": _png(0.5 + (adv - clean) * amplification),
+                    "adversarial_png": _png(adv),
+                    **answers,
+                }
+            )
+    return pictures
+
+
+def _rows(measured: Measured, attacked: Attacked, most: int) -> list[int]:
+    """Broken samples before unbroken ones, spread over the data set; none that was wrong when untouched."""
+    right = np.flatnonzero(measured.clean_right)
+    broken = right[~attacked.right[right]]
+    held = right[attacked.right[right]]
+    spread = [group[np.linspace(0, len(group) - 1, min(most, len(group))).astype(int)] for group in (broken, held)]
+    chosen = np.unique(spread[0])
+    if len(chosen) < most:
+        chosen = np.concatenate([chosen, np.unique(spread[1])[: most - len(chosen)]])
+    return [int(i) for i in chosen[:most]]
+
+
+def _png(pixels: Tensor) -> str:
+    levels = (pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

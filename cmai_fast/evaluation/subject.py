@@ -1,0 +1,97 @@
+"""A model under evaluation with all that belongs to it, from a bundled name, a folder, a run or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmai_fast.attacks import Objective
+from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.data import VQACollator
+from cmai_fast.threat import PixelSpace
+
+Sample = dict[str, Any]
+
+
+@dataclass
+class Subject:
+    """Model, processor, and heads with their threshold if there are any."""
+
+    name: str
+    model: Any
+    processor: Any
+    heads: ConsistencyHeads | None = None
+    threshold: Threshold | None = None
+    bridge: Bridge = field(init=False)
+    space: PixelSpace = field(init=False)
+    collate: VQACollator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bridge = Bridge(self.model)
+        self.space = PixelSpace.from_processor(self.processor)
+        self.collate = VQACollator(self.processor, max_length=self.bridge.context)
+
+    @classmethod
+    def load(cls, name: str) -> Subject:
+        """Loads safetensors weights only; heads come from `cmcv/` in the model's folder or beside it.
+
+        Raises:
+            ValueError: an unknown name, or weights that are not safetensors.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from cmai_fast.models import resolve
+
+        where = str(resolve(name))
+        if (Path(where) / "model" / "config.json").is_file():
+            where = str(Path(where) / "model")
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(where, use_safetensors=True).eval()
+            processor = AutoProcessor.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the model {name!r}: {error}") from error
+        for folder in (Path(where) / "cmcv", Path(where).parent / "cmcv"):
+            if folder.is_dir():
+                return cls(name, model, processor, *ConsistencyHeads.from_pretrained(folder))
+        return cls(name, model, processor)
+
+    def objective(self, batch: dict[str, Tensor], *, alpha: float = 1.0, beta: float = 0.0) -> Objective:
+        return Objective(self.bridge, self.space, batch, alpha, beta, self.heads if beta else None)
+
+    @torch.no_grad()
+    def right(self, pixels: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Verdict on images (N, C, H, W) in [0, 1]: (N,) bool."""
+        with frozen(self.model), torch.no_grad():
+            return self.objective(batch)(self.space.to_model(pixels)).right
+
+    @torch.no_grad()
+    def answers(self, pixels: Tensor, samples: Sequence[Sample], max_new_tokens: int = 8) -> list[str]:
+        """Greedy answers to images (N, C, H, W) in [0, 1]."""
+        with frozen(self.model), torch.no_grad():
+            inputs = self.collate.prompts(samples)
+            output = self.model.generate(
+                **inputs, pixel_values=self.space.to_model(pixels), max_new_tokens=max_new_tokens, do_sample=False
+            )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def own_scores(self, pixels: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[str]]:
+        """S_c (N,) of images in [0, 1] with the answers that the model itself gives to them, and those answers."""
+        assert self.heads is not None
+        answers = self.answers(pixels, samples)
+        text = self.collate.responses(samples, answers)
+        with frozen(self.model, self.heads), torch.no_grad():
+            features = self.bridge.encode_image(self.space.to_model(pixels))
+            return (
+                self.heads.score(
+                    self.heads.project_image(features), self.heads.project_text(self.bridge.encode_text(**text))
+                ),
+                answers,
+            )

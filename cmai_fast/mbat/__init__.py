@@ -1,0 +1,7 @@
+"""Modality-Bridging Adversarial Training: configuration, trainer, and the solvers of its inner problem."""
+
+from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.inner import SOLVERS, InnerResult, maximise
+from cmai_fast.mbat.trainer import MBATTrainer, last_checkpoint
+
+__all__ = ["SOLVERS", "InnerResult", "MBATConfig", "MBATTrainer", "last_checkpoint", "maximise"]

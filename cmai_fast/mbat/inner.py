@@ -1,0 +1,151 @@
+"""The inner problem of MBAT: max over delta in the ball of alpha * L_task - beta * S_c, by solvers of different price.
+
+| solver | model passes for K steps |
+|---|---|
+| `pgd` | K full |
+| `bridge` | R full + (K - R) of the vision side alone |
+| `fgsm` | 1 full |
+
+`bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and ascends <p, h_v(x + delta)> through E_v, whose
+gradient is exact: only the language model is linearised. S_c lives on the vision side and stays exact at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmai_fast import ops
+from cmai_fast.attacks import Objective, Passes
+from cmai_fast.attacks.state import prepare
+from cmai_fast.bridge import task_loss
+from cmai_fast.threat import ThreatModel
+
+SOLVERS = ("pgd", "bridge", "fgsm")
+
+
+@dataclass
+class InnerResult:
+    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness` cos(p used last, p fresh) per refresh, (N,) each."""
+
+    adv: Tensor
+    passes: Passes
+    staleness: list[Tensor]
+
+
+def refresh_steps(steps: int, refreshes: int) -> set[int]:
+    """Where p is made anew: R points that cut K steps into R + 1 equal parts, so R = K renews it at every step."""
+    if not 0 <= refreshes <= steps:
+        raise ValueError(f"refreshes is {refreshes}; expected 0 to {steps}, the number of inner steps")
+    return {i * steps // (refreshes + 1) for i in range(1, refreshes + 1)} if refreshes < steps else set(range(steps))
+
+
+def maximise(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    solver: str,
+    *,
+    steps: int = 10,
+    step_size: float | None = None,
+    refreshes: int = 0,
+    bridge_gradient: Tensor | None = None,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+) -> InnerResult:
+    """Adversarial images for a training batch.
+
+    Args:
+        objective: alpha * L_task - beta * S_c of the batch.
+        clean: (N, C, H, W) pixels in [0, 1].
+        threat: the ball.
+        solver: `pgd` (exact), `bridge`, or `fgsm` (one step of 1.25 eps from a random start: Fast-AT, Wong et al. 2020).
+        steps: K.
+        step_size: in the [0, 1] pixel range; None: 2.5 * eps / K, at most eps.
+        refreshes: R of `bridge`; R = K is `pgd` exactly.
+        bridge_gradient: p (N, T, D) of each sample at its clean image, free from the clean branch's own backward pass;
+            None: `bridge` computes it at the start, for one full pass more (unless step 0 renews it anyway).
+        seed, sample_ids: of the random start, as in `attacks.pgd`.
+
+    The model is given back as it was, also after an exception.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"inner is {solver!r}; expected one of {', '.join(SOLVERS)}")
+    if steps < 1:
+        raise ValueError(f"inner steps is {steps}; expected at least 1")
+    if solver == "fgsm":
+        steps, step_size = 1, 1.25 * threat.eps
+    renew = refresh_steps(steps, refreshes) if solver == "bridge" else set(range(steps))
+    if step_size is None:
+        step_size = min(threat.eps, 2.5 * threat.eps / steps)
+    outer_passes, objective.passes = objective.passes, Passes()
+    try:
+        with objective.frozen:
+            clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
+            p = None if bridge_gradient is None else objective.alpha * bridge_gradient.detach()
+            if p is None and 0 not in renew:
+                p, _ = _refresh(objective, objective.space.to_model(clean))
+            adv, staleness = _ascend(objective, clean, threat, eps, step_size, steps, renew, p, seed, sample_ids)
+            return InnerResult(adv, objective.passes, staleness)
+    finally:
+        objective.passes = outer_passes + objective.passes
+
+
+def _ascend(
+    objective: Objective,
+    clean: Tensor,
+    threat: ThreatModel,
+    eps: Tensor,
+    step_size: float,
+    steps: int,
+    renew: set[int],
+    p: Tensor | None,
+    seed: int,
+    sample_ids: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    step = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
+    mean, std = objective.space.mean.to(clean), objective.space.std.to(clean)
+    adv, staleness = torch.empty_like(clean), []
+    ops.random_start_(adv, clean, eps, sample_ids, seed, threat.norm)
+    model_input = objective.space.to_model(adv)
+    sizes = torch.full_like(eps, step_size)
+    for k in range(steps):
+        if k in renew:
+            fresh, grad = _refresh(objective, model_input)
+            if p is not None:
+                staleness.append(torch.cosine_similarity(p.flatten(1), fresh.flatten(1)))
+            p = fresh
+        else:
+            assert p is not None
+            grad = _vision_gradient(objective, model_input, p)
+        step(adv, grad, clean, eps, sizes, model_input=model_input, mean=mean, std=std)
+    return adv, staleness
+
+
+def _refresh(objective: Objective, model_input: Tensor) -> tuple[Tensor, Tensor]:
+    """A full pass at `model_input`: p = d(alpha * L_task)/d h_v, and the exact gradient at the pixels that comes with it."""
+    leaf = model_input.detach().clone().requires_grad_()
+    features = objective.bridge.encode_image(leaf)
+    logits, targets = objective.bridge.fuse(features, **objective.batch)
+    (p,) = torch.autograd.grad(objective.alpha * task_loss(logits, targets).sum(), features, retain_graph=True)
+    objective.passes.full_forward += 1
+    objective.passes.full_backward += 1
+    return p, _pull_back(objective, features, leaf, p)
+
+
+def _vision_gradient(objective: Objective, model_input: Tensor, p: Tensor) -> Tensor:
+    """d/dx of <p, h_v(x)> - beta * S_c(x), through E_v alone."""
+    leaf = model_input.detach().clone().requires_grad_()
+    features = objective.bridge.encode_image(leaf)
+    objective.passes.vision_forward += 1
+    objective.passes.vision_backward += 1
+    return _pull_back(objective, features, leaf, p)
+
+
+def _pull_back(objective: Objective, features: Tensor, leaf: Tensor, p: Tensor) -> Tensor:
+    target = (p * features).sum()
+    if objective.beta:
+        target = target - objective.beta * objective.score(features).sum()
+    return torch.autograd.grad(target, leaf)[0]

@@ -1,0 +1,286 @@
+"""MBATTrainer: a `transformers.Trainer` whose step is adversarial."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from cmai_fast.arm import ARMSchedule
+from cmai_fast.attacks import Objective, Passes
+from cmai_fast.bridge import Bridge, task_loss
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
+from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.inner import maximise
+from cmai_fast.threat import PixelSpace, ThreatModel
+
+COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
+_ARM = "arm.json"
+
+
+class MBATTrainer(Trainer):
+    """Drop-in for `Trainer`: the same arguments, plus `heads`.
+
+    Args:
+        model: as for `Trainer`; one that `Bridge` supports.
+        args: an `MBATConfig`.
+        processing_class: the model's processor; its mean and std turn `eps` into the model's input space.
+        heads: consistency heads to go on with; None makes new ones when beta or gamma needs them.
+        Everything else is `Trainer`'s own.
+
+    Batches need `pixel_values`, `input_ids`, `attention_mask`, `labels`; `sample_ids` (N,) names samples for their random
+    starts, `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the contrastive loss
+    (`cmai_fast.data.VQACollator` makes them all).
+
+    Checkpoints hold the heads (`cmcv/`), ARM's state and, written last, the file `complete`; see `last_checkpoint`.
+    """
+
+    args: MBATConfig
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: MBATConfig | None = None,
+        *,
+        heads: ConsistencyHeads | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, MBATConfig):
+            raise TypeError(f"args is a {type(args).__name__}; MBATTrainer takes an MBATConfig")
+        processor = kwargs.get("processing_class")
+        if processor is None:
+            raise ValueError("processing_class is None; MBATTrainer needs the model's processor for its mean and std")
+        if model is None:
+            raise ValueError("model is None; MBATTrainer needs the model itself, not model_init")
+        self.bridge = Bridge(model)
+        self.space = PixelSpace.from_processor(processor)
+        if heads is None and (args.beta or args.gamma or args.arm):
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)
+                heads = ConsistencyHeads(self.bridge.image_dim, self.bridge.text_dim)
+        self.heads = heads
+        self.schedule = (
+            ARMSchedule(args.tau_train, args.beta, max(args.beta, args.beta_max), args.beta_step)
+            if args.arm and heads is not None
+            else None
+        )
+        self.passes = Passes()
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._steps_in_sums = 0
+        if args.trainable == "vision":
+            _train_only(model, self.bridge.vision_side)
+        super().__init__(model=model, args=args, **kwargs)
+        if args.world_size > 1:
+            raise ValueError(f"world_size is {args.world_size}; MBATTrainer runs in one process for now")
+        # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
+        self.model_accepts_loss_kwargs = False
+        if self.heads is not None:
+            self.heads.to(args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with the heads as a parameter group of their own."""
+        optimizer = super().create_optimizer(model)
+        if self.heads is not None and self.args.gamma and len(optimizer.param_groups) <= 2:
+            optimizer.add_param_group(
+                {"params": list(self.heads.parameters()), "lr": self.args.heads_learning_rate, "weight_decay": 0.0}
+            )
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One MBAT step; returns the total loss, 0-d, detached.
+
+        The clean branch runs backward to the bridge first: that gives the language model its gradient and p, the bridge
+        gradient, in one go. The vision side then runs backward once for both branches.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        text = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
+        share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
+        args = self.args
+        with self.compute_loss_context_manager():
+            features = self.bridge.encode_image(inputs["pixel_values"])
+            leaf = features.detach().requires_grad_()
+            loss_clean, p = self._clean_branch(leaf, text, share)
+            parts = {"loss_clean": loss_clean}
+            remainder = features.new_zeros(())
+            if leaf.grad is not None:
+                remainder = remainder + (features * leaf.grad).sum()
+            adversarial = None
+            if args.inner != "none":
+                adv = self._attack(inputs, text, p)
+                adversarial = self.bridge.encode_image(self.space.to_model(adv).to(features.dtype))
+                loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
+                self._count(full_forward=1, full_backward=1)
+                remainder = remainder + share * args.lam * loss_adv
+                parts["loss_adv"] = loss_adv.detach()
+            if self.heads is not None:
+                contrastive, s_c = self._contrast(features, adversarial, inputs, text)
+                remainder = remainder + share * args.gamma * contrastive
+                parts["loss_contrastive"] = contrastive.detach()
+                parts["s_c_adv"] = s_c.mean()
+                if self.schedule is not None and adversarial is not None:
+                    self.schedule.update(s_c)
+                    parts["beta"] = torch.tensor(self.schedule.beta)
+        if remainder.requires_grad:
+            self.accelerator.backward(remainder)
+        weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
+        weights["loss_contrastive"] = args.gamma
+        total = torch.stack([weights[k] * v for k, v in parts.items() if k in weights]).sum()
+        self._record(parts, total)
+        return total * share
+
+    def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], share: float) -> tuple[Tensor, Tensor | None]:
+        """L_task of the clean images (0-d, detached) and p per sample, (N, T, D) or None where no solver asks for it.
+
+        Leaves the gradients of the language model in place, and that of the bridge in `leaf.grad`.
+        """
+        args = self.args
+        weight = 1 - args.lam if args.inner != "none" else 1.0
+        wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps
+        if not weight and not wants_p:
+            with torch.no_grad():
+                return task_loss(*self.bridge.fuse(leaf, **text)).mean(), None
+        loss = task_loss(*self.bridge.fuse(leaf, **text)).mean()
+        self._count(full_forward=1, full_backward=1)
+        if weight:
+            self.accelerator.backward(share * weight * loss)
+            assert leaf.grad is not None
+            p = leaf.grad * (len(leaf) / (share * weight))
+        else:
+            (p,) = torch.autograd.grad(loss * len(leaf), leaf)
+        return loss.detach(), p if wants_p else None
+
+    def _attack(self, inputs: dict[str, Tensor], text: dict[str, Tensor], p: Tensor | None) -> Tensor:
+        """Adversarial images (N, C, H, W) in [0, 1], made on the model as it is now, in evaluation mode."""
+        args = self.args
+        objective = Objective(
+            self.bridge, self.space, text, alpha=args.alpha, beta=self.beta, heads=self.heads if self.beta else None
+        )
+        result = maximise(
+            objective,
+            self.space.to_pixels(inputs["pixel_values"]),
+            ThreatModel(args.threat.norm, args.eps * self._eps_share()),
+            args.inner,
+            steps=args.inner_steps,
+            step_size=args.inner_step_size,
+            refreshes=args.refreshes,
+            bridge_gradient=p,
+            seed=args.seed + 7_919 * self.state.global_step,
+            sample_ids=inputs.get("sample_ids"),
+        )
+        self.passes = self.passes + result.passes
+        return result.adv
+
+    @property
+    def beta(self) -> float:
+        """The weight of S_c in the next inner problem."""
+        return self.args.beta if self.schedule is None else self.schedule.beta
+
+    def _eps_share(self) -> float:
+        """The part of eps in force: a linear warm-up over `eps_warmup` of all steps."""
+        warmup = self.args.eps_warmup * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
+
+    def _contrast(
+        self, clean: Tensor, adversarial: Tensor | None, inputs: dict[str, Tensor], text: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
+
+        The text side of the model is read but not trained by this loss: its gradient would cost a second pass of the
+        language model for each negative.
+        """
+        assert self.heads is not None
+        heads = self.heads
+        wrong = {k: inputs[f"negative_{k}"] for k in text if f"negative_{k}" in inputs}
+        with torch.no_grad():
+            own = self.bridge.encode_text(**text)
+            other = self.bridge.encode_text(**wrong) if wrong else None
+        self._count(text_forward=1 + bool(wrong))
+        grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
+        with grad:
+            t = heads.project_text(own)
+            t_wrong = None if other is None else heads.project_text(other)
+            same = same_text(text["input_ids"], text["attention_mask"])
+            views = [clean] if adversarial is None else [clean, adversarial]
+            projected = [heads.project_image(v) for v in views]
+            losses = [contrastive_loss(heads, v, t, t_wrong, same_text=same) for v in projected]
+        return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
+
+    def _count(self, **passes: int) -> None:
+        self.passes = self.passes + Passes(**passes)
+
+    def _record(self, parts: dict[str, Tensor], total: Tensor) -> None:
+        values = {k: float(v) for k, v in parts.items()}
+        if not math.isfinite(float(total)):
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.state.global_step}: {values}. Lower the learning rate, or look "
+                "for images or labels that are not as the model expects; the last checkpoint is intact"
+            )
+        for name, value in values.items():
+            self._sums[name] += value
+        self._steps_in_sums += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the parts of the loss averaged since the last one."""
+        if "loss" in logs and self._steps_in_sums:
+            logs = {**logs, **{k: v / self._steps_in_sums for k, v in self._sums.items()}}
+            self._sums.clear()
+            self._steps_in_sums = 0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.heads is not None:
+            self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        state = {} if self.schedule is None else self.schedule.state_dict()
+        (folder / _ARM).write_text(json.dumps(state))
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / COMPLETE).is_file():
+            raise ValueError(
+                f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
+                "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.heads is not None:
+            heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
+            self.heads.load_state_dict(heads.state_dict())
+        if self.schedule is not None:
+            self.schedule.load_state_dict(json.loads((folder / _ARM).read_text()))
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of an `MBATTrainer` in `folder`, or None."""
+    found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def _train_only(model: nn.Module, parts: list[nn.Module]) -> None:
+    keep = {p for part in parts for p in part.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(p in keep)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a power cut cannot leave `complete` beside a file that is not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,15 @@
+"""The operators of `torch.ops.cmai_fast`, with documented signatures, and the choice of their backend."""
+
+from cmai_fast.ops import autograd as _autograd  # noqa: F401  (registers the gradient rules)
+from cmai_fast.ops.backend import backend_report, chosen_backend
+from cmai_fast.ops.operators import cosine_heads, info_nce, pgd_l2_step_, pgd_linf_step_, random_start_
+
+__all__ = [
+    "backend_report",
+    "chosen_backend",
+    "cosine_heads",
+    "info_nce",
+    "pgd_l2_step_",
+    "pgd_linf_step_",
+    "random_start_",
+]

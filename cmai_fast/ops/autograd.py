@@ -1,0 +1,47 @@
+"""Gradient rules of the differentiable operators. Each backward is an operator of its own and differentiable once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmai_fast.ops.schema import LIBRARY
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _cosine_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.cmai_fast.cosine_heads_backward(grad, *ctx.saved_tensors)
+
+
+def _save_info_nce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    log_sum_exp = output[1]
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.save_for_backward(*inputs, log_sum_exp)
+
+
+def _info_nce_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, Tensor]:
+    grad_query, grad_keys, grad_scale = torch.ops.cmai_fast.info_nce_backward(grad, *ctx.saved_tensors)
+    return grad_query, grad_keys, None, grad_scale
+
+
+def _refuse_second_derivative(name: str) -> None:
+    # Without a rule PyTorch would take the gradients for constants and give a second derivative that is wrong.
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"cmai_fast::{name} has no second derivative; for one, write the score with torch.nn.functional"
+        )
+
+    torch.library.register_autograd(f"cmai_fast::{name}_backward", backward, lib=LIBRARY)
+
+
+torch.library.register_autograd(
+    "cmai_fast::cosine_heads", _cosine_heads_backward, setup_context=_save_inputs, lib=LIBRARY
+)
+torch.library.register_autograd("cmai_fast::info_nce", _info_nce_backward, setup_context=_save_info_nce, lib=LIBRARY)
+_refuse_second_derivative("cosine_heads")
+_refuse_second_derivative("info_nce")

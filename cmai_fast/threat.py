@@ -1,0 +1,161 @@
+"""What the attacker may do (ThreatModel), and how pixels in [0, 1] become a model's own input (PixelSpace)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+
+NORMS = ("linf", "l2")
+
+
+def parse_eps(value: str | float) -> float:
+    """A radius in the [0, 1] pixel range from `8/255`, `0.03` or a number.
+
+    Raises:
+        ValueError: not a number, negative, not finite, or above 1.
+    """
+    try:
+        eps = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"eps is {value!r}; expected a fraction such as 8/255 or a number such as 0.03") from None
+    if not 0.0 <= eps <= 1.0:  # also refuses NaN
+        hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
+        raise ValueError(f"eps is {value}; it is measured in the [0, 1] pixel range, so it lies between 0 and 1{hint}")
+    return eps
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of perturbations of the image.
+
+    Args:
+        norm: `linf` or `l2`.
+        eps: radius in the [0, 1] pixel range (for `l2`: the Euclidean norm over all pixels and channels, so it may
+            exceed 1).
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}; expected one of {', '.join(NORMS)}")
+        if self.norm == "linf":
+            parse_eps(self.eps)
+        elif not 0.0 <= self.eps < float("inf"):
+            raise ValueError(f"eps is {self.eps}; an l2 radius is a finite number of at least 0")
+
+    def distance(self, delta: torch.Tensor) -> torch.Tensor:
+        """The norm of each row of `delta` (N, ...), shape (N,)."""
+        flat = delta.flatten(1)
+        if flat.shape[1] == 0:
+            return flat.new_zeros(len(flat))
+        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+
+
+class PixelSpace:
+    """The affine map between pixels in [0, 1] and a model's normalised `pixel_values`, channel by channel.
+
+    Args:
+        mean, std: the processor's, one value a channel, in the [0, 1] range.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != len(std) or len(mean) == 0:
+            raise ValueError(f"mean has {len(mean)} channels and std {len(std)}; expected the same number, at least 1")
+        if min(std) <= 0:
+            raise ValueError(f"std is {list(std)}; every channel's must be above 0")
+        self.mean = torch.tensor(mean, dtype=torch.float32)
+        self.std = torch.tensor(std, dtype=torch.float32)
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> PixelSpace:
+        """Reads mean and std from a processor or an image processor of `transformers`."""
+        images = getattr(processor, "image_processor", processor)
+        mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+        if not getattr(images, "do_normalize", True):
+            mean, std = [0.0] * 3, [1.0] * 3
+        if mean is None or std is None:
+            raise ValueError(
+                f"{type(images).__name__} has no image_mean and image_std, so eps cannot be expressed in the model's "
+                "input space; set them, or build PixelSpace(mean, std) by hand"
+            )
+        scale = getattr(images, "rescale_factor", 1 / 255) if getattr(images, "do_rescale", True) else 1.0
+        if abs(scale * 255 - 1) > 1e-6:
+            raise ValueError(f"rescale_factor is {scale}; only 1/255, which maps 8-bit images to [0, 1], is supported")
+        return cls(mean, std)
+
+    def to_model(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (N, C, H, W) in [0, 1] to the model's input space, differentiable, same dtype."""
+        mean, std = self.like(pixels)
+        return (pixels - mean) / std
+
+    def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised `pixel_values` (N, C, H, W) back to [0, 1]; at least float32.
+
+        8-bit images come back on the k/255 grid exactly as float32 gives it, so that "untouched" means equal.
+
+        Raises:
+            ValueError: a value that is not finite, or pixels outside [0, 1] (not normalised by this mean and std).
+        """
+        x = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        mean, std = self.like(x)
+        pixels = x * std + mean
+        check_pixels(pixels, slack=2e-2 if pixel_values.dtype in (torch.bfloat16, torch.float16) else 1e-5)
+        grid = torch.round(pixels * 255) / 255
+        pixels = torch.where((pixels - grid).abs() < 1e-5, grid, pixels)
+        return pixels.clamp(0, 1)
+
+    def like(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mean and std shaped (C, 1, 1), with the dtype and device of `pixels`."""
+        if pixels.dim() != 4 or pixels.shape[1] != len(self.mean):
+            raise ValueError(
+                f"images have shape {tuple(pixels.shape)}; expected (N, {len(self.mean)}, height, width) for a processor "
+                f"with {len(self.mean)} channels"
+            )
+        return self.mean.to(pixels)[:, None, None], self.std.to(pixels)[:, None, None]
+
+
+def check_pixels(pixels: torch.Tensor, slack: float = 1e-6) -> None:
+    """Raises ValueError where a pixel is not finite or not in [0, 1] (give or take `slack`), naming the first row."""
+    if pixels.numel() == 0:
+        return
+    flat = pixels.detach().flatten(1)
+    bad = ~flat.isfinite().all(1)
+    if bad.any():
+        raise ValueError(f"image {int(bad.nonzero()[0])} of the batch holds NaN or infinite pixels; expected [0, 1]")
+    outside = (flat.amin(1) < -slack) | (flat.amax(1) > 1 + slack)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"image {row} of the batch has pixels from {flat[row].min():.4g} to {flat[row].max():.4g}; expected [0, 1]. "
+            "Normalised pixel_values go through PixelSpace.to_pixels first"
+        )
+
+
+def round_to_8bit(adv: torch.Tensor, clean: torch.Tensor, threat: ThreatModel) -> torch.Tensor:
+    """The 8-bit image a user would receive: `adv` on the k/255 grid, still inside the ball and the box.
+
+    Each pixel is rounded to the nearest level; where that leaves the ball it is rounded toward `clean` instead.
+    `adv` and `clean` have shape (N, ...) in [0, 1]; `clean` must lie on the grid itself for the ball to hold.
+
+    Raises:
+        ValueError: `clean` is no 8-bit image.
+    """
+    levels = torch.round(clean.double() * 255)
+    if not torch.allclose(levels / 255, clean.double(), atol=1e-4, rtol=0):
+        raise ValueError("the clean image is not on the 8-bit grid (k/255), so no 8-bit neighbour is sure to be in the ball")
+    steps = (adv.double() - levels / 255) * 255
+    if threat.norm == "linf":
+        # 8/255 is not exact in binary: the small slack lets it mean eight whole levels.
+        most = int(threat.eps * 255 + 1e-6)
+        steps = steps.round().clamp(-most, most)
+    else:
+        nearest = steps.round()
+        outside = threat.distance(nearest) > threat.eps * 255
+        steps = torch.where(outside.view(-1, *[1] * (steps.dim() - 1)), steps.trunc(), nearest)
+    return ((levels + steps).clamp(0, 255) / 255).to(adv.dtype)

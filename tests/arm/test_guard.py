@@ -1,0 +1,297 @@
+import dataclasses
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmai_fast.arm import Decision, Guard
+from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.data import VQACollator, load_dataset
+
+TAU = Threshold(0.0, 0.05, 100, "calibration")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    data = load_dataset("easyvqa", "test", limit=8, seed=1)
+    return [data[i] for i in range(len(data))]
+
+
+def make_heads(guard_or_dims, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ConsistencyHeads(*guard_or_dims, dim=8, hidden=16)
+
+
+@pytest.fixture(scope="module")
+def dims(tiny_model):
+    width = tiny_model.config.text_config.hidden_size
+    return width, width
+
+
+@pytest.fixture
+def guard(tiny_model, tiny_processor, dims):
+    return Guard(tiny_model, tiny_processor, make_heads(dims), TAU, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def run_folder(make_tiny, dims, tmp_path_factory):
+    """A run as `immunize` writes it: model/ and cmcv/."""
+    folder = tmp_path_factory.mktemp("run")
+    model, processor = make_tiny()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    make_heads(dims).save_pretrained(folder / "cmcv", TAU)
+    return folder
+
+
+def with_tau(guard, tau):
+    return Guard(guard.model, guard.processor, guard.heads, tau, max_new_tokens=guard.max_new_tokens)
+
+
+def columns(samples):
+    return [s["image"] for s in samples], [s["question"] for s in samples]
+
+
+def test_the_answer_is_what_transformers_alone_gives(guard, samples):
+    decisions = with_tau(guard, -1.1).decide_batch(*columns(samples))
+    processor = guard.processor
+    for sample, decision in zip(samples, decisions, strict=True):
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]}
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+        inputs = processor(images=sample["image"], text=prompt, return_tensors="pt")
+        output = guard.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        plain = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert decision.answer == plain.strip() and decision.route == "answer"
+    assert len({d.answer for d in decisions}) > 1, "answers that are all alike would prove nothing"
+
+
+def test_the_score_is_that_of_the_question_with_the_answer(guard, samples):
+    for sample in samples[:3]:
+        decision = guard.decide(sample["image"], sample["question"])
+        said = decision.answer if decision.route == "answer" else decision.withheld_answer
+        batch = VQACollator(guard.processor)([sample | {"answer": said}])
+        with torch.no_grad():
+            image = guard.bridge.encode_image(batch["pixel_values"])
+            text = guard.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            score = guard.heads.score(guard.heads.project_image(image), guard.heads.project_text(text))
+        assert decision.score == pytest.approx(score.item(), abs=1e-6)
+
+
+def test_a_low_score_withholds_the_answer(guard, samples):
+    image, question = samples[0]["image"], samples[0]["question"]
+    score = guard.decide(image, question).score
+    accepted = with_tau(guard, score).decide(image, question)
+    rejected = with_tau(guard, math.nextafter(score, 2)).decide(image, question)
+    assert accepted.route == "answer" and accepted.answer is not None and accepted.withheld_answer is None
+    assert rejected.route == "reject" and rejected.answer is None and rejected.withheld_answer == accepted.answer
+    assert rejected.threshold > rejected.score == score and rejected.question == question
+
+
+def test_a_batch_gives_the_single_decisions(guard, samples):
+    images, questions = columns(samples)
+    questions[2] = "is the shape not red and not blue and is it what is in the image ?"  # padding differs by row
+    together = guard.decide_batch(images, questions)
+    alone = [guard.decide(image, question) for image, question in zip(images, questions, strict=True)]
+    assert {d.route for d in together} == {"answer", "reject"}
+    for a, b in zip(together, alone, strict=True):
+        assert a.score == pytest.approx(b.score, abs=1e-5)
+        assert dataclasses.replace(a, score=0.0) == dataclasses.replace(b, score=0.0)
+    assert guard.decide_batch([], []) == []
+
+
+def test_forms_of_an_image_decide_alike(guard, samples, tmp_path):
+    image, question = samples[0]["image"], samples[0]["question"]
+    Image.fromarray(image).save(tmp_path / "x.png")
+    first = guard.decide(image, question)
+    for form in (Image.fromarray(image), tmp_path / "x.png", str(tmp_path / "x.png"), image / 255):
+        assert guard.decide(form, question) == first
+
+
+def state_of(*modules):
+    return [
+        (name, m.training, [(p.requires_grad, p.grad, p._version) for p in m.parameters(recurse=False)])
+        for module in modules
+        for name, m in module.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_given_back_as_it_was(make_tiny, dims, samples, monkeypatch, fails):
+    model, processor = make_tiny()
+    heads = make_heads(dims)
+    model.train()
+    model.model.vision_tower.eval()
+    next(model.lm_head.parameters()).requires_grad_(False)
+    settings = model.generation_config.to_dict()
+    rng = torch.get_rng_state()
+    guard = Guard(model, processor, heads, TAU, max_new_tokens=2)
+    before = state_of(model, heads)
+    if fails:
+        monkeypatch.setattr(heads, "score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            guard.decide(samples[0]["image"], samples[0]["question"])
+    else:
+        guard.decide(samples[0]["image"], samples[0]["question"])
+        with torch.no_grad():
+            guard.decide(samples[0]["image"], samples[0]["question"])
+    assert state_of(model, heads) == before
+    assert model.generation_config.to_dict() == settings
+    assert torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled()
+
+
+def test_dropout_is_off_also_for_a_model_in_training(make_tiny, dims, samples):
+    model, processor = make_tiny()
+    model.model.language_model.layers[0].self_attn.attention_dropout = 0.9
+    model.model.vision_tower.encoder.layers[0].self_attn.dropout = 0.9
+    guard = Guard(model.train(), processor, make_heads(dims).train(), TAU, max_new_tokens=2)
+    decisions = [guard.decide(samples[0]["image"], samples[0]["question"]) for _ in range(3)]
+    assert decisions[0] == decisions[1] == decisions[2]
+
+
+def cut_png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()[:150]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": np.full((64, 64, 3), np.nan)}, "image 0 has 12288 NaN"),
+        ({"image": np.full((64, 64, 3), 1.5)}, "from 1.5 to 1.5"),
+        ({"image": np.zeros((32, 64, 3), np.uint8)}, r"32 x 64 .* takes 64 x 64.*resize=True"),
+        ({"image": cut_png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))}, "truncated"),
+        ({"image": "nowhere.png"}, r"nowhere\.png"),
+        ({"question": ""}, "question 0 is ''.*not empty"),
+        ({"question": " \n"}, "not empty"),
+        ({"question": None}, "question 0 is None"),
+        ({"question": "what is <image> ?"}, "holds '<image>'"),
+        ({"question": "is " * 120}, r"context is 128.*max_new_tokens"),
+    ],
+)
+def test_bad_input_is_named(guard, samples, change, message):
+    with pytest.raises(ValueError, match=message):
+        guard.decide(**({"image": samples[0]["image"], "question": samples[0]["question"]} | change))
+
+
+def test_the_faulty_row_of_a_batch_is_named(guard, samples):
+    images, questions = columns(samples[:3])
+    with pytest.raises(ValueError, match="question 2"):
+        guard.decide_batch(images, [*questions[:2], ""])
+    with pytest.raises(ValueError, match="image 1 "):
+        guard.decide_batch([images[0], images[1][:9], images[2]], questions)
+    for wrong in (questions[:2], questions[0]):
+        with pytest.raises(ValueError, match="one question an image"):
+            guard.decide_batch(images, wrong)
+
+
+def test_resize_takes_an_image_of_another_size(guard, samples):
+    large = Image.fromarray(samples[0]["image"]).resize((128, 100))
+    assert guard.decide(large, samples[0]["question"], resize=True).route in ("answer", "reject")
+
+
+def test_a_broken_score_is_rejected_and_still_logged_as_json(guard, samples, monkeypatch):
+    monkeypatch.setattr(guard.heads, "score", lambda v, t: torch.full((len(v),), math.nan))
+    decision = guard.decide(samples[0]["image"], samples[0]["question"])
+    assert decision.route == "reject" and decision.answer is None
+    assert json.loads(decision.to_json())["score"] is None
+
+
+def test_json_is_one_line_with_every_attribute():
+    decision = Decision(None, -0.25, 0.1, "reject", 'is "it"\nred\u2028?', withheld_answer="no")
+    line = decision.to_json()
+    assert len(line.splitlines()) == 1
+    assert json.loads(line) == dataclasses.asdict(decision)
+
+
+def test_heads_and_threshold_must_fit(tiny_model, tiny_processor, dims):
+    with pytest.raises(ValueError, match="heads were made for"):
+        Guard(tiny_model, tiny_processor, make_heads((dims[0] + 1, dims[1])), TAU)
+    with pytest.raises(ValueError, match="threshold is nan"):
+        Guard(tiny_model, tiny_processor, make_heads(dims), math.nan)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        Guard(tiny_model, tiny_processor, make_heads(dims), TAU, max_new_tokens=0)
+
+
+def test_run_folder_and_model_folder_give_the_same_guard(run_folder, guard, samples):
+    image, question = samples[0]["image"], samples[0]["question"]
+    expected = guard.decide(image, question)
+    for folder in (run_folder, run_folder / "model", str(run_folder)):
+        loaded = Guard.from_pretrained(folder, max_new_tokens=4)
+        assert not loaded.model.training and loaded.threshold == TAU.tau
+        assert loaded.decide(image, question) == expected
+    assert Guard.from_pretrained(run_folder, threshold=0.75).threshold == 0.75
+
+
+def copied(run_folder, tmp_path, *, heads=True):
+    """Links, so that a test may take files away."""
+    for part in ("model", "cmcv") if heads else ("model",):
+        (tmp_path / part).mkdir()
+        for path in (run_folder / part).iterdir():
+            (tmp_path / part / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_heads_inside_the_model_folder_are_found(run_folder, tmp_path):
+    folder = copied(run_folder, tmp_path)
+    (folder / "cmcv").rename(folder / "model" / "cmcv")
+    assert Guard.from_pretrained(folder / "model").threshold == TAU.tau
+
+
+def test_a_folder_without_heads_is_refused(run_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"no consistency heads .*cmai-fast immunize"):
+        Guard.from_pretrained(copied(run_folder, tmp_path, heads=False))
+
+
+def test_heads_without_a_threshold_are_refused_unless_one_is_given(run_folder, dims, tmp_path):
+    folder = copied(run_folder, tmp_path, heads=False)
+    make_heads(dims).save_pretrained(folder / "cmcv")
+    with pytest.raises(ValueError, match="without a threshold"):
+        Guard.from_pretrained(folder)
+    assert Guard.from_pretrained(folder, threshold=0.2).threshold == 0.2
+
+
+def test_a_pickle_checkpoint_is_refused_and_never_opened(run_folder, tmp_path):
+    folder = copied(run_folder, tmp_path)
+    (folder / "model" / "model.safetensors").unlink()
+    pickle = b"cposix\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR."
+    (folder / "model" / "pytorch_model.bin").write_bytes(pickle)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*refused.*safetensors"):
+        Guard.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_safetensors_are_asked_for_whatever_the_caller_says(run_folder, monkeypatch):
+    import transformers
+
+    seen = {}
+
+    def record(folder, **kwargs):
+        seen.update(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers, "AutoModelForImageTextToText", SimpleNamespace(from_pretrained=record))
+    with pytest.raises(KeyboardInterrupt):
+        Guard.from_pretrained(run_folder, use_safetensors=False)
+    assert seen["use_safetensors"] is True
+
+
+def test_truncated_weights_are_named(run_folder, tmp_path):
+    folder = copied(run_folder, tmp_path)
+    weights = folder / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"weights in .*model are damaged"):
+        Guard.from_pretrained(folder)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        Guard.from_pretrained(tmp_path)

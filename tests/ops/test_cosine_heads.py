@@ -1,0 +1,142 @@
+"""cosine_heads: values and gradients against float64, and what zero, NaN and huge vectors give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmai_fast import ops
+
+SHAPES = [(1, 1, 1), (5, 3, 7), (33, 2, 130)]
+
+
+def make_pair(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(shape, generator=generator)
+    return image.to(dtype), (0.5 * image + torch.randn(shape, generator=generator)).to(dtype)
+
+
+def value_and_gradients(score: object, image: Tensor, text: Tensor, weight: Tensor) -> list[Tensor]:
+    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
+    out = score(image, text)  # type: ignore[operator]
+    (out * weight.to(out.dtype)).sum().backward()
+    assert image.grad is not None and text.grad is not None
+    return [out.detach(), image.grad, text.grad]
+
+
+def plain(image: Tensor, text: Tensor) -> Tensor:
+    return F.cosine_similarity(image, text, dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_at_most_twice_that_of_plain_pytorch(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    image, text = (tensor.to(device) for tensor in make_pair(shape, dtype))
+    weight = torch.linspace(-1, 1, shape[0] * shape[1], device=device).view(shape[:2])
+    got = value_and_gradients(ops.cosine_heads, image, text, weight)
+    by_plain = value_and_gradients(plain, image, text, weight)
+    exact = value_and_gradients(plain, image.double(), text.double(), weight)
+    for mine, theirs, right in zip(got, by_plain, exact, strict=True):
+        error, allowed = (mine.double() - right).abs().max(), (theirs.double() - right).abs().max()
+        assert error <= 2 * allowed + 2**-23, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
+
+
+def test_dtypes() -> None:
+    image, text = make_pair((2, 1, 4), torch.bfloat16)
+    image, text = image.requires_grad_(), text.double().requires_grad_()
+    score = ops.cosine_heads(image, text)
+    assert score.dtype == torch.float64
+    assert ops.cosine_heads(image, text.bfloat16()).dtype == torch.float32
+    score.sum().backward()
+    assert image.grad is not None and image.grad.dtype == torch.bfloat16
+    assert text.grad is not None and text.grad.dtype == torch.float64
+
+
+def test_gradcheck() -> None:
+    image, text = (tensor.requires_grad_() for tensor in make_pair((3, 2, 5), torch.float64))
+    assert torch.autograd.gradcheck(ops.cosine_heads, (image, text))
+
+
+def test_parallel_vectors_score_at_most_one() -> None:
+    image, _ = make_pair((500, 1, 67), torch.float32)
+    assert ops.cosine_heads(image, 3 * image).max() <= 1
+    assert ops.cosine_heads(image, -3 * image).min() >= -1
+    torch.testing.assert_close(ops.cosine_heads(image, 3 * image), torch.ones(500, 1))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-13])
+def test_zero_vectors_score_zero_without_gradient(size: float) -> None:
+    image, text = make_pair((4, 2, 6), torch.float32)
+    image[1, 0] *= size
+    text[2, 1] *= size
+    score, grad_image, grad_text = value_and_gradients(ops.cosine_heads, image, text, torch.ones(4, 2))
+    for row, head in ((1, 0), (2, 1)):
+        assert score[row, head] == 0
+        assert not grad_image[row, head].any() and not grad_text[row, head].any()
+    assert (score != 0).sum() == 6 and grad_image.isfinite().all() and grad_text.isfinite().all()
+
+
+def test_nan_stays_in_its_own_pair() -> None:
+    image, text = make_pair((4, 2, 6), torch.float32)
+    image[1, 0, 3] = float("nan")
+    score, grad_image, grad_text = value_and_gradients(ops.cosine_heads, image, text, torch.ones(4, 2))
+    for tensor in (score, grad_image.sum(-1), grad_text.sum(-1)):
+        bad = tensor.isnan()
+        assert bad[1, 0] and bad.sum() == 1
+
+
+def test_empty_and_non_contiguous() -> None:
+    assert ops.cosine_heads(torch.zeros(0, 2, 5), torch.zeros(0, 2, 5)).shape == (0, 2)
+    assert not ops.cosine_heads(torch.zeros(2, 2, 0), torch.zeros(2, 2, 0)).any()
+    image, text = make_pair((5, 3, 8), torch.float32)
+    weight = torch.ones(5, 3)
+    right = value_and_gradients(ops.cosine_heads, image, text, weight)
+    strided = value_and_gradients(lambda a, b: ops.cosine_heads(a.mT.contiguous().mT, b), image, text, weight)
+    torch.testing.assert_close(strided, right)
+
+
+def test_opcheck() -> None:
+    image, text = (tensor.requires_grad_() for tensor in make_pair((3, 2, 5), torch.float32))
+    torch.library.opcheck(torch.ops.cmai_fast.cosine_heads.default, (image, text))
+    arguments = (torch.ones(3, 2), image.detach(), text.detach())
+    torch.library.opcheck(torch.ops.cmai_fast.cosine_heads_backward.default, arguments)
+
+
+def test_second_derivative_is_refused() -> None:
+    image, text = (tensor.requires_grad_() for tensor in make_pair((2, 1, 3), torch.float32))
+    (grad,) = torch.autograd.grad(ops.cosine_heads(image, text).sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="cosine_heads has no second derivative"):
+        grad.sum().backward()
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"image has shape \(2, 3\), expected \(N, H, D\)"):
+        ops.cosine_heads(torch.rand(2, 3), torch.rand(2, 3))
+    with pytest.raises(RuntimeError, match=r"text has shape \(2, 1, 3\), expected \(2, 1, 4\) like image"):
+        ops.cosine_heads(torch.rand(2, 1, 4), torch.rand(2, 1, 3))
+    with pytest.raises(RuntimeError, match="image has dtype torch.int64"):
+        ops.cosine_heads(torch.ones(2, 1, 4, dtype=torch.int64), torch.rand(2, 1, 4))
+
+
+def test_torch_compile_traces_forward_and_backward() -> None:
+    """One graph, the operator in the middle of it and a mutating one beside it; the eager backend keeps this quick."""
+
+    def attack_step(adv: Tensor, clean: Tensor, text: Tensor) -> Tensor:
+        ops.pgd_linf_step_(adv, text.squeeze(1), clean, adv.new_full((2,), 0.1), adv.new_full((2,), 0.05))
+        return ops.cosine_heads(adv[:, None] * 2, text).sum()
+
+    def run(step: object) -> tuple[Tensor, Tensor, Tensor]:
+        text = make_pair((2, 1, 6), torch.float32)[1].requires_grad_()
+        clean = torch.linspace(0, 1, 12).view(2, 6)
+        adv = clean.clone()
+        score = step(adv, clean, text)  # type: ignore[operator]
+        score.backward()
+        assert text.grad is not None
+        return adv, score.detach(), text.grad
+
+    compiled = torch.compile(attack_step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), run(attack_step))

@@ -1,0 +1,289 @@
+"""The PGD steps: the operator in use and the reference, against float64 and against their own promises."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cmai_fast import ops
+from cmai_fast.ops import cpu, reference
+
+STEPS = ["pgd_linf_step_", "pgd_l2_step_"]
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+# The kernel works in blocks of 2048 elements of a channel: sizes below, at, just above and far from a multiple.
+SHAPES = [(1, 3, 1, 1), (3, 3, 7, 5), (2, 3, 32, 64), (5, 3, 3, 683), (2, 3, 65, 97)]
+
+Case = dict[str, Any]
+
+
+def make_case(shape: tuple[int, ...], norm: str, *, grad: torch.dtype = torch.float32, seed: int = 0) -> Case:
+    """A step whose rows end partly inside, partly outside of the ball, and whose pixels partly touch the box."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, count = shape[0], torch.Size(shape[1:]).numel()
+    clean = torch.rand(shape, generator=generator).mul(1.2).sub(0.1).clamp(0, 1)
+    size = 0.05 if norm == "linf" else 0.05 * count**0.5
+    eps = size * (0.5 + torch.rand(rows, generator=generator))
+    noise = torch.rand(shape, generator=generator) * 2 - 1
+    return {
+        "adv": (clean + 0.04 * noise).clamp(0, 1),
+        "grad": (torch.randn(shape, generator=generator) * 1e-3).to(grad),
+        "clean": clean,
+        "eps": eps,
+        "step": eps * 2 * torch.rand(rows, generator=generator),
+        "mean": torch.tensor(MEAN),
+        "std": torch.tensor(STD),
+        "model_input": torch.zeros(shape, dtype=grad),
+    }
+
+
+def norm_of(name: str) -> str:
+    return "linf" if "linf" in name else "l2"
+
+
+def in_float64(case: Case) -> Case:
+    return {key: value.double() if value.is_floating_point() else value for key, value in case.items()}
+
+
+def clone(case: Case) -> Case:
+    return {key: value.clone() for key, value in case.items()}
+
+
+def run(step: Any, case: Case) -> tuple[Tensor, Tensor]:
+    """adv and model_input after the step; `case` is left as it is."""
+    case = clone(case)
+    step(**case)
+    return case["adv"], case["model_input"]
+
+
+def assert_in_ball(name: str, adv: Tensor, clean: Tensor, eps: Tensor) -> None:
+    delta = (adv.double() - clean.double()).flatten(1)
+    if norm_of(name) == "linf":
+        # Pixels below 1 are rounded by at most 2^-25, in clean +- eps; so is eps itself.
+        assert (delta.abs().amax(1) <= eps.double() + 2**-24).all()
+    else:
+        assert (delta.norm(dim=1) <= eps.double() * (1 + 1e-6) + 2**-24 * delta.shape[1] ** 0.5).all()
+
+
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", STEPS)
+def test_error_is_at_most_twice_that_of_plain_pytorch(
+    name: str, shape: tuple[int, ...], grad: torch.dtype, device: torch.device
+) -> None:
+    case = {key: value.to(device) for key, value in make_case(shape, norm_of(name), grad=grad).items()}
+    plain = getattr(reference, name)
+    exact = run(plain, in_float64(case))
+    for got, by_plain, right in zip(run(getattr(ops, name), case), run(plain, case), exact, strict=True):
+        error, allowed = (got.double() - right).abs().max(), (by_plain.double() - right).abs().max()
+        assert error <= 2 * allowed + 2**-24, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
+        assert allowed < (1e-6 if got.dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linf_cpu_kernel_gives_the_very_bits_of_the_reference(shape: tuple[int, ...]) -> None:
+    case = make_case(shape, "linf")
+    for got, right in zip(run(cpu.pgd_linf_step_, case), run(reference.pgd_linf_step_, case), strict=True):
+        assert torch.equal(got, right)
+
+
+def test_linf_by_hand() -> None:
+    adv = torch.tensor([[0.5, 0.5, 0.5, 0.95, 0.59]])
+    clean = torch.tensor([[0.5, 0.5, 0.5, 0.95, 0.50]])
+    grad = torch.tensor([[3.0, -1e-30, 0.0, 1.0, 1.0]])
+    ops.pgd_linf_step_(adv, grad, clean, torch.tensor([0.1]), torch.tensor([0.08]))
+    torch.testing.assert_close(adv, torch.tensor([[0.58, 0.42, 0.5, 1.0, 0.6]]))
+
+
+@pytest.mark.parametrize("implementation", [ops, reference])
+def test_l2_by_hand(implementation: Any) -> None:
+    clean = torch.full((2, 2), 0.5)
+    adv = clean.clone()
+    # In pixels the gradient is (3, 4): the first row moves by step, the second is cut at eps.
+    grad, std = torch.tensor([[0.6, 0.4]]).repeat(2, 1), torch.tensor([0.2, 0.1])
+    implementation.pgd_l2_step_(
+        adv, grad, clean, torch.tensor([0.5, 0.05]), torch.tensor([0.1, 0.1]), mean=torch.zeros(2), std=std
+    )
+    torch.testing.assert_close(adv, torch.tensor([[0.56, 0.58], [0.53, 0.54]]))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30])
+@pytest.mark.parametrize("implementation", [ops, reference])
+def test_l2_direction_does_not_depend_on_the_size_of_the_gradient(implementation: Any, scale: float) -> None:
+    case = make_case((2, 3, 8, 8), "l2")
+    right, _ = run(implementation.pgd_l2_step_, {**case, "grad": case["grad"] * 1e3})
+    got, _ = run(implementation.pgd_l2_step_, {**case, "grad": case["grad"] * 1e3 * scale})
+    torch.testing.assert_close(got, right, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_result_is_inside_ball_and_box(name: str, data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4), label="shape"))
+    seed = data.draw(st.integers(0, 2**31), label="seed")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), label="grad")
+    radius = data.draw(st.floats(0, 2, width=32), label="eps")
+    step = data.draw(st.floats(0, 4, width=32), label="step")
+    lower, upper = data.draw(st.sampled_from([(0.0, 1.0), (0.25, 0.75)]), label="box")
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(shape, generator=generator).clamp(lower, upper)
+    adv = torch.rand(shape, generator=generator)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    eps = torch.full(shape[:1], radius)
+    getattr(ops, name)(adv, grad, clean, eps, torch.full(shape[:1], step), lower=lower, upper=upper)
+    assert ((adv >= lower) & (adv <= upper)).all()
+    assert_in_ball(name, adv, clean, eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", STEPS)
+def test_model_input_is_the_normalised_result(name: str, dtype: torch.dtype) -> None:
+    case = make_case((3, 3, 7, 5), norm_of(name))
+    case["model_input"] = case["model_input"].to(dtype)
+    adv, model_input = run(getattr(ops, name), case)
+    mean, std = case["mean"].view(3, 1, 1), case["std"].view(3, 1, 1)
+    assert model_input.dtype == dtype
+    assert torch.equal(model_input, ((adv - mean) / std).to(dtype))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_inactive_rows_are_untouched(name: str) -> None:
+    case = make_case((4, 3, 9, 9), norm_of(name))
+    case["active"] = torch.tensor([True, False, True, False])
+    case["model_input"].fill_(7)
+    case["adv"][1, 0, 0, 0] = 3.0  # outside of ball and box, and still none of the step's business
+    adv, model_input = run(getattr(ops, name), case)
+    stays = ~case["active"]
+    assert torch.equal(adv[stays], case["adv"][stays])
+    assert (model_input[stays] == 7).all()
+    everyone = {key: value for key, value in case.items() if key != "active"}
+    assert torch.equal(adv[~stays], run(getattr(ops, name), everyone)[0][~stays])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("implementation", [ops, reference])
+def test_bad_gradients_stay_in_their_row(implementation: Any, name: str, bad: float) -> None:
+    step = getattr(implementation, name)
+    case = make_case((3, 3, 9, 9), norm_of(name))
+    right, _ = run(step, case)
+    spoiled = clone(case)
+    spoiled["grad"][1, 2, 4, 4] = bad
+    adv, model_input = run(step, spoiled)
+    assert torch.equal(adv[[0, 2]], right[[0, 2]])
+    assert adv.isfinite().all() and model_input.isfinite().all()
+    assert_in_ball(name, adv, case["clean"], case["eps"])
+    if math.isnan(bad):
+        zeroed = clone(case)
+        zeroed["grad"][1, 2, 4, 4] = 0
+        assert torch.equal(adv, run(step, zeroed)[0])
+    elif norm_of(name) == "l2":
+        still = clone(case)
+        still["step"][1] = 0
+        assert torch.equal(adv, run(step, still)[0])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_zero_gradient_does_not_move_a_row_in_the_ball(name: str) -> None:
+    case = make_case((2, 3, 5, 5), norm_of(name))
+    case["grad"].zero_()
+    case["eps"].fill_(10)
+    adv, _ = run(getattr(ops, name), case)
+    assert torch.equal(adv, case["adv"])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("name", STEPS)
+def test_empty_batch(name: str, shape: tuple[int, ...]) -> None:
+    adv, _ = run(getattr(ops, name), make_case(shape, norm_of(name)))
+    assert adv.shape == shape
+
+
+@pytest.mark.parametrize("strided", ["adv", "grad", "clean", "model_input"])
+@pytest.mark.parametrize("name", STEPS)
+def test_non_contiguous_tensors(name: str, strided: str) -> None:
+    case = make_case((2, 3, 6, 8), norm_of(name))
+    right = run(getattr(reference, name), case)
+    buffer = torch.full((2, 3, 6, 16), 5.0)
+    case[strided] = buffer[..., ::2].copy_(case[strided])
+    getattr(ops, name)(**case)  # not `run`: a clone would be dense
+    torch.testing.assert_close((case["adv"], case["model_input"]), right, atol=1e-6, rtol=0)
+    assert (buffer[..., 1::2] == 5).all()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_channels_last(name: str) -> None:
+    case = make_case((2, 3, 6, 8), norm_of(name))
+    right = run(getattr(reference, name), case)
+    case = {k: v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in case.items()}
+    torch.testing.assert_close(run(getattr(ops, name), case), right, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_result_depends_neither_on_the_batch_nor_on_the_threads(name: str) -> None:
+    case = make_case((6, 3, 128, 129), norm_of(name))
+    adv, _ = run(getattr(ops, name), case)
+    alone = {key: value if key in ("mean", "std") else value[4:5] for key, value in case.items()}
+    assert torch.equal(run(getattr(ops, name), alone)[0][0], adv[4])
+    torch.set_num_threads(2)  # the fixture sets it back
+    assert torch.equal(run(getattr(ops, name), case)[0], adv)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_backward_through_overwritten_pixels_is_refused(name: str) -> None:
+    case = make_case((1, 3, 4, 4), norm_of(name))
+    case["adv"].requires_grad_()
+    loss = (case["adv"] ** 2).sum()
+    getattr(ops, name)(**case)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", STEPS)
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    case = {key: value.to(dtype) for key, value in make_case((2, 3, 4, 4), norm_of(name)).items()}
+    positional = [case.pop(key) for key in ("adv", "grad", "clean", "eps", "step")]
+    operator = getattr(torch.ops.cmai_fast, name).default
+    torch.library.opcheck(operator, (*positional, torch.tensor([True, False])), case)
+    torch.library.opcheck(operator, tuple(positional), {})
+
+
+WRONG = [
+    ("adv", torch.rand(2, 3, 4, 4).half(), "adv has dtype torch.float16"),
+    ("adv", torch.rand(2), r"expected \(N, \.\.\.\)"),
+    ("clean", torch.rand(2, 3, 4, 5), r"clean has shape \(2, 3, 4, 5\), expected \(2, 3, 4, 4\)"),
+    ("clean", torch.rand(2, 3, 4, 4).double(), "clean has dtype torch.float64"),
+    ("grad", torch.ones(2, 3, 4, 4, dtype=torch.int64), "grad has dtype torch.int64"),
+    ("eps", torch.tensor(0.1), r"eps has shape \(\)"),
+    ("step", torch.rand(3), r"step has shape \(3,\), expected \(2,\)"),
+    ("active", torch.ones(2), "active has dtype torch.float32"),
+    ("mean", None, "got std alone"),
+    ("std", torch.rand(1), r"std has shape \(1,\), expected \(3,\)"),
+    ("model_input", torch.rand(1, 3, 4, 4), "model_input has shape"),
+    ("lower", 2.0, "pixel box is empty"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG)
+@pytest.mark.parametrize("name", STEPS)
+def test_wrong_arguments_are_named(name: str, key: str, value: Any, message: str) -> None:
+    case = make_case((2, 3, 4, 4), norm_of(name))
+    case[key] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, name)(**case)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_one_tensor_for_two_roles_is_refused(name: str) -> None:
+    case = make_case((2, 3, 4, 4), norm_of(name))
+    with pytest.raises(RuntimeError, match="adv and clean are the same tensor"):
+        getattr(ops, name)(**{**case, "clean": case["adv"]})
+    with pytest.raises(RuntimeError, match="model_input and adv are the same tensor"):
+        getattr(ops, name)(**{**case, "model_input": case["adv"]})
