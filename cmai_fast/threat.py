@@ -44,6 +44,8 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; expected one of {', '.join(NORMS)}")
+        if isinstance(self.eps, str):
+            raise ValueError(f"eps is {self.eps!r}; expected a number (parse_eps reads text such as 8/255)")
         if self.norm == "linf":
             parse_eps(self.eps)
         elif not 0.0 <= self.eps < float("inf"):
@@ -105,7 +107,8 @@ class PixelSpace:
         x = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
         mean, std = self.like(x)
         pixels = x * std + mean
-        check_pixels(pixels, slack=2e-2 if pixel_values.dtype in (torch.bfloat16, torch.float16) else 1e-5)
+        half = pixel_values.dtype in (torch.bfloat16, torch.float16)
+        check_pixels(pixels, 2e-2 if half else 1e-5, "They were not normalised by this mean and std")
         grid = torch.round(pixels * 255) / 255
         pixels = torch.where((pixels - grid).abs() < 1e-5, grid, pixels)
         return pixels.clamp(0, 1)
@@ -114,13 +117,17 @@ class PixelSpace:
         """mean and std shaped (C, 1, 1), with the dtype and device of `pixels`."""
         if pixels.dim() != 4 or pixels.shape[1] != len(self.mean):
             raise ValueError(
-                f"images have shape {tuple(pixels.shape)}; expected (N, {len(self.mean)}, height, width) for a processor "
-                f"with {len(self.mean)} channels"
+                f"images have shape {tuple(pixels.shape)}; expected (N, {len(self.mean)}, height, width) for a "
+                f"processor with {len(self.mean)} channels"
             )
         return self.mean.to(pixels)[:, None, None], self.std.to(pixels)[:, None, None]
 
 
-def check_pixels(pixels: torch.Tensor, slack: float = 1e-6) -> None:
+def check_pixels(
+    pixels: torch.Tensor,
+    slack: float = 1e-6,
+    hint: str = "Normalised pixel_values go through PixelSpace.to_pixels first",
+) -> None:
     """Raises ValueError where a pixel is not finite or not in [0, 1] (give or take `slack`), naming the first row."""
     if pixels.numel() == 0:
         return
@@ -132,30 +139,43 @@ def check_pixels(pixels: torch.Tensor, slack: float = 1e-6) -> None:
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"image {row} of the batch has pixels from {flat[row].min():.4g} to {flat[row].max():.4g}; expected [0, 1]. "
-            "Normalised pixel_values go through PixelSpace.to_pixels first"
+            f"image {row} of the batch has pixels from {flat[row].min():.4g} to {flat[row].max():.4g}; "
+            f"expected [0, 1]. {hint}"
         )
 
 
 def round_to_8bit(adv: torch.Tensor, clean: torch.Tensor, threat: ThreatModel) -> torch.Tensor:
     """The 8-bit image a user would receive: `adv` on the k/255 grid, still inside the ball and the box.
 
-    Each pixel is rounded to the nearest level; where that leaves the ball it is rounded toward `clean` instead.
-    `adv` and `clean` have shape (N, ...) in [0, 1]; `clean` must lie on the grid itself for the ball to hold.
+    Each pixel is rounded to the nearest level; where that leaves the ball it is rounded toward `clean` instead (l2: no
+    more pixels than need be, those nearest to it first). `adv` and `clean` have shape (N, ...) in [0, 1]; `clean` must
+    lie on the grid itself, and `adv` in the ball.
 
     Raises:
         ValueError: `clean` is no 8-bit image.
     """
     levels = torch.round(clean.double() * 255)
     if not torch.allclose(levels / 255, clean.double(), atol=1e-4, rtol=0):
-        raise ValueError("the clean image is not on the 8-bit grid (k/255), so no 8-bit neighbour is sure to be in the ball")
+        raise ValueError(
+            "the clean image is not on the 8-bit grid k/255, so no 8-bit neighbour is sure to be in the ball"
+        )
     steps = (adv.double() - levels / 255) * 255
     if threat.norm == "linf":
         # 8/255 is not exact in binary: the small slack lets it mean eight whole levels.
         most = int(threat.eps * 255 + 1e-6)
         steps = steps.round().clamp(-most, most)
     else:
-        nearest = steps.round()
-        outside = threat.distance(nearest) > threat.eps * 255
-        steps = torch.where(outside.view(-1, *[1] * (steps.dim() - 1)), steps.trunc(), nearest)
+        steps = _round_in_l2_ball(steps.flatten(1), threat.eps * 255).view_as(steps)
     return ((levels + steps).clamp(0, 255) / 255).to(adv.dtype)
+
+
+def _round_in_l2_ball(steps: torch.Tensor, radius: float) -> torch.Tensor:
+    """Rows (N, D) of l2 norm at most `radius` to whole numbers: toward zero, then away while the ball has room."""
+    inner = steps.trunc()
+    rest = (steps - inner).abs()
+    price = torch.where(rest > 0.5, 2 * inner.abs() + 1, 0.0)  # (k + 1)^2 - k^2
+    order = rest.argsort(dim=1, descending=True, stable=True)
+    spent = inner.square().sum(1, keepdim=True) + price.gather(1, order).cumsum(1)
+    # The slack is that of the binary radius, as for linf.
+    fits = torch.zeros_like(rest, dtype=torch.bool).scatter(1, order, spent <= radius**2 + 1e-6)
+    return inner + torch.where(fits & (rest > 0.5), steps.sign(), 0.0)

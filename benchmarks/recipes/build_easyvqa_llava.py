@@ -1,11 +1,11 @@
-"""Trains the bundled model `easyvqa-llava` from scratch, for accuracy alone, and writes it in the `transformers` layout.
+"""Trains the bundled model `easyvqa-llava` from scratch, for accuracy alone, in the `transformers` layout.
 
     python benchmarks/recipes/build_easyvqa_llava.py --out cmai_fast/models/easyvqa-llava
 
-Three stages on easy-VQA's `train` split, as LLaVA is trained: the vision tower reads colour and shape (inside the full
-model, a from-scratch ViT learns colours at once and stalls on shapes), then projector and language model learn to answer
-on the frozen tower (at their learning rate it would forget the shapes again), then everything is tuned together. Pictures are
-mirrored and shifted; no smoothing, no noise: nothing that would make it tougher or more fragile than its accuracy does.
+Three stages on easy-VQA's `train` split, as LLaVA is trained. The vision tower reads colour and shape: inside the full
+model, a from-scratch ViT learns colours at once and stalls on shapes. Then projector and language model learn to answer
+on the frozen tower: at their learning rate it would forget the shapes again. Then everything is tuned together.
+Pictures are mirrored and shifted; no smoothing, no noise: nothing makes it tougher or more fragile.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def build_processor(patch_size: int) -> LlavaProcessor:
     )
 
 
-def build_model(processor: LlavaProcessor, width: int, vision_layers: int, text_layers: int) -> LlavaForConditionalGeneration:
+def build_model(
+    processor: LlavaProcessor, width: int, vision_layers: int, text_layers: int
+) -> LlavaForConditionalGeneration:
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=width,
@@ -155,7 +157,9 @@ def pretrain_vision(model: LlavaForConditionalGeneration, steps: int, lr: float,
             print(f"vision {step}: loss {loss.item():.4f}", flush=True)
 
 
-def train_answers(model: LlavaForConditionalGeneration, processor, what: str, steps: int, lr: float, batch: int = 64) -> None:
+def train_answers(
+    model: LlavaForConditionalGeneration, processor, what: str, steps: int, lr: float, batch: int = 64
+) -> None:
     """Stages 2 and 3: next-token cross-entropy on the answers, over all weights that are not frozen."""
     data = EasyVQA("train")
     collate = VQACollator(processor)

@@ -15,11 +15,13 @@ _RHO = 0.75  # share of steps that must have raised the loss, or the step is hal
 
 
 def checkpoints(steps: int) -> set[int]:
-    """The iterations at which a step may be halved: p_0 = 0, p_1 = 0.22, p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06)."""
-    p = [0.0, 0.22]
-    while p[-1] < 1:
-        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
-    return {int(-(-x * steps // 1)) for x in p[1:] if x <= 1}
+    """After how many steps the size may be halved: w_j = ceil(p_j * steps) with p_0 = 0, p_1 = 0.22 and
+    p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06)."""
+    # In whole hundredths: in binary 0.57 * 100 comes out above 57, and its ceiling is 58.
+    p = [0, 22]
+    while p[-1] < 100:
+        p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
+    return {-(-x * steps // 100) for x in p[1:] if x <= 100}
 
 
 def apgd(
@@ -33,7 +35,12 @@ def apgd(
     sample_ids: Tensor | None = None,
     early_stop: bool = True,
 ) -> AttackResult:
-    """APGD-CE (Croce and Hein, 2020). Arguments and result are those of `cmai_fast.attacks.pgd`; the first step is 2 * eps."""
+    """APGD-CE (Croce and Hein, 2020), whose first step is 2 * eps.
+
+    Arguments and result are those of `cmai_fast.attacks.pgd`, but with `early_stop=False` the result is still the best
+    point found. As in the authors' own code, checkpoint w_j comes when x^(w_j) has been evaluated, which is all that
+    its two conditions look at.
+    """
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps is {steps} and restarts {restarts}; expected at least 1 of each")
     before, objective.passes = objective.passes, Passes()
@@ -49,9 +56,8 @@ def apgd(
                 rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
                 if not len(rows):
                     break
-                _Run(objective, clean, threat, eps, sample_ids, best, rows, early_stop, seed + 1_000_003 * restart).ascend(
-                    steps
-                )
+                start = seed + 1_000_003 * restart
+                _Run(objective, clean, threat, eps, sample_ids, best, rows, early_stop, start).ascend(steps)
             return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
     finally:
         objective.passes = before + objective.passes
@@ -128,7 +134,7 @@ class _Run:
             self.drop_fooled()
 
     def halve(self, steps: int) -> None:
-        """Halves the step of rows that stopped improving and sends them back to their best point (conditions 1 and 2)."""
+        """Halves the step of rows that stopped improving (conditions 1 and 2), which go back to their best point."""
         stuck = self.rises < _RHO * steps
         stuck |= ~self.halved_at_check & (self.top_at_check >= self.top_loss)
         self.size = torch.where(stuck, self.size / 2, self.size)

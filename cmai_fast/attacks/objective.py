@@ -51,7 +51,7 @@ class Objective:
             computed once.
 
     Raises:
-        ValueError: a key of the batch is missing, or beta != 0 without heads.
+        ValueError: a key of the batch is missing or has another shape, or beta != 0 without heads.
     """
 
     bridge: Bridge
@@ -69,6 +69,9 @@ class Objective:
         if self.beta and self.heads is None:
             raise ValueError(f"beta is {self.beta}, but there are no consistency heads; give heads or set beta to 0")
         self.batch = {k: self.batch[k] for k in TEXT_KEYS}
+        if len({v.shape for v in self.batch.values()}) > 1:
+            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in self.batch.items())
+            raise ValueError(f"the batch has {shapes}; expected one shape (N, L) for all three")
         self._text: Tensor | None = None
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Iterated gradient ascent inside a ball: FGSM (Goodfellow et al., 2015), PGD (Madry et al., 2018), MI-FGSM (Dong et al., 2018)."""
+"""Gradient ascent in a ball: FGSM (Goodfellow et al., 2015), PGD (Madry et al., 2018), MI-FGSM (Dong et al., 2018)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ def pgd(
         decay: momentum of MI-FGSM: gradients are L1-normalised per sample and accumulated; 0 is plain PGD.
         seed: of the starts. A sample's start depends on (seed, restart, sample id) only.
         sample_ids: (N,) int64, a name for each sample; None: its place in the batch.
-        early_stop: samples that are fooled leave the batch, which shrinks; False returns the last iterate of each
-            sample instead of the best, as adversarial training uses it.
+        early_stop: samples that are fooled leave the batch, which shrinks, and the best point seen is kept; False takes
+            all steps and gives the last iterate (of the best restart), as adversarial training uses it.
 
     The model is given back as it was, and no global random state is read or changed.
     """
     if steps < 0 or restarts < 1:
         raise ValueError(f"steps is {steps} and restarts {restarts}; expected at least 0 and at least 1")
+    if step_size is not None and not 0 <= step_size < float("inf"):
+        raise ValueError(f"step_size is {step_size}; expected a finite number of at least 0, in the [0, 1] pixel range")
     before, objective.passes = objective.passes, Passes()
     try:
         with objective.frozen:
@@ -105,16 +107,14 @@ def _ascend(
                 if not len(rows):
                     return
         if velocity is not None:
-            norm = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
+            # The L1 norm is that of the gradient in pixels; the step itself divides by std again where it matters.
+            norm = (grad / std[:, None, None]).abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
             velocity.mul_(decay).add_(grad / norm.view(-1, *[1] * (grad.dim() - 1)))
             grad = velocity
         step(adv, grad, origin, radius, sizes, model_input=model_input, mean=mean, std=std)
     with torch.no_grad():
         at = objective(model_input, rows)
-    if early_stop:
-        best.offer(adv, at, rows)
-    else:
-        best.adv[rows], best.fooled[rows], best.loss[rows] = adv, ~at.right, at.loss.to(best.loss)
+    best.offer(adv, at, rows)
 
 
 def fgsm(
@@ -127,9 +127,11 @@ def fgsm(
     seed: int = 0,
     sample_ids: Tensor | None = None,
 ) -> AttackResult:
-    """One step of size eps from the clean image (Goodfellow et al., 2015). `steps` and `restarts` other than 1 are refused."""
+    """One step of size eps from the clean image (Goodfellow et al., 2015); other `steps` and `restarts` are refused."""
     if (steps, restarts) != (1, 1):
-        raise ValueError(f"fgsm takes one step from the clean image; steps is {steps}, restarts {restarts}. Use pgd for more")
+        raise ValueError(
+            f"fgsm takes one step from the clean image; steps is {steps}, restarts {restarts}. Use pgd for more"
+        )
     return pgd(objective, clean, threat, steps=1, step_size=threat.eps, random_start=False, sample_ids=sample_ids)
 
 
@@ -143,7 +145,7 @@ def mi_fgsm(
     seed: int = 0,
     sample_ids: Tensor | None = None,
 ) -> AttackResult:
-    """MI-FGSM (Dong et al., 2018): decay 1, step eps / steps; its first start is the clean image, later ones are random."""
+    """MI-FGSM (Dong et al., 2018): decay 1, step eps / steps; starts at the clean image, restarts are random."""
     first = pgd(
         objective, clean, threat, steps=steps, step_size=threat.eps / max(steps, 1), decay=1.0, random_start=False,
         seed=seed, sample_ids=sample_ids,

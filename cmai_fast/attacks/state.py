@@ -29,7 +29,7 @@ class AttackResult:
 
 
 class Best:
-    """Keeps, per row, the adversarial image that counts: one that fools before one that does not, then the higher loss."""
+    """Keeps, per row, the adversarial image that counts: one that fools before one that does not, then by loss."""
 
     def __init__(self, clean: Tensor) -> None:
         self.adv = clean.clone()
@@ -54,8 +54,9 @@ def prepare(
     if len(clean) != len(objective):
         raise ValueError(f"there are {len(clean)} images for {len(objective)} texts; expected one image a text")
     check_pixels(clean)
-    # A copy made outside inference mode, so that attacks also work on tensors that were created in it.
-    clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32)).clone(memory_format=torch.contiguous_format)
+    # A copy made outside inference mode, so that attacks also work on tensors that were created in it. Rounding may
+    # have left a pixel at 1.0000001, which an untouched sample would otherwise give back.
+    clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32)).clamp(0, 1).contiguous()
     if sample_ids is None:
         sample_ids = torch.arange(len(clean), device=clean.device)
     elif sample_ids.shape != (len(clean),):

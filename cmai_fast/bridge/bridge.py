@@ -28,13 +28,14 @@ class Bridge:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        config, forward = getattr(model, "config", None), inspect.signature(model.forward).parameters
         missing = [
             piece
             for piece, there in (
                 ("get_image_features", hasattr(model, "get_image_features")),
-                ("forward(mm_encoder_outputs=...)", "mm_encoder_outputs" in inspect.signature(model.forward).parameters),
+                ("forward(mm_encoder_outputs=...)", "mm_encoder_outputs" in forward),
                 ("a language_model", hasattr(getattr(model, "model", None), "language_model")),
-                ("config.image_token_id", getattr(model.config, "image_token_id", None) is not None),
+                ("config.image_token_id", getattr(config, "image_token_id", None) is not None),
             )
             if not there
         ]
@@ -69,9 +70,7 @@ class Bridge:
         features = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
         return torch.stack(list(features))
 
-    def encode_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """E_t: prompt and response without the image, to h_t (N, text_dim).
 
         The language model reads the text alone (image tokens are dropped), and its last hidden state is averaged over
@@ -141,7 +140,10 @@ def _check_labels(labels: torch.Tensor) -> None:
 
 
 def task_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """L_task of each sample: mean cross-entropy over its target tokens, (N, L', V), (N, L') -> (N,), float32 or better."""
+    """L_task (N,) of each sample: mean cross-entropy over its target tokens, float32 or better.
+
+    logits (N, L', V), targets (N, L'), as from `Bridge.fuse`.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
     return losses.sum(1) / (targets != IGNORE).sum(1)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 # 5,000 pictures of 64 x 64 in float32 take 250 MB.
 _CACHED_PIXELS, _CACHED_PICTURES = 64 * 64 * 3, 5_000
 
@@ -69,8 +68,9 @@ class VQACollator:
 
     def _encode_image(self, image: Any) -> torch.Tensor:
         """Normalised pixels (3, H, W). Small pictures are kept: a data set asks several questions about each."""
-        array = np.asarray(image)
-        key = (array.shape, array.tobytes()) if array.size <= _CACHED_PIXELS else None
+        # Arrays only: the values of a PIL image are not all of it (a palette gives them their colours).
+        small = isinstance(image, np.ndarray) and image.size <= _CACHED_PIXELS
+        key = (image.dtype.str, image.shape, image.tobytes()) if small else None
         value = self._pixels.get(key)
         if value is None:
             value = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
@@ -82,8 +82,8 @@ class VQACollator:
         others = [c for c in sample.get("choices", ()) if c != sample["answer"]]
         if not others:
             raise ValueError(
-                f"sample {sample.get('sample_id')} has no wrong answers in its 'choices'; the contrastive loss needs at "
-                "least one. Add them, or collate with negatives=0"
+                f"sample {sample.get('sample_id')} has no wrong answers in its 'choices'; the contrastive loss needs "
+                "at least one. Add them, or collate with negatives=0"
             )
         rng = np.random.default_rng((self.seed, int(sample.get("sample_id", 0))))
         return [others[j] for j in rng.integers(len(others), size=self.negatives)]

@@ -44,7 +44,8 @@ class EasyVQA(Dataset):
 
     Args:
         split: `train`, `calibration` (both from the package's training part) or `test`.
-        limit: how many questions to keep, drawn with `seed`; None keeps all (38,575 over train + calibration, 9,673 test).
+        limit: how many questions to keep, drawn with `seed`; None keeps all (38,575 in train and calibration together,
+            9,673 in test).
         seed: of the draw; the same seed and limit give the same questions.
 
     A sample is a dict: `sample_id` (int, position in the official question list, so a result can be traced),

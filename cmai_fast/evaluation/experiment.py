@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,17 @@ class ImmunizeSettings:
     restarts: int = 2
     limit: int = 500
     save_steps: int = 100
+    calibration_samples: int = 1000
     command: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            least = 0 if name in ("refreshes", "seed") else 1
+            if kind == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected above 0, finite")
 
 
 def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -72,24 +84,28 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
         resume: go on from the last whole checkpoint; the result is that of a run never interrupted.
 
     Raises:
-        ValueError: unknown model or data, settings out of range, or `out` holds something else.
+        ValueError: unknown model or data, settings out of range, or `out` holds something else; `out` is untouched.
     """
     out = Path(out)
-    threat = ThreatModel(settings.norm, settings.eps)  # type: ignore[arg-type]  # checked there
-    _claim(out, settings, resume)
+    _check_out(out, settings, resume)
+    if (out / "results.json").is_file():  # interrupted before the report
+        return _finish(out, read_results(out))
+    # All that can be refused is refused before the folder is claimed and hours are spent.
+    args = _config(settings, out, progress=False)
+    samples = _samples(settings.data, "test", settings.limit, settings.seed)
+    suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
     before = Subject.load(settings.model)
+    if not (out / RUN_FILE).is_file():
+        write_results(asdict(settings), out / RUN_FILE)
     if before.heads is None:
         before.heads = _fitted_heads(before, settings, progress)
     trained = out / "trained.json"
     if not trained.is_file():
-        record = _train(before, settings, out, resume, progress)
+        record = train(before, settings, out, resume, progress)
         write_results(record, trained)
     after = Subject.load(str(out / "model"))
     after.name = "immunised"
-    samples = _samples(settings.data, "test", settings.limit, settings.seed)
-    suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
-    results = _compare(before, after, samples, threat, suite, settings.seed, progress)
-    args = _config(settings, out, progress=False)
+    results = _compare(before, after, samples, args.threat, suite, settings.seed, progress)
     data = load_dataset(settings.data, "train", settings.batch_size, settings.seed)
     batch = VQACollator(before.processor, negatives=1)([data[i] for i in range(len(data))])
     results["overhead"] = step_overhead(before, args, batch)
@@ -97,7 +113,11 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     results["settings"] = asdict(settings) | {"split": "test", "steps": settings.attack_steps} | _curve_setting(suite)
     results |= {"seed": settings.seed, "versions": versions(), "sample_ids": [s["sample_id"] for s in samples]}
     write_results(results, out / "results.json")
-    write_report(read_results(out / "results.json"), out / "report.html")
+    return _finish(out, results)
+
+
+def _finish(out: Path, results: dict[str, Any]) -> dict[str, Any]:
+    write_report(read_results(out), out / "report.html")
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # only needed to resume
     return results
@@ -118,17 +138,16 @@ def evaluate(
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
-    """Measures `model`, and `against` (the undefended one) if named, on the test split; writes results.json, report.html.
+    """Measures `model`, and `against` if named, on the test split; writes results.json and report.html.
 
     Raises:
-        ValueError: unknown model or data, or `out` holds results already.
+        ValueError: unknown model or data, or `out` holds anything already.
     """
     out = Path(out)
-    if (out / "results.json").exists():
-        raise ValueError(f"{out} already holds results; name another folder with --out, or delete it")
-    after, before = Subject.load(model), Subject.load(against) if against else None
+    _check_empty(out)
     samples = _samples(data, "test", limit, seed)
     suite = [AttackSpec("pgd", steps, restarts), AttackSpec("apgd", 2 * steps)]
+    after, before = Subject.load(model), Subject.load(against) if against else None
     results = _compare(before, after, samples, threat, suite, seed, progress, batch_size)
     results["settings"] = {
         "model": model, "against": against, "data": data, "split": "test", "limit": limit, "eps": threat.eps,
@@ -175,8 +194,9 @@ def attack(
         "passes": vars(attacked.passes),
         "seconds": attacked.seconds,
         "settings": {
-            "model": model, "data": data, "split": "test", "attack": attack_name, "eps": threat.eps, "norm": threat.norm,
-            "steps": steps, "restarts": restarts, "limit": limit, "batch_size": batch_size, "command": command,
+            "model": model, "data": data, "split": "test", "attack": attack_name, "eps": threat.eps,
+            "norm": threat.norm, "steps": steps, "restarts": restarts, "limit": limit, "batch_size": batch_size,
+            "command": command,
         },
         "seed": seed,
         "versions": versions(),
@@ -196,10 +216,13 @@ def versions() -> dict[str, str]:
     """What a result was obtained with."""
     import transformers
 
-    commit = subprocess.run(
-        ["git", "-C", str(Path(cmai_fast.__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(Path(cmai_fast.__file__).parent), "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, check=False,
+        ).stdout.strip()  # fmt: skip
+    except OSError:  # no git here
+        commit = ""
     return {
         "cmai_fast": cmai_fast.__version__,
         "commit": commit or "not a checkout",
@@ -226,7 +249,9 @@ def _compare(
     measured: dict[str, Measured] = {}
     results: dict[str, Any] = {"undefended": None, "immunised": None}
     for key, subject in subjects.items():
-        transferred = {"transfer": measured["undefended"].attacked[first].adv} if key != "undefended" and measured else None
+        transferred = (
+            {"transfer": measured["undefended"].attacked[first].adv} if key != "undefended" and measured else None
+        )
         measured[key] = measure(
             subject, samples, threat, suite, curve=curve, transferred=transferred, batch_size=batch_size, seed=seed,
             progress=progress,
@@ -254,23 +279,28 @@ def _samples(data: str, split: str, limit: int, seed: int) -> list[Sample]:
     return [dataset[i] for i in range(len(dataset))]
 
 
-def _claim(out: Path, settings: ImmunizeSettings, resume: bool) -> None:
-    """Makes `out` this run's folder, or checks that it is."""
-    mine, there = asdict(settings) | {"command": ""}, out / RUN_FILE
-    if (out / "results.json").exists():
-        raise ValueError(f"{out} holds a finished run; name another folder with --out, or delete it")
-    if there.is_file():
-        other = json.loads(there.read_text()) | {"command": ""}
-        changed = [f"{k} was {other.get(k)!r}, now {v!r}" for k, v in mine.items() if other.get(k) != v]
-        if not resume:
-            raise ValueError(f"{out} holds an unfinished run; continue it with --resume, or name another folder")
-        if changed:
-            raise ValueError(f"{out} was begun with other settings ({'; '.join(changed)}); resume with the same ones")
+def _check_out(out: Path, settings: ImmunizeSettings, resume: bool) -> None:
+    """Refuses a folder that this run may not write to; changes nothing."""
+    if not (out / RUN_FILE).is_file():
+        _check_empty(out)
         return
+    try:
+        began = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        changed = [f"{k} was {began[k]!r}, now {v!r}" for k, v in asdict(settings).items() if began[k] != v]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out / RUN_FILE} was not written by this version of cmai-fast; name a new folder") from None
+    if (out / "results.json").exists() and (out / "report.html").exists():
+        raise ValueError(f"{out} holds a finished run; name another folder with --out, or delete it")
+    if not resume:
+        raise ValueError(f"{out} holds an unfinished run; continue it with --resume, or name another folder")
+    changed = [c for c in changed if not c.startswith("command ")]
+    if changed:
+        raise ValueError(f"{out} was begun with other settings ({'; '.join(changed)}); resume with the same ones")
+
+
+def _check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is no run of cmai-fast; name a new folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_results(asdict(settings), there)
+        raise ValueError(f"{out} exists and is not empty; name a new folder with --out")
 
 
 def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATConfig:
@@ -304,36 +334,34 @@ def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATCon
     )
 
 
-def _train(
-    before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool
-) -> dict[str, Any]:
+def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
     """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
     subject = Subject.load(settings.model)
     args = _config(settings, out, progress=progress)
     data = load_dataset(settings.data, "train")
+    needs_heads = bool(args.beta or args.gamma or args.arm)
     trainer = MBATTrainer(
         subject.model,
         args,
-        heads=before.heads,
+        heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is still to be measured
         train_dataset=data,
-        data_collator=VQACollator(subject.processor, negatives=1, max_length=subject.bridge.context, seed=settings.seed),
+        data_collator=VQACollator(
+            subject.processor, negatives=1, max_length=subject.bridge.context, seed=settings.seed
+        ),
         processing_class=subject.processor,
     )
     checkpoint = last_checkpoint(out) if resume else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    heads = trainer.heads
-    assert heads is not None
-    after = Subject("immunised", subject.model, subject.processor, heads.eval())
-    held_out = _samples(settings.data, "calibration", 1000, settings.seed)
-    images = torch.cat([x for _, _, x in batches(after, held_out, 128, "calibration", progress)])
-    threshold = fit_threshold(torch.from_numpy(own_scores(after, held_out, images, 128)), "calibration")
-    for name, save in (
-        ("model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d))),
-        ("cmcv", lambda d: heads.save_pretrained(d, threshold)),
-    ):
-        _appear(out / name, save)
+    if trainer.heads is not None:
+        heads = trainer.heads.eval()
+        after = Subject("immunised", subject.model, subject.processor, heads)
+        held_out = _samples(settings.data, "calibration", settings.calibration_samples, settings.seed)
+        images = torch.cat([x for _, _, x in batches(after, held_out, 128, "calibration", progress)])
+        threshold = fit_threshold(torch.from_numpy(own_scores(after, held_out, images, 128)), "calibration")
+        _appear(out / "cmcv", lambda d: heads.save_pretrained(d, threshold))
+    _appear(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
     logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry]
     curves = ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta")
     return {
@@ -350,14 +378,20 @@ def _appear(folder: Path, save: Any) -> None:
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save(staging)
+    try:
+        save(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
+        raise
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed between the two renames
     staging.rename(folder)
 
 
 def _fitted_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> ConsistencyHeads:
     """New heads for a model that came without, fitted on its own features before MBAT uses S_c."""
-    heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
+        heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
     stream = training_batches(subject, settings.data, settings.batch_size, settings.seed)
     fit_heads(subject.bridge, heads, stream, steps=300)
     return heads
@@ -371,7 +405,3 @@ def training_batches(subject: Subject, data: str, batch_size: int, seed: int) ->
         rows = torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
         yield collate([dataset[i] for i in rows])
 
-
-def with_seed(settings: ImmunizeSettings, seed: int) -> ImmunizeSettings:
-    """The same run with another seed."""
-    return replace(settings, seed=seed)

@@ -72,7 +72,7 @@ def step_overhead(
     Both run forward, backward and an AdamW update on copies of the model, which itself is not changed.
     """
     plain = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
-    runs = {"clean": _stepper(subject, args, plain), "mbat": _stepper(subject, args, {})}
+    runs = {"clean": stepper(subject, args, plain), "mbat": stepper(subject, args, {})}
     peaks = {}
     for name, (model, step) in runs.items():
         with SavedActivations(model) as held:
@@ -97,7 +97,7 @@ def step_overhead(
     }
 
 
-def _stepper(
+def stepper(
     subject: Subject, args: MBATConfig, changes: dict[str, Any]
 ) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
     args = copy.copy(args)

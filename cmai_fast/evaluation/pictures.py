@@ -24,10 +24,10 @@ def picture_grid(
     threat: ThreatModel,
     most: int = 6,
 ) -> list[dict[str, Any]]:
-    """Up to `most` samples for each attacked model: those on which the models differ first.
+    """Up to `most` samples for each attacked model: those that its attack broke first.
 
-    `subjects` and `measured` go by `undefended` / `immunised`; `attack` is the key of the attack whose images are shown,
-    rounded to 8 bits.
+    `subjects` and `measured` go by `undefended` / `immunised`; `attack` is the key of the attack whose images, rounded
+    to 8 bits, are shown.
     """
     pictures = []
     for against, m in measured.items():

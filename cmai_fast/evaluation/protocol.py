@@ -41,6 +41,9 @@ class AttackSpec:
     def __post_init__(self) -> None:
         if self.name not in ATTACKS:
             raise ValueError(f"unknown attack {self.name!r}; known: {', '.join(ATTACKS)}")
+        for what in ("steps", "restarts"):
+            if getattr(self, what) < 1:
+                raise ValueError(f"{what} of {self.name} is {getattr(self, what)}; expected at least 1")
 
     @property
     def key(self) -> str:
@@ -146,7 +149,7 @@ def measure(
     if curve is not None:
         record["curve"] = _curve(subject, samples, curve, threat, batch_size, seed, progress)
     if subject.heads is not None:
-        _add_consistency(measured, subject, samples, batch_size, progress)
+        _add_consistency(measured, subject, samples, batch_size)
     return measured
 
 
@@ -197,9 +200,9 @@ def _curve(
     batch_size: int,
     seed: int,
     progress: bool,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     radii = CURVE_EPS if threat.norm == "linf" else tuple(threat.eps * s for s in (1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2))
-    points = []
+    points: list[dict[str, Any]] = []
     for eps in sorted({*radii, threat.eps}):
         attacked = run_attack(
             subject, samples, spec, ThreatModel(threat.norm, eps), batch_size=batch_size, seed=seed, progress=progress
@@ -208,9 +211,7 @@ def _curve(
     return points
 
 
-def _add_consistency(
-    measured: Measured, subject: Subject, samples: Sequence[Sample], batch_size: int, progress: bool
-) -> None:
+def _add_consistency(measured: Measured, subject: Subject, samples: Sequence[Sample], batch_size: int) -> None:
     """S_c with the model's own answers, clean and attacked; the detector that thresholds it."""
     clean = own_scores(subject, samples, measured.clean, batch_size)
     attacked = {k: own_scores(subject, samples, a.adv, batch_size) for k, a in measured.attacked.items()}

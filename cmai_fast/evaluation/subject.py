@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cmai_fast.attacks import Objective
@@ -49,12 +50,10 @@ class Subject:
         from cmai_fast.models import resolve
 
         where = str(resolve(name))
-        if (Path(where) / "model" / "config.json").is_file():
-            where = str(Path(where) / "model")
         try:
             model = AutoModelForImageTextToText.from_pretrained(where, use_safetensors=True).eval()
             processor = AutoProcessor.from_pretrained(where)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"cannot load the model {name!r}: {error}") from error
         for folder in (Path(where) / "cmcv", Path(where).parent / "cmcv"):
             if folder.is_dir():

@@ -23,12 +23,14 @@ class MBATConfig(TrainingArguments):
     norm: str = field(default="linf", metadata={"help": "linf or l2."})
     inner: str = field(default="bridge", metadata={"help": "Solver of the inner problem: pgd, bridge, fgsm, or none."})
     inner_steps: int = field(default=10, metadata={"help": "K, steps of the inner problem."})
-    inner_step_size: float | None = field(default=None, metadata={"help": "Default: 2.5 * eps / K, at most eps."})
+    inner_step_size: float | None = field(default=None, metadata={"help": "Default: 2.5 * eps / K, at most eps; fgsm: 1.25 * eps."})
     refreshes: int = field(default=0, metadata={"help": "R, refreshes of the bridge gradient; 0: the clean branch's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})
     beta: float = field(default=0.1, metadata={"help": "Weight of S_c in the inner problem, where ARM starts."})
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
-    gamma: float = field(default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads stay as they are."})
+    gamma: float = field(
+        default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads stay as they are."}
+    )
     eps_warmup: float = field(default=0.0, metadata={"help": "Share of training over which eps rises from 0."})
     trainable: str = field(default="all", metadata={"help": "all, or vision (vision tower and projector alone)."})
     arm: bool = field(default=True, metadata={"help": "Let ARM move beta by S_c of adversarial batches."})
@@ -42,6 +44,10 @@ class MBATConfig(TrainingArguments):
         self.threat = ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # checked there
         if self.inner not in (*SOLVERS, "none"):
             raise ValueError(f"inner is {self.inner!r}; expected one of {', '.join(SOLVERS)}, none")
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps is {self.inner_steps}; expected at least 1 step of the inner problem")
+        if self.inner_step_size is not None and not 0 < self.inner_step_size < math.inf:
+            raise ValueError(f"inner_step_size is {self.inner_step_size}; expected above 0 and finite, or None")
         if self.inner == "bridge":
             refresh_steps(self.inner_steps, self.refreshes)
         if not 0 <= self.lam <= 1:

@@ -6,8 +6,8 @@
 | `bridge` | R full + (K - R) of the vision side alone |
 | `fgsm` | 1 full |
 
-`bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and ascends <p, h_v(x + delta)> through E_v, whose
-gradient is exact: only the language model is linearised. S_c lives on the vision side and stays exact at every step.
+`bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and ascends <p, h_v(x + delta)> through E_v,
+whose gradient is exact: only the language model is linearised. S_c lives on the vision side and stays exact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOLVERS = ("pgd", "bridge", "fgsm")
 
 @dataclass
 class InnerResult:
-    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness` cos(p used last, p fresh) per refresh, (N,) each."""
+    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness`: cos(p used, p fresh) (N,) per refresh."""
 
     adv: Tensor
     passes: Passes
@@ -61,9 +61,9 @@ def maximise(
         objective: alpha * L_task - beta * S_c of the batch.
         clean: (N, C, H, W) pixels in [0, 1].
         threat: the ball.
-        solver: `pgd` (exact), `bridge`, or `fgsm` (one step of 1.25 eps from a random start: Fast-AT, Wong et al. 2020).
+        solver: `pgd` (exact), `bridge`, or `fgsm` (one step from a random start, Wong et al. 2020).
         steps: K.
-        step_size: in the [0, 1] pixel range; None: 2.5 * eps / K, at most eps.
+        step_size: in the [0, 1] pixel range; None: 2.5 * eps / K, at most eps; for `fgsm` 1.25 * eps.
         refreshes: R of `bridge`; R = K is `pgd` exactly.
         bridge_gradient: p (N, T, D) of each sample at its clean image, free from the clean branch's own backward pass;
             None: `bridge` computes it at the start, for one full pass more (unless step 0 renews it anyway).
@@ -76,7 +76,7 @@ def maximise(
     if steps < 1:
         raise ValueError(f"inner steps is {steps}; expected at least 1")
     if solver == "fgsm":
-        steps, step_size = 1, 1.25 * threat.eps
+        steps, step_size = 1, 1.25 * threat.eps if step_size is None else step_size
     renew = refresh_steps(steps, refreshes) if solver == "bridge" else set(range(steps))
     if step_size is None:
         step_size = min(threat.eps, 2.5 * threat.eps / steps)
@@ -125,11 +125,12 @@ def _ascend(
 
 
 def _refresh(objective: Objective, model_input: Tensor) -> tuple[Tensor, Tensor]:
-    """A full pass at `model_input`: p = d(alpha * L_task)/d h_v, and the exact gradient at the pixels that comes with it."""
+    """A full pass at `model_input`: p = d(alpha * L_task)/d h_v, and the exact gradient at the pixels."""
     leaf = model_input.detach().clone().requires_grad_()
     features = objective.bridge.encode_image(leaf)
     logits, targets = objective.bridge.fuse(features, **objective.batch)
-    (p,) = torch.autograd.grad(objective.alpha * task_loss(logits, targets).sum(), features, retain_graph=True)
+    # Stops at the bridge, so the graph of the vision side stays for the second half.
+    (p,) = torch.autograd.grad(objective.alpha * task_loss(logits, targets).sum(), features)
     objective.passes.full_forward += 1
     objective.passes.full_backward += 1
     return p, _pull_back(objective, features, leaf, p)

@@ -23,7 +23,7 @@ from cmai_fast.mbat.inner import maximise
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
-_ARM = "arm.json"
+_STATE = "mbat.json"
 
 
 class MBATTrainer(Trainer):
@@ -36,11 +36,12 @@ class MBATTrainer(Trainer):
         heads: consistency heads to go on with; None makes new ones when beta or gamma needs them.
         Everything else is `Trainer`'s own.
 
-    Batches need `pixel_values`, `input_ids`, `attention_mask`, `labels`; `sample_ids` (N,) names samples for their random
-    starts, `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the contrastive loss
-    (`cmai_fast.data.VQACollator` makes them all).
+    Batches need `pixel_values`, `input_ids`, `attention_mask`, `labels`; `sample_ids` (N,) names samples for their
+    random starts, `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the
+    contrastive loss (`cmai_fast.data.VQACollator` makes them all).
 
-    Checkpoints hold the heads (`cmcv/`), ARM's state and, written last, the file `complete`; see `last_checkpoint`.
+    Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
+    `complete`; see `last_checkpoint`.
     """
 
     args: MBATConfig
@@ -88,10 +89,14 @@ class MBATTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the heads as a parameter group of their own."""
         optimizer = super().create_optimizer(model)
-        if self.heads is not None and self.args.gamma and len(optimizer.param_groups) <= 2:
-            optimizer.add_param_group(
-                {"params": list(self.heads.parameters()), "lr": self.args.heads_learning_rate, "weight_decay": 0.0}
-            )
+        if self.heads is None or not self.args.gamma:
+            return optimizer
+        heads = list(self.heads.parameters())
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not known & {id(p) for p in heads}:
+            optimizer.add_param_group({"params": heads, "lr": self.args.heads_learning_rate, "weight_decay": 0.0})
+            # Trainer clears the gradients of its model alone; those of the heads would add up over all of training.
+            optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())  # type: ignore[union-attr]
         return optimizer
 
     def training_step(
@@ -128,15 +133,16 @@ class MBATTrainer(Trainer):
                 remainder = remainder + share * args.gamma * contrastive
                 parts["loss_contrastive"] = contrastive.detach()
                 parts["s_c_adv"] = s_c.mean()
-                if self.schedule is not None and adversarial is not None:
-                    self.schedule.update(s_c)
-                    parts["beta"] = torch.tensor(self.schedule.beta)
-        if remainder.requires_grad:
-            self.accelerator.backward(remainder)
         weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
         weights["loss_contrastive"] = args.gamma
         total = torch.stack([weights[k] * v for k, v in parts.items() if k in weights]).sum()
-        self._record(parts, total)
+        self._refuse_divergence("loss", float(total), {k: float(v) for k, v in parts.items()})
+        if remainder.requires_grad:
+            self.accelerator.backward(remainder)
+        if self.schedule is not None and adversarial is not None:
+            self.schedule.update(s_c)
+            parts["beta"] = torch.tensor(self.schedule.beta)
+        self._record(parts)
         return total * share
 
     def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], share: float) -> tuple[Tensor, Tensor | None]:
@@ -219,15 +225,22 @@ class MBATTrainer(Trainer):
     def _count(self, **passes: int) -> None:
         self.passes = self.passes + Passes(**passes)
 
-    def _record(self, parts: dict[str, Tensor], total: Tensor) -> None:
-        values = {k: float(v) for k, v in parts.items()}
-        if not math.isfinite(float(total)):
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's; a gradient that is not finite must not reach the weights, nor these a checkpoint."""
+        norm = super()._clip_grad_norm(model)
+        self._refuse_divergence("gradient", float(norm), {"norm": float(norm)})
+        return norm
+
+    def _refuse_divergence(self, what: str, value: float, values: dict[str, float]) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss is not finite at step {self.state.global_step}: {values}. Lower the learning rate, or look "
-                "for images or labels that are not as the model expects; the last checkpoint is intact"
+                f"the {what} is not finite at step {self.state.global_step}: {values}. Lower the learning rate, or "
+                "look for images or labels that are not as the model expects; the last checkpoint is intact"
             )
-        for name, value in values.items():
-            self._sums[name] += value
+
+    def _record(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self._sums[name] += float(value)
         self._steps_in_sums += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -244,10 +257,11 @@ class MBATTrainer(Trainer):
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        state = {} if self.schedule is None else self.schedule.state_dict()
-        (folder / _ARM).write_text(json.dumps(state))
+        (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
+        super()._save_checkpoint(model, trial)
+        state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
+        (folder / _STATE).write_text(json.dumps(state))
         for path in folder.rglob("*"):
             if path.is_file():
                 _flush(path)
@@ -260,12 +274,16 @@ class MBATTrainer(Trainer):
                 f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
                 "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
             )
+        if not any(folder.glob("*.safetensors*")):
+            raise ValueError(f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.heads is not None:
             heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
             self.heads.load_state_dict(heads.state_dict())
+        state = json.loads((folder / _STATE).read_text())
+        self.passes = Passes(**state["passes"])
         if self.schedule is not None:
-            self.schedule.load_state_dict(json.loads((folder / _ARM).read_text()))
+            self.schedule.load_state_dict(state["arm"] or {})
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

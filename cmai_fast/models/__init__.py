@@ -8,7 +8,9 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-BUNDLED = tuple(sorted(folder.parent.name for folder in _HERE.glob("*/config.json")))
+BUNDLED = tuple(
+    sorted(file.parent.name for file in _HERE.glob("[!.]*/config.json") if file.parent.suffix != ".partial")
+)
 
 
 def resolve(name_or_path: str | Path) -> str | Path:

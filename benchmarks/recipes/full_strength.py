@@ -1,0 +1,202 @@
+"""The full-strength result: every defence of the table, several seeds, attacked by the headline suite.
+
+    python benchmarks/recipes/full_strength.py run --eps 16/255     # hours; resumes
+    python benchmarks/recipes/full_strength.py time                  # on an idle machine
+    python benchmarks/recipes/full_strength.py table
+
+`run` writes one JSON file a defence and seed, and skips those that exist, so several processes may share the work by
+`--only`. `time` measures a step of each defence side by side. `table` writes table.json and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmai_fast.data import load_dataset
+from cmai_fast.evaluation.experiment import ImmunizeSettings, train, training_batches, versions
+from cmai_fast.evaluation.overhead import stepper
+from cmai_fast.evaluation.protocol import AttackSpec, measure
+from cmai_fast.evaluation.results import write_results, write_text
+from cmai_fast.evaluation.subject import Subject
+from cmai_fast.mbat import MBATConfig
+from cmai_fast.threat import ThreatModel, parse_eps
+
+SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
+BASE = ImmunizeSettings(max_steps=300)
+PLAIN = {"beta": 0.0, "gamma": 0.0, "arm": False}
+DEFENCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mbat-pgd": ("MBAT, exact PGD, K = 10", {"inner": "pgd"}),
+    "mbat-bridge-r0": ("MBAT, bridge R = 0, K = 10", {"inner": "bridge", "refreshes": 0}),
+    "mbat-bridge-r1": ("MBAT, bridge R = 1, K = 10", {"inner": "bridge", "refreshes": 1}),
+    "pgd-at-vision": ("PGD-AT, K = 10, vision side only", {"inner": "pgd", "trainable": "vision", "lam": 1.0, **PLAIN}),
+    "fgsm-rs": ("One step (FGSM, random start)", {"inner": "fgsm", **PLAIN}),
+    "immune": ("`easyvqa-llava-immune`: MBAT, bridge R = 0, longer", {"inner": "bridge", "max_steps": 600}),
+}
+
+
+def settings_of(defence: str, eps: float, seed: int) -> ImmunizeSettings:
+    return replace(BASE, eps=eps, seed=seed, **DEFENCES[defence][1])
+
+
+def evaluate(subject: Subject, eps: float, limit: int) -> dict[str, Any]:
+    """Clean accuracy on the whole test split; attacks on `limit` questions of it."""
+    data = load_dataset("easyvqa", "test", limit)
+    samples = [data[i] for i in range(len(data))]
+    record = measure(subject, samples, ThreatModel("linf", eps), SUITE, batch_size=128, progress=True).record
+    whole = load_dataset("easyvqa", "test")
+    right = []
+    for start in range(0, len(whole), 256):
+        batch = subject.collate([whole[i] for i in range(start, min(start + 256, len(whole)))])
+        right.append(subject.right(subject.space.to_pixels(batch["pixel_values"]), batch))
+    record["acc_clean_whole_test_split"] = float(torch.cat(right).float().mean())
+    return record
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    for defence in args.only or ["undefended", *DEFENCES]:
+        for seed in args.seeds if defence != "undefended" else [0]:
+            path = args.out / "runs" / f"{defence}-seed{seed}.json"
+            if path.exists():
+                continue
+            print(f"== {defence}, seed {seed}", flush=True)
+            subject, trained, settings = Subject.load(BASE.model), None, None
+            if defence != "undefended":
+                settings = settings_of(defence, args.eps, seed)
+                work = args.work / f"{defence}-seed{seed}"
+                work.mkdir(parents=True, exist_ok=True)
+                start = time.process_time()
+                if not (work / "trained.json").exists():
+                    trained = train(subject, settings, work, True, True)
+                    trained["cpu_seconds"] = time.process_time() - start
+                    write_results(trained, work / "trained.json")
+                trained = json.loads((work / "trained.json").read_text())
+                subject = Subject.load(str(work / "model"))
+                subject.name = f"{defence}-seed{seed}"
+            record = evaluate(subject, args.eps, args.limit)
+            record |= {"defence": defence, "seed": seed, "eps": args.eps, "versions": versions(), "training": trained}
+            record["settings"] = None if settings is None else asdict(settings)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_results(record, path)
+
+
+def measure_time(args: argparse.Namespace) -> None:
+    """Seconds of a training step of each defence, alternating in one process, medians."""
+    subject = Subject.load(BASE.model)
+    batch = next(training_batches(subject, "easyvqa", BASE.batch_size, 0))
+    steps = {
+        "clean": stepper(
+            subject, _config(settings_of("fgsm-rs", args.eps, 0), args.work), {"inner": "none", "lam": 0.0}
+        )
+    }
+    for defence in DEFENCES:
+        steps[defence] = stepper(subject, _config(settings_of(defence, args.eps, 0), args.work), {})
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds + 1):
+        for name, (_, step) in steps.items():
+            start = time.perf_counter()
+            step(batch)
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(t[1:]) for name, t in times.items()}  # the first round warms up
+    record = {"seconds_a_step": medians, "rounds": args.rounds, "batch_size": BASE.batch_size, "versions": versions()}
+    write_results(record, args.out / "step_times.json")
+    print(json.dumps(medians, indent=2))
+
+
+def _config(settings: ImmunizeSettings, work: Path) -> MBATConfig:
+    keep = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
+    return MBATConfig(output_dir=str(work), report_to="none", **{k: getattr(settings, k) for k in keep})
+
+
+def table(args: argparse.Namespace) -> None:
+    runs = [json.loads(p.read_text()) for p in sorted((args.out / "runs").glob("*.json"))]
+    times = json.loads((args.out / "step_times.json").read_text())["seconds_a_step"]
+    undefended = next(r for r in runs if r["defence"] == "undefended")
+    rows = [_row("undefended", "No defence", [undefended], undefended, times)]
+    for defence, (title, _) in DEFENCES.items():
+        mine = [r for r in runs if r["defence"] == defence]
+        if mine:
+            rows.append(_row(defence, title, mine, undefended, times))
+    write_results({"rows": rows, "suite": [s.key for s in SUITE], "n": undefended["n"]}, args.out / "table.json")
+    header = [
+        "Defence",
+        "Seeds",
+        "Acc_clean (all 9,673)",
+        "Acc_robust",
+        "ASR",
+        "ASR cut by",
+        "s a step",
+        "Steps",
+        "Training s",
+        "Passes a step: full / vision",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    write_text("\n".join(lines) + "\n", args.out / "table.md")
+    print("\n".join(lines))
+
+
+def _row(defence: str, title: str, runs: list[dict], undefended: dict, times: dict[str, float]) -> dict[str, Any]:
+    def spread(values: list[float]) -> dict[str, float]:
+        return {
+            "mean": statistics.mean(values),
+            "stdev": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "values": values,
+        }
+
+    row: dict[str, Any] = {"defence": defence, "title": title, "seeds": [r["seed"] for r in runs]}
+    row["acc_clean"] = spread([r["acc_clean_whole_test_split"] for r in runs])
+    for key in ("acc_robust", "acc_robust_8bit", "asr"):
+        row[key] = spread([r[key] for r in runs])
+    row["asr_reduction"] = spread([1 - r["asr"] / undefended["asr"] for r in runs])
+    if defence in times:
+        passes, steps = runs[0]["training"]["passes"], runs[0]["settings"]["max_steps"]
+        row |= {"seconds_a_step": times[defence], "steps": steps, "seconds": times[defence] * steps}
+        row["passes_a_step"] = {k: v / steps for k, v in passes.items()}
+    return row
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def share(value: dict[str, Any]) -> str:
+        return f"{value['mean']:.1%}" + (f" ± {value['stdev']:.1%}" if len(value["values"]) > 1 else "")
+
+    cells = [row["title"], str(len(row["seeds"])), share(row["acc_clean"]), share(row["acc_robust"]), share(row["asr"])]
+    if "seconds" not in row:
+        return [*cells, "-", "-", "-", "-", "-"]
+    p = row["passes_a_step"]
+    passes = f"{p['full_forward']:.0f} / {p['vision_forward']:.0f}"
+    return [
+        *cells,
+        share(row["asr_reduction"]),
+        f"{row['seconds_a_step']:.2f}",
+        str(row["steps"]),
+        f"{row['seconds']:.0f}",
+        passes,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "time", "table"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/easyvqa"))
+    parser.add_argument("--work", type=Path, default=Path("runs/full_strength"), help="checkpoints and trained models")
+    parser.add_argument("--eps", type=parse_eps, default=16 / 255)
+    parser.add_argument("--only", nargs="*", choices=("undefended", *DEFENCES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=500, help="test questions attacked")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    {"run": run, "time": measure_time, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""How every command behaves: its help ends with an example, and what goes wrong becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import traceback
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+from typer.core import TyperCommand, TyperGroup
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+_BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_EXPECTED = (*_BAD_INPUT, OSError, RuntimeError, ArithmeticError, MemoryError, SafetensorError)
+
+
+class ExampleCommand(TyperCommand):
+    """Prints its epilog, an example, last and unwrapped, so that it can be copied from a terminal of any width."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        example, self.epilog = self.epilog, None
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.epilog = example
+        typer.echo(f" Example:\n\n   {example}\n")
+
+
+class FaultyGroup(TyperGroup):
+    """Turns what a user can meet into one line on stderr: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C.
+
+    Anything else is a bug, and keeps its traceback. `ctx.obj` is the command as it was typed.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = shlex.join(["cmai-fast", *args])
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are no faults
+            raise
+        except KeyboardInterrupt as error:
+            _say(f"interrupted{f'; {error}' if str(error) else ''}")
+            raise typer.Exit(INTERRUPTED) from error
+        except _EXPECTED as error:
+            if os.environ.get("CMAI_FAST_TRACEBACK") == "1":
+                traceback.print_exception(error)
+            _say(f"error: {_one_line(error)}")
+            raise typer.Exit(BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED) from error
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(Text(line, style="red"), soft_wrap=True)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number that str() puts first
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(text.split()) or type(error).__name__

@@ -1,0 +1,100 @@
+"""`cmai-fast immunize`: adversarial fine-tuning, and the proof of what it gained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cmai_fast.cli import options
+from cmai_fast.cli.summary import print_summary
+
+EXAMPLE = "cmai-fast immunize --model easyvqa-llava --data easyvqa --eps 8/255 --inner bridge --steps 10 --out runs/a"
+
+_INNER, _LOSS, _TRAINING, _EVALUATION = "Inner problem", "Loss", "Training", "Evaluation"
+
+
+def immunize(
+    ctx: typer.Context,
+    *,
+    model: options.Model = "easyvqa-llava",
+    data: options.Data = "easyvqa",
+    eps: options.Eps = options.EPS,
+    norm: options.Norm = "linf",
+    out: Annotated[Path, typer.Option(help="Folder of the run: new or empty, or one to --resume.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+    ] = False,
+    inner: Annotated[
+        Literal["bridge", "pgd", "fgsm", "none"],
+        typer.Option(help="Solver of the inner problem; none is clean fine-tuning.", rich_help_panel=_INNER),
+    ] = "bridge",
+    steps: Annotated[int, typer.Option(min=1, help="K, steps of the inner problem.", rich_help_panel=_INNER)] = 10,
+    refreshes: Annotated[
+        int, typer.Option(min=0, help="R, refreshes of the bridge gradient, at most K.", rich_help_panel=_INNER)
+    ] = 0,
+    alpha: Annotated[float, typer.Option(help="Weight of the task loss in the attack.", rich_help_panel=_INNER)] = 1.0,
+    beta: Annotated[
+        float, typer.Option(help="Weight of consistency in the attack, where ARM starts.", rich_help_panel=_INNER)
+    ] = 0.1,
+    arm: Annotated[
+        bool, typer.Option("--arm/--no-arm", help="Let ARM move beta while training.", rich_help_panel=_INNER)
+    ] = True,
+    lam: Annotated[float, typer.Option(help="Weight of the adversarial branch, 0 to 1.", rich_help_panel=_LOSS)] = 0.5,
+    gamma: Annotated[float, typer.Option(help="Weight of the contrastive loss.", rich_help_panel=_LOSS)] = 0.1,
+    trainable: Annotated[
+        Literal["all", "vision"], typer.Option(help="Weights to train.", rich_help_panel=_TRAINING)
+    ] = "all",
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.", rich_help_panel=_TRAINING)] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 5e-4,
+    eps_warmup: Annotated[
+        float, typer.Option(help="Share of training over which eps rises from 0.", rich_help_panel=_TRAINING)
+    ] = 0.2,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TRAINING)] = 100,
+    attack_steps: Annotated[int, typer.Option(min=1, help="Steps of PGD.", rich_help_panel=_EVALUATION)] = 50,
+    restarts: Annotated[int, typer.Option(min=1, help="Random starts of PGD.", rich_help_panel=_EVALUATION)] = 2,
+    limit: Annotated[int, typer.Option(min=1, help="Test questions.", rich_help_panel=_EVALUATION)] = 500,
+    seed: options.Seed = 0,
+    progress: options.Progress = True,
+) -> None:
+    """Train a model against attacks, then attack it before and after.
+
+    Writes model/ (a plain transformers folder), cmcv/ (consistency heads and threshold), results.json and report.html.
+    """
+    threat = options.read_threat(norm, eps)
+
+    from cmai_fast.evaluation import experiment
+
+    settings = experiment.ImmunizeSettings(
+        model=model,
+        data=data,
+        eps=threat.eps,
+        norm=norm,
+        inner=inner,
+        inner_steps=steps,
+        refreshes=refreshes,
+        alpha=alpha,
+        beta=beta,
+        lam=lam,
+        gamma=gamma,
+        arm=arm,
+        trainable=trainable,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        eps_warmup=eps_warmup,
+        seed=seed,
+        attack_steps=attack_steps,
+        restarts=restarts,
+        limit=limit,
+        save_steps=save_steps,
+        command=ctx.obj,
+    )
+    try:
+        results = experiment.immunize(settings, out, resume=resume, progress=progress)
+    except KeyboardInterrupt:
+        again = ctx.obj if resume else f"{ctx.obj} --resume"
+        raise KeyboardInterrupt(f"go on with: {again}") from None
+    print_summary(results, out)

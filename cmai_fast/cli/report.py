@@ -1,0 +1,25 @@
+"""`cmai-fast report`: the report once more, from the results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmai_fast.cli.summary import print_path
+
+EXAMPLE = "cmai-fast report runs/a"
+
+
+def report(
+    *,
+    results: Annotated[Path, typer.Argument(help="A results.json, or the folder that holds one.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write.", show_default="report.html beside it")] = None,
+) -> None:
+    """Write report.html again from results.json; nothing is run."""
+    from cmai_fast.evaluation.report import write_report
+    from cmai_fast.evaluation.results import read_results
+
+    folder = results if results.is_dir() else results.parent
+    print_path("Report", write_report(read_results(results), out or folder / "report.html"))

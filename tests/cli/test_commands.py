@@ -1,0 +1,195 @@
+"""How each command reads its options, and what it hands on to the experiment behind it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from cmai_fast.evaluation.experiment import ImmunizeSettings
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.threat import ThreatModel
+
+COMMANDS = ("demo", "immunize", "attack", "evaluate", "guard", "report", "info")
+
+
+def example(command):
+    return import_module(f"cmai_fast.cli.{command}").EXAMPLE
+
+
+def as_one_line(text):
+    return " ".join(text.split())
+
+
+def test_immunize_hands_on_every_option(run, replace_experiment, results):
+    called = replace_experiment("immunize", results)
+    typed = (
+        "immunize --model m --data d --eps 4/255 --norm l2 --inner pgd --steps 7 --refreshes 2 --alpha 0.5 --beta 0.2 "
+        "--lam 0.3 --gamma 0.4 --no-arm --trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 "
+        "--eps-warmup 0.6 --save-steps 13 --attack-steps 14 --restarts 3 --limit 15 --seed 16 --out 'a b' --resume "
+        "--no-progress"
+    )
+    done = run(*shlex.split(typed))
+    assert done.exit_code == 0, done.output
+    assert called.args == (
+        ImmunizeSettings(
+            model="m", data="d", eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2, alpha=0.5, beta=0.2,
+            lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
+            eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16, command=f"cmai-fast {typed}",
+        ),
+        Path("a b"),
+    )  # fmt: skip
+    assert called.kwargs == {"resume": True, "progress": False}
+
+
+def test_immunize_shows_the_defaults_that_the_library_has(run, replace_experiment, results):
+    called = replace_experiment("immunize", results)
+    assert run("immunize", "--out", "x").exit_code == 0
+    assert called.args == (ImmunizeSettings(command="cmai-fast immunize --out x"), Path("x"))
+    assert called.kwargs == {"resume": False, "progress": True}
+
+
+def test_immunize_ends_with_the_numbers_and_the_report(run, replace_experiment, results):
+    replace_experiment("immunize", results)
+    out = "a-folder-whose-name-is-longer-than-the-terminal-" * 3
+    done = run("immunize", "--out", out)
+    for expected in ("98.0%", "97.0%", "10.0%", "87.5%", "90.0%", "9.8%", "8/255"):
+        assert expected in done.stdout
+    assert done.stdout.splitlines()[-1] == f"Report: {out}/report.html"
+
+
+def test_attack_hands_on_every_option(run, replace_experiment):
+    called = replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75})
+    typed = (
+        "attack --model m --data d --attack apgd --eps 0.03 --norm linf --steps 7 --restarts 3 --limit 9 "
+        "--batch-size 5 --seed 4 --out a.json --no-progress"
+    )
+    done = run(*typed.split())
+    assert called.args == ("m", "d", "apgd", ThreatModel("linf", 0.03))
+    assert called.kwargs == {
+        "steps": 7, "restarts": 3, "limit": 9, "seed": 4, "batch_size": 5, "out": Path("a.json"), "progress": False,
+        "command": f"cmai-fast {typed}",
+    }  # fmt: skip
+    said = as_one_line(done.stdout)
+    assert "9 questions: clean accuracy 100.0%, robust accuracy 25.0%, attack success 75.0%." in said
+    assert said.endswith("Results: a.json")
+
+
+@pytest.mark.parametrize("name, steps", [("pgd", 50), ("mi-fgsm", 50), ("apgd", 50), ("fgsm", 1)])
+def test_attack_takes_the_steps_that_fit_it(run, replace_experiment, name, steps):
+    called = replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": None})
+    assert run("attack", "--model", "m", "--attack", name, "--out", "a.json").exit_code == 0
+    assert (called.kwargs["steps"], called.kwargs["restarts"]) == (steps, 1)
+
+
+def test_evaluate_hands_on_every_option(run, replace_experiment, results):
+    called = replace_experiment("evaluate", results)
+    typed = (
+        "evaluate --model m --against u --data d --eps 1.5 --norm l2 --steps 7 --restarts 3 --limit 9 --batch-size 5 "
+        "--seed 4 --out runs/e --no-progress"
+    )
+    done = run(*typed.split())
+    assert done.exit_code == 0, done.output
+    assert called.args == ("m", "d", ThreatModel("l2", 1.5))
+    assert called.kwargs == {
+        "against": "u", "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4,
+        "progress": False, "command": f"cmai-fast {typed}",
+    }  # fmt: skip
+
+
+def test_evaluate_of_one_model(run, replace_experiment, results):
+    called = replace_experiment("evaluate", results | {"undefended": None})
+    done = run("evaluate", "--model", "m", "--out", "e")
+    assert called.kwargs["against"] is None
+    assert "this model" in done.stdout and "undefended" not in done.stdout
+
+
+def test_demo_goes_on_with_an_interrupted_one_and_then_leaves_it_alone(run, replace_experiment, results):
+    from cmai_fast.cli.demo import DEMO
+
+    called = replace_experiment("immunize", results)
+    done = run("demo")
+    assert done.exit_code == 0, done.output
+    assert called.args == (ImmunizeSettings(**DEMO, command="cmai-fast demo"), Path("runs/demo"))
+    assert called.kwargs == {"resume": True, "progress": True}
+    assert "Report: runs/demo/report.html" in done.stdout
+    write_results(results, Path("runs/demo/results.json"))
+    again = run("demo")
+    assert len(called.calls) == 1
+    assert "Report: runs/demo/report.html" in again.stdout and "delete runs/demo" in as_one_line(again.stdout)
+    assert Path("runs/demo/report.html").is_file(), "the results of a demo killed before its report get one"
+
+
+@pytest.mark.parametrize("given", ["runs/a", "runs/a/results.json"])
+def test_report_is_made_from_the_results_alone(run, results, given):
+    write_results(results, Path("runs/a/results.json"))
+    done = run("report", given)
+    assert done.stdout == "Report: runs/a/report.html\n"
+    first = Path("runs/a/report.html").read_text()
+    assert "easyvqa" in first
+    assert run("report", given, "--out", "other.html").stdout == "Report: other.html\n"
+    assert Path("other.html").read_text() == first
+
+
+def test_info_shows_versions_devices_and_backends(run):
+    from cmai_fast import __version__, models, ops
+
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["versions"]["cmai_fast"] == __version__
+    assert set(facts["versions"]) >= {"python", "torch", "transformers"} and "cpu" in facts["devices"]
+    assert facts["backends"] == ops.backend_report() | {"in use": ops.chosen_backend()}
+    assert set(facts["models"]) == set(models.BUNDLED)
+    shown = run("info").stdout
+    assert all(value in shown for value in facts["versions"].values())
+
+
+def test_info_shows_a_backend_that_cannot_be_had(run, monkeypatch):
+    from cmai_fast import ops
+
+    def refuse():
+        raise RuntimeError("CMAI_FAST_BACKEND=cuda cannot be had")
+
+    monkeypatch.setattr(ops, "chosen_backend", refuse)
+    done = run("info", "--json")
+    assert done.exit_code == 0 and "cannot be had" in json.loads(done.stdout)["backends"]["in use"]
+
+
+def test_version(run):
+    from cmai_fast import __version__
+
+    assert run("--version").stdout == f"cmai-fast {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_can_be_copied(run, command):
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    assert lines[-2:] == ["Example:", example(command)]
+    assert example(command).startswith(f"cmai-fast {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_works(run, replace_experiment, results, monkeypatch, command):
+    from cmai_fast.arm import Decision, Guard
+
+    for name in ("immunize", "evaluate"):
+        replace_experiment(name, results)
+    replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75})
+    answer = Decision("red", 0.5, 0.1, "answer", "what color is the shape?")
+    guard = type("FakeGuard", (), {"decide": lambda self, image, text, resize: answer})()
+    monkeypatch.setattr(Guard, "from_pretrained", lambda model, threshold: guard)
+    write_results(results, Path("runs/a/results.json"))
+    done = run(*shlex.split(example(command))[1:])
+    assert done.exit_code == 0, done.output
+
+
+def test_every_command_is_tested(run):
+    listed = run("--help").stdout
+    assert all(f" {command} " in listed for command in COMMANDS)
+    from cmai_fast.cli import app
+
+    assert {command.name for command in app.registered_commands} == set(COMMANDS)
