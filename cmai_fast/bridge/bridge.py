@@ -28,7 +28,8 @@ class Bridge:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        config, forward = getattr(model, "config", None), inspect.signature(model.forward).parameters
+        config: Any = getattr(model, "config", None)
+        forward = inspect.signature(model.forward).parameters
         missing = [
             piece
             for piece, there in (
@@ -45,11 +46,11 @@ class Bridge:
                 "Supported: image-text models of transformers >= 5.23 such as LlavaForConditionalGeneration"
             )
         self.model: Any = model
-        text = model.config.get_text_config()
+        text = config.get_text_config()
         # What crosses the bridge is scattered into the text embeddings, so both sides have the text model's width.
         self.image_dim: int = text.hidden_size
         self.text_dim: int = text.hidden_size
-        vision = getattr(model.config, "vision_config", None)
+        vision = getattr(config, "vision_config", None)
         self.image_size: int | None = getattr(vision, "image_size", None)
         self.context: int = text.max_position_embeddings
 

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def attack(
             "norm": threat.norm, "steps": steps, "restarts": restarts, "limit": limit, "batch_size": batch_size,
             "command": command,
         },
+        "precision": str(subject.model.dtype),
         "seed": seed,
         "versions": versions(),
         "per_sample": [
@@ -228,6 +230,7 @@ def versions() -> dict[str, str]:
         "commit": commit or "not a checkout",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "easy_vqa": metadata.version("easy-vqa"),
         "python": platform.python_version(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
@@ -286,14 +289,14 @@ def _check_out(out: Path, settings: ImmunizeSettings, resume: bool) -> None:
         return
     try:
         began = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-        changed = [f"{k} was {began[k]!r}, now {v!r}" for k, v in asdict(settings).items() if began[k] != v]
+        mine = asdict(settings) | {"command": began["command"]}
+        changed = [f"{k} was {began[k]!r}, now {v!r}" for k, v in mine.items() if began[k] != v]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{out / RUN_FILE} was not written by this version of cmai-fast; name a new folder") from None
     if (out / "results.json").exists() and (out / "report.html").exists():
         raise ValueError(f"{out} holds a finished run; name another folder with --out, or delete it")
     if not resume:
         raise ValueError(f"{out} holds an unfinished run; continue it with --resume, or name another folder")
-    changed = [c for c in changed if not c.startswith("command ")]
     if changed:
         raise ValueError(f"{out} was begun with other settings ({'; '.join(changed)}); resume with the same ones")
 
@@ -304,28 +307,14 @@ def _check_empty(out: Path) -> None:
 
 
 def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATConfig:
+    same = "eps norm inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps learning_rate"
     return MBATConfig(
+        **{name: getattr(settings, name) for name in (*same.split(), "seed", "save_steps")},
         output_dir=str(out),
-        eps=settings.eps,
-        norm=settings.norm,
-        inner=settings.inner,
-        inner_steps=settings.inner_steps,
-        refreshes=settings.refreshes,
-        alpha=settings.alpha,
-        beta=settings.beta,
-        lam=settings.lam,
-        gamma=settings.gamma,
-        arm=settings.arm,
-        trainable=settings.trainable,
-        eps_warmup=settings.eps_warmup,
-        max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.max_steps // 20),
         weight_decay=0.0,
-        seed=settings.seed,
-        save_steps=settings.save_steps,
         save_total_limit=2,
         logging_steps=max(1, min(10, settings.max_steps // 20)),
         report_to="none",
@@ -404,4 +393,3 @@ def training_batches(subject: Subject, data: str, batch_size: int, seed: int) ->
     while True:
         rows = torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
         yield collate([dataset[i] for i in rows])
-

@@ -121,7 +121,7 @@ def measure(
     seed: int = 0,
     progress: bool = False,
 ) -> Measured:
-    """Everything `evaluation.md`-style that is said of one model, as a JSON-ready record.
+    """Everything that is said of one model, as a JSON-ready record.
 
     Args:
         suite: Acc_robust is over the worst of these, sample by sample; the first gives the S_c of attacked inputs.
@@ -139,6 +139,7 @@ def measure(
         measured.attacked[name] = _transferred(subject, samples, images, measured.clean, threat, batch_size)
     robust = worst_case(clean_right, *(a.right for a in measured.attacked.values()))
     record = measured.record
+    record["precision"] = str(subject.model.dtype)
     record["acc_clean_interval"] = list(bootstrap_interval(clean_right.astype(float)))
     record["acc_robust"] = accuracy(robust)
     record["acc_robust_interval"] = list(bootstrap_interval(robust.astype(float)))

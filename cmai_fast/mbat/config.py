@@ -23,7 +23,9 @@ class MBATConfig(TrainingArguments):
     norm: str = field(default="linf", metadata={"help": "linf or l2."})
     inner: str = field(default="bridge", metadata={"help": "Solver of the inner problem: pgd, bridge, fgsm, or none."})
     inner_steps: int = field(default=10, metadata={"help": "K, steps of the inner problem."})
-    inner_step_size: float | None = field(default=None, metadata={"help": "Default: 2.5 * eps / K, at most eps; fgsm: 1.25 * eps."})
+    inner_step_size: float | None = field(
+        default=None, metadata={"help": "Default: 2.5 * eps / K, at most eps; fgsm: 1.25 * eps."}
+    )
     refreshes: int = field(default=0, metadata={"help": "R, refreshes of the bridge gradient; 0: the clean branch's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})
     beta: float = field(default=0.1, metadata={"help": "Weight of S_c in the inner problem, where ARM starts."})

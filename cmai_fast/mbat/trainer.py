@@ -275,7 +275,9 @@ class MBATTrainer(Trainer):
                 "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
             )
         if not any(folder.glob("*.safetensors*")):
-            raise ValueError(f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read")
+            raise ValueError(
+                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.heads is not None:
             heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")

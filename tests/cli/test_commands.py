@@ -172,8 +172,15 @@ def test_help_ends_with_an_example_that_can_be_copied(run, command):
     assert example(command).startswith(f"cmai-fast {command}")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_works(run, replace_experiment, results, monkeypatch, command):
+def readme_lines():
+    readme = Path(__file__).parents[2] / "README.md"
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("cmai-fast ")]
+    assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"demo"}
+    return lines
+
+
+@pytest.mark.parametrize("line", [*map(example, COMMANDS), *readme_lines()])
+def test_the_examples_work(run, replace_experiment, results, monkeypatch, line):
     from cmai_fast.arm import Decision, Guard
 
     for name in ("immunize", "evaluate"):
@@ -183,7 +190,7 @@ def test_the_example_works(run, replace_experiment, results, monkeypatch, comman
     guard = type("FakeGuard", (), {"decide": lambda self, image, text, resize: answer})()
     monkeypatch.setattr(Guard, "from_pretrained", lambda model, threshold: guard)
     write_results(results, Path("runs/a/results.json"))
-    done = run(*shlex.split(example(command))[1:])
+    done = run(*shlex.split(line, comments=True)[1:])
     assert done.exit_code == 0, done.output
 
 

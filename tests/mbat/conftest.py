@@ -1,0 +1,88 @@
+"""Small batches, heads and trainers around the tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cmai_fast.attacks import Objective
+from cmai_fast.bridge import Bridge
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.threat import PixelSpace
+
+
+@pytest.fixture(scope="session")
+def data():
+    return load_dataset("easyvqa", "train", 24, seed=3)
+
+
+@pytest.fixture(scope="session")
+def collate(tiny_processor):
+    return VQACollator(tiny_processor, negatives=1)
+
+
+@pytest.fixture
+def batch(collate, data):
+    return collate([data[i] for i in range(4)])
+
+
+def make_heads(model: Any, seed: int = 0) -> ConsistencyHeads:
+    bridge = Bridge(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16)
+
+
+@pytest.fixture
+def make_objective(tiny_model, tiny_processor, batch):
+    """`make_objective(alpha=1.0, beta=0.0)` for the batch of four, on the shared model."""
+    heads = make_heads(tiny_model)
+
+    def make(alpha: float = 1.0, beta: float = 0.0) -> Objective:
+        space = PixelSpace.from_processor(tiny_processor)
+        return Objective(Bridge(tiny_model), space, batch, alpha, beta, heads if beta else None)
+
+    return make
+
+
+@pytest.fixture
+def clean(make_objective, batch):
+    """Pixels (4, 3, 64, 64) in [0, 1]."""
+    return make_objective().space.to_pixels(batch["pixel_values"])
+
+
+@pytest.fixture
+def make_trainer(make_tiny, data, tmp_path):
+    """`make_trainer(model=None, callbacks=None, heads=None, **config)`: a trainer on a new tiny model."""
+
+    def make(model: Any = None, *, callbacks: Any = None, heads: Any = None, **config: Any) -> MBATTrainer:
+        fresh, processor = make_tiny()
+        model = fresh if model is None else model
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "inner_steps": 2,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "gamma": 0.5,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return MBATTrainer(
+            model,
+            MBATConfig(**(defaults | config)),
+            heads=heads or make_heads(model),
+            train_dataset=data,
+            data_collator=VQACollator(processor, negatives=1),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+
+    return make

@@ -1,0 +1,204 @@
+"""The inner problem: what each solver costs, and that its gradients are those it claims."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cmai_fast import ops
+from cmai_fast.attacks import Passes, pgd
+from cmai_fast.bridge import task_loss
+from cmai_fast.mbat import SOLVERS, inner, maximise
+from cmai_fast.threat import ThreatModel
+
+THREAT = ThreatModel("linf", 8 / 255)
+
+
+def bridge_gradient(objective, clean):
+    """p of each sample at its clean image, as the clean branch of training makes it."""
+    features = objective.bridge.encode_image(objective.space.to_model(clean)).detach().requires_grad_()
+    (p,) = torch.autograd.grad(task_loss(*objective.bridge.fuse(features, **objective.batch)).sum(), features)
+    return p
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+@pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 1.0)])
+def test_bridge_that_refreshes_at_every_step_is_pgd(make_objective, clean, norm, eps, beta):
+    threat = ThreatModel(norm, eps)
+    exact = maximise(make_objective(beta=beta), clean, threat, "pgd", steps=3, seed=5)
+    bridge = maximise(make_objective(beta=beta), clean, threat, "bridge", steps=3, refreshes=3, seed=5)
+    attack = pgd(make_objective(beta=beta), clean, threat, steps=3, seed=5, early_stop=False)
+    assert torch.equal(bridge.adv, exact.adv)
+    torch.testing.assert_close(exact.adv, attack.adv, rtol=0, atol=1e-6)
+    other = maximise(make_objective(beta=beta), clean, threat, "pgd", steps=3, seed=6)
+    assert not torch.equal(other.adv, exact.adv)
+
+
+@pytest.mark.parametrize(
+    "solver, refreshes, with_p, full, vision",
+    [
+        ("pgd", 0, True, 4, 0),
+        ("bridge", 0, True, 0, 4),
+        ("bridge", 1, True, 1, 3),
+        ("bridge", 2, True, 2, 2),
+        ("bridge", 4, True, 4, 0),
+        ("bridge", 0, False, 1, 4),  # p has to come from somewhere
+        ("bridge", 4, False, 4, 0),  # step 0 makes it anyway
+        ("fgsm", 0, True, 1, 0),
+    ],
+)
+def test_passes(make_objective, clean, solver, refreshes, with_p, full, vision):
+    objective = make_objective()
+    p = bridge_gradient(objective, clean) if with_p else None
+    objective.passes = Passes(full_forward=100)
+    calls = {"encode_image": 0, "fuse": 0}
+    bridge = objective.bridge
+
+    class Counting:
+        def __getattr__(self, name):
+            if name in calls:
+                calls[name] += 1
+            return getattr(bridge, name)
+
+    objective.bridge = Counting()
+    result = maximise(objective, clean, THREAT, solver, steps=4, refreshes=refreshes, bridge_gradient=p)
+    assert result.passes == Passes(full, full, vision, vision)
+    assert calls == {"encode_image": full + vision, "fuse": full}
+    assert objective.passes == Passes(100 + full, full, vision, vision)
+
+
+def test_s_c_costs_one_text_pass(make_objective, clean):
+    objective = make_objective(beta=0.5)
+    result = maximise(objective, clean, THREAT, "bridge", steps=3, bridge_gradient=torch.zeros(4, 16, 64))
+    assert result.passes == Passes(vision_forward=3, vision_backward=3, text_forward=1)
+
+
+def test_p_is_the_same_from_the_clean_branch_and_from_the_solver(make_objective, clean):
+    objective = make_objective(alpha=2.0, beta=0.3)
+    given = maximise(
+        objective, clean, THREAT, "bridge", steps=3, bridge_gradient=bridge_gradient(objective, clean), seed=1
+    )
+    made = maximise(make_objective(alpha=2.0, beta=0.3), clean, THREAT, "bridge", steps=3, seed=1)
+    assert torch.equal(given.adv, made.adv)
+    wrong = maximise(make_objective(alpha=2.0, beta=0.3), clean, THREAT, "bridge", steps=3, seed=1, bridge_gradient=-1
+                     * bridge_gradient(objective, clean))  # fmt: skip
+    assert not torch.equal(wrong.adv, made.adv)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_a_refresh_gives_the_exact_gradient(make_objective, clean, beta):
+    objective = make_objective(alpha=1.5, beta=beta)
+    x = objective.space.to_model(clean)
+    _, grad = inner._refresh(objective, x)
+    exact, _ = make_objective(alpha=1.5, beta=beta).gradient(x)
+    torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-9)
+
+
+def test_between_refreshes_only_the_language_model_is_linearised(make_objective, clean):
+    """The gradient at a moved image is that of <p, h_v> - beta * S_c there: p is stale, E_v and S_c are not."""
+    objective = make_objective(beta=0.7)
+    p = bridge_gradient(objective, clean)
+    moved = objective.space.to_model((clean + 0.1 * torch.rand_like(clean)).clamp(0, 1))
+    grad = inner._vision_gradient(objective, moved, p)
+
+    leaf = moved.clone().requires_grad_()
+    features = objective.bridge.model.get_image_features(pixel_values=leaf, return_dict=True).pooler_output
+    features = torch.stack(list(features))
+    heads = objective.heads
+    text = heads.project_text(objective.bridge.encode_text(**objective.batch))
+    s_c = F.cosine_similarity(heads.project_image(features), text)
+    (expected,) = torch.autograd.grad((p * features).sum() - 0.7 * s_c.sum(), leaf)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_every_step_of_r0_ascends_the_linearised_objective(make_objective, clean):
+    """The whole loop against one written out by hand."""
+    p = bridge_gradient(make_objective(), clean)
+    result = maximise(make_objective(beta=0.4), clean, THREAT, "bridge", steps=3, bridge_gradient=p, seed=9)
+    objective, eps = make_objective(beta=0.4), THREAT.eps
+    adv = torch.empty_like(clean)
+    ops.random_start_(adv, clean, torch.full((4,), eps), torch.arange(4), 9, "linf")
+    for _ in range(3):
+        grad = inner._vision_gradient(objective, objective.space.to_model(adv), p)
+        adv = torch.maximum(torch.minimum(adv + 2.5 / 3 * eps * grad.sign(), clean + eps), clean - eps).clamp(0, 1)
+    torch.testing.assert_close(result.adv, adv, rtol=0, atol=1e-6)
+
+
+def test_staleness_is_one_where_nothing_moved(make_objective, clean):
+    p = bridge_gradient(make_objective(), clean)
+    still = maximise(
+        make_objective(), clean, ThreatModel("linf", 0.0), "bridge", steps=2, refreshes=2, bridge_gradient=p
+    )
+    assert [s.shape for s in still.staleness] == [(4,), (4,)]
+    torch.testing.assert_close(torch.stack(still.staleness), torch.ones(2, 4), rtol=0, atol=1e-4)
+    moved = maximise(
+        make_objective(), clean, ThreatModel("linf", 0.3), "bridge", steps=2, refreshes=1, bridge_gradient=p
+    )
+    assert len(moved.staleness) == 1 and (moved.staleness[0] < 0.999).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 0.5)])
+def test_inside_ball_and_box_and_stronger_than_noise(make_objective, clean, solver, norm, eps):
+    threat, objective = ThreatModel(norm, eps), make_objective()
+    adv = maximise(objective, clean, threat, solver, steps=5, bridge_gradient=bridge_gradient(objective, clean)).adv
+    assert threat.distance(adv - clean).max() <= eps * (1 + 1e-5)
+    assert adv.min() >= 0 and adv.max() <= 1
+    noise = torch.empty_like(clean)
+    ops.random_start_(noise, clean, torch.full((4,), eps), torch.arange(4), 0, norm)
+    loss = [float(objective(objective.space.to_model(x)).loss.mean()) for x in (adv, noise)]
+    assert loss[0] > loss[1]
+
+
+def test_fgsm_is_one_step_of_a_quarter_more_than_eps(make_objective, clean):
+    result = maximise(make_objective(), clean, THREAT, "fgsm", steps=10, seed=2)
+    same = maximise(make_objective(), clean, THREAT, "pgd", steps=1, step_size=1.25 * THREAT.eps, seed=2)
+    small = maximise(make_objective(), clean, THREAT, "fgsm", step_size=0.25 * THREAT.eps, seed=2)
+    assert torch.equal(result.adv, same.adv)
+    assert not torch.equal(result.adv, small.adv)
+
+
+@pytest.mark.parametrize(
+    "steps, refreshes, at", [(10, 0, set()), (10, 1, {5}), (10, 2, {3, 6}), (3, 2, {1, 2}), (2, 2, {0, 1})]
+)
+def test_refreshes_cut_the_steps_into_equal_parts(steps, refreshes, at):
+    assert inner.refresh_steps(steps, refreshes) == at
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_as_many_refreshes_as_asked_for(steps):
+    assert [len(inner.refresh_steps(steps, r)) for r in range(steps + 1)] == list(range(steps + 1))
+
+
+def test_bad_input(make_objective, clean):
+    with pytest.raises(ValueError, match=r"inner is 'pdg'; expected one of pgd, bridge, fgsm"):
+        maximise(make_objective(), clean, THREAT, "pdg")
+    with pytest.raises(ValueError, match=r"inner steps is 0"):
+        maximise(make_objective(), clean, THREAT, "pgd", steps=0)
+    with pytest.raises(ValueError, match=r"refreshes is 4; expected 0 to 3"):
+        maximise(make_objective(), clean, THREAT, "bridge", steps=3, refreshes=4)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_the_model_comes_back_as_it_was(make_tiny, make_objective, clean, monkeypatch, fault):
+    objective = make_objective(beta=0.5)
+    model = make_tiny()[0].train()
+    model.model.vision_tower.eval()
+    objective.bridge = type(objective.bridge)(model)
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 3 > 0)
+        p.grad = torch.full_like(p, 2.0) if i % 2 else None
+    before = ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    torch.manual_seed(11)
+    rng = torch.get_rng_state()
+    if fault:
+        monkeypatch.setattr(objective.bridge, "fuse", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            maximise(objective, clean, THREAT, "bridge", steps=2, refreshes=1)
+    else:
+        maximise(objective, clean, THREAT, "bridge", steps=2, refreshes=1)
+    assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    for i, p in enumerate(model.parameters()):
+        assert p.grad is None if i % 2 == 0 else bool((p.grad == 2).all())
