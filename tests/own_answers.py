@@ -47,9 +47,9 @@ class Case:
         return kind(Bridge(self.model), self.space, self.batch(rows), **settings)
 
 
-def answer_itself(model: Any, processor: Any, samples: int, dtype: torch.dtype = torch.float32) -> Case:
+def answer_itself(tiny: tuple[Any, Any], samples: int, dtype: torch.dtype = torch.float32) -> Case:
     """Responses of one and two tokens in turn, found by plain forward passes of one sample each."""
-    model = model.to(dtype)
+    model, processor = tiny[0].to(dtype), tiny[1]
     data = load_dataset("easyvqa", "test", limit=samples, seed=0)
     collate = VQACollator(processor)
     space = PixelSpace.from_processor(processor)

@@ -32,7 +32,9 @@ def pgd(
         clean: (N, C, H, W) pixels in [0, 1].
         threat: the ball.
         steps: gradient steps a restart; 0 tries the random start alone.
-        step_size: in the [0, 1] pixel range; None: 2.5 * eps / steps (Madry et al.), at most eps.
+        step_size: in the [0, 1] pixel range; None: eps / 4; below 10 steps 2.5 * eps / steps (Madry et al.), but
+            at most eps. On `easyvqa-llava` at 24/255, 50 steps of eps / 4 left 17% of 64 answers standing, 2.5 * eps /
+            steps 25%; fewer than 8 of eps / 4 cannot cross the ball.
         restarts: independent starts; the best result of each sample is kept.
         random_start: False starts at the clean image.
         decay: momentum of MI-FGSM: gradients are L1-normalised per sample and accumulated; 0 is plain PGD.
@@ -51,7 +53,7 @@ def pgd(
     try:
         with objective.frozen:
             clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
-            size = min(threat.eps, 2.5 * threat.eps / max(steps, 1)) if step_size is None else step_size
+            size = threat.eps * min(1.0, max(0.25, 2.5 / max(steps, 1))) if step_size is None else step_size
             best = Best(clean)
             if early_stop:
                 with torch.no_grad():

@@ -5,31 +5,29 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PrinterCallback
 
-import cmai_fast
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation.overhead import step_overhead
 from cmai_fast.evaluation.pictures import picture_grid
+from cmai_fast.evaluation.progress import TrainingBar
 from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, measure, own_scores, run_attack
 from cmai_fast.evaluation.report import write_report
 from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.sanity import sanity_checks
 from cmai_fast.evaluation.subject import Sample, Subject
+from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
 from cmai_fast.threat import ThreatModel
@@ -92,7 +90,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     if (out / "results.json").is_file():  # interrupted before the report
         return _finish(out, read_results(out))
     # All that can be refused is refused before the folder is claimed and hours are spent.
-    args = _config(settings, out, progress=False)
+    args = _config(settings, out)
     samples = _samples(settings.data, "test", settings.limit, settings.seed)
     suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
     before = Subject.load(settings.model)
@@ -214,28 +212,6 @@ def attack(
     return record
 
 
-def versions() -> dict[str, str]:
-    """What a result was obtained with."""
-    import transformers
-
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(Path(cmai_fast.__file__).parent), "rev-parse", "--short", "HEAD"],
-            capture_output=True, text=True, check=False,
-        ).stdout.strip()  # fmt: skip
-    except OSError:  # no git here
-        commit = ""
-    return {
-        "cmai_fast": cmai_fast.__version__,
-        "commit": commit or "not a checkout",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "easy_vqa": metadata.version("easy-vqa"),
-        "python": platform.python_version(),
-        "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-    }
-
-
 def _compare(
     before: Subject | None,
     after: Subject,
@@ -306,7 +282,7 @@ def _check_empty(out: Path) -> None:
         raise ValueError(f"{out} exists and is not empty; name a new folder with --out")
 
 
-def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATConfig:
+def _config(settings: ImmunizeSettings, out: Path) -> MBATConfig:
     same = "eps norm inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps learning_rate"
     return MBATConfig(
         **{name: getattr(settings, name) for name in (*same.split(), "seed", "save_steps")},
@@ -318,7 +294,8 @@ def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATCon
         save_total_limit=2,
         logging_steps=max(1, min(10, settings.max_steps // 20)),
         report_to="none",
-        disable_tqdm=not progress,
+        disable_tqdm=True,  # a TrainingBar shows the progress
+        dataloader_pin_memory=False,
         dataloader_drop_last=True,
     )
 
@@ -326,7 +303,7 @@ def _config(settings: ImmunizeSettings, out: Path, *, progress: bool) -> MBATCon
 def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
     """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
     subject = Subject.load(settings.model)
-    args = _config(settings, out, progress=progress)
+    args = _config(settings, out)
     data = load_dataset(settings.data, "train")
     needs_heads = bool(args.beta or args.gamma or args.arm)
     trainer = MBATTrainer(
@@ -341,10 +318,18 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
     )
     checkpoint = last_checkpoint(out) if resume else None
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    bar = TrainingBar()
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        bar.progress.stop()  # an interrupted training leaves the terminal as it was
     seconds = time.perf_counter() - start
+    subject.model.cpu()  # where evaluation runs; Trainer takes a GPU if there is one
     if trainer.heads is not None:
-        heads = trainer.heads.eval()
+        heads = trainer.heads.cpu().eval()
         after = Subject("immunised", subject.model, subject.processor, heads)
         held_out = _samples(settings.data, "calibration", settings.calibration_samples, settings.seed)
         images = torch.cat([x for _, _, x in batches(after, held_out, 128, "calibration", progress)])

@@ -43,7 +43,7 @@ class Subject:
         """Loads safetensors weights only; heads come from `cmcv/` in the model's folder or beside it.
 
         Raises:
-            ValueError: an unknown name, or weights that are not safetensors.
+            ValueError: an unknown name, or weights that are incomplete, damaged or not safetensors.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -51,10 +51,15 @@ class Subject:
 
         where = str(resolve(name))
         try:
-            model = AutoModelForImageTextToText.from_pretrained(where, use_safetensors=True).eval()
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                where, use_safetensors=True, output_loading_info=True
+            )
             processor = AutoProcessor.from_pretrained(where)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"cannot load the model {name!r}: {error}") from error
+        if report["missing_keys"]:  # which would be random numbers
+            raise ValueError(f"cannot load the model {name!r}: it lacks the weights {sorted(report['missing_keys'])}")
+        model.eval()
         for folder in (Path(where) / "cmcv", Path(where).parent / "cmcv"):
             if folder.is_dir():
                 return cls(name, model, processor, *ConsistencyHeads.from_pretrained(folder))

@@ -63,7 +63,8 @@ def maximise(
         threat: the ball.
         solver: `pgd` (exact), `bridge`, or `fgsm` (one step from a random start, Wong et al. 2020).
         steps: K.
-        step_size: in the [0, 1] pixel range; None: 2.5 * eps / K, at most eps; for `fgsm` 1.25 * eps.
+        step_size: in the [0, 1] pixel range; None: 2.5 * eps / K, at most eps (Madry et al., 2018);
+            for `fgsm` 1.25 * eps.
         refreshes: R of `bridge`; R = K is `pgd` exactly.
         bridge_gradient: p (N, T, D) of each sample at its clean image, free from the clean branch's own backward pass;
             None: `bridge` computes it at the start, for one full pass more (unless step 0 renews it anyway).

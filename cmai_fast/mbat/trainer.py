@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cmai_fast.arm import ARMSchedule
@@ -96,7 +96,7 @@ class MBATTrainer(Trainer):
         if not known & {id(p) for p in heads}:
             optimizer.add_param_group({"params": heads, "lr": self.args.heads_learning_rate, "weight_decay": 0.0})
             # Trainer clears the gradients of its model alone; those of the heads would add up over all of training.
-            optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())  # type: ignore[union-attr]
+            optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())
         return optimizer
 
     def training_step(
@@ -278,7 +278,7 @@ class MBATTrainer(Trainer):
             raise ValueError(
                 f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_weights(folder, self.model if model is None else model)
         if self.heads is not None:
             heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
             self.heads.load_state_dict(heads.state_dict())
@@ -286,6 +286,28 @@ class MBATTrainer(Trainer):
         self.passes = Passes(**state["passes"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["arm"] or {})
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint or "")
+
+    def _load_weights(self, folder: Path, model: nn.Module) -> None:
+        """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
+
+        `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
+        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had.
+        """
+        if not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(str(folder), model)
+            return
+        saved, report = type(model).from_pretrained(
+            folder, use_safetensors=True, dtype=model.dtype, output_loading_info=True
+        )
+        wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
+        if wrong:
+            raise ValueError(
+                f"the weights in {folder} do not fit the model: {wrong}; resume with the model they are of"
+            )
+        model.load_state_dict(saved.state_dict())
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -57,11 +57,10 @@ def clean(make_objective, batch):
 
 @pytest.fixture
 def make_trainer(make_tiny, data, tmp_path):
-    """`make_trainer(model=None, callbacks=None, heads=None, **config)`: a trainer on a new tiny model."""
+    """`make_trainer(callbacks=None, heads=None, eval_dataset=None, **config)`: a trainer on a new tiny model."""
 
-    def make(model: Any = None, *, callbacks: Any = None, heads: Any = None, **config: Any) -> MBATTrainer:
-        fresh, processor = make_tiny()
-        model = fresh if model is None else model
+    def make(*, callbacks: Any = None, heads: Any = None, eval_dataset: Any = None, **config: Any) -> MBATTrainer:
+        model, processor = make_tiny()
         defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "out"),
             "inner_steps": 2,
@@ -80,6 +79,7 @@ def make_trainer(make_tiny, data, tmp_path):
             MBATConfig(**(defaults | config)),
             heads=heads or make_heads(model),
             train_dataset=data,
+            eval_dataset=eval_dataset,
             data_collator=VQACollator(processor, negatives=1),
             processing_class=processor,
             callbacks=callbacks,

@@ -26,12 +26,13 @@ def bridge_gradient(objective, clean):
 @pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 1.0)])
 def test_bridge_that_refreshes_at_every_step_is_pgd(make_objective, clean, norm, eps, beta):
     threat = ThreatModel(norm, eps)
-    exact = maximise(make_objective(beta=beta), clean, threat, "pgd", steps=3, seed=5)
-    bridge = maximise(make_objective(beta=beta), clean, threat, "bridge", steps=3, refreshes=3, seed=5)
-    attack = pgd(make_objective(beta=beta), clean, threat, steps=3, seed=5, early_stop=False)
+    loop = {"steps": 3, "step_size": eps / 2, "seed": 5}
+    exact = maximise(make_objective(beta=beta), clean, threat, "pgd", **loop)
+    bridge = maximise(make_objective(beta=beta), clean, threat, "bridge", refreshes=3, **loop)
+    attack = pgd(make_objective(beta=beta), clean, threat, early_stop=False, **loop)
     assert torch.equal(bridge.adv, exact.adv)
     torch.testing.assert_close(exact.adv, attack.adv, rtol=0, atol=1e-6)
-    other = maximise(make_objective(beta=beta), clean, threat, "pgd", steps=3, seed=6)
+    other = maximise(make_objective(beta=beta), clean, threat, "pgd", **{**loop, "seed": 6})
     assert not torch.equal(other.adv, exact.adv)
 
 
@@ -112,17 +113,20 @@ def test_between_refreshes_only_the_language_model_is_linearised(make_objective,
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-8)
 
 
-def test_every_step_of_r0_ascends_the_linearised_objective(make_objective, clean):
-    """The whole loop against one written out by hand."""
-    p = bridge_gradient(make_objective(), clean)
-    result = maximise(make_objective(beta=0.4), clean, THREAT, "bridge", steps=3, bridge_gradient=p, seed=9)
-    objective, eps = make_objective(beta=0.4), THREAT.eps
+def test_the_loop_against_one_written_out_by_hand(make_objective, clean):
+    """K = 4, R = 1: steps 0 and 1 with the p given, step 2 with a new one, which step 3 goes on with."""
+    p, eps = bridge_gradient(make_objective(), clean), THREAT.eps
+    objective = make_objective(beta=0.4)
+    result = maximise(objective, clean, THREAT, "bridge", steps=4, refreshes=1, bridge_gradient=p, seed=9)
     adv = torch.empty_like(clean)
     ops.random_start_(adv, clean, torch.full((4,), eps), torch.arange(4), 9, "linf")
-    for _ in range(3):
+    for k in range(4):
+        if k == 2:
+            p = bridge_gradient(objective, adv)
         grad = inner._vision_gradient(objective, objective.space.to_model(adv), p)
-        adv = torch.maximum(torch.minimum(adv + 2.5 / 3 * eps * grad.sign(), clean + eps), clean - eps).clamp(0, 1)
-    torch.testing.assert_close(result.adv, adv, rtol=0, atol=1e-6)
+        adv = torch.maximum(torch.minimum(adv + 2.5 / 4 * eps * grad.sign(), clean + eps), clean - eps).clamp(0, 1)
+    differ = (result.adv - adv).abs() > 1e-6
+    assert differ.float().mean() < 1e-4  # signs of gradients that are zero but for rounding
 
 
 def test_staleness_is_one_where_nothing_moved(make_objective, clean):
@@ -147,7 +151,7 @@ def test_inside_ball_and_box_and_stronger_than_noise(make_objective, clean, solv
     assert adv.min() >= 0 and adv.max() <= 1
     noise = torch.empty_like(clean)
     ops.random_start_(noise, clean, torch.full((4,), eps), torch.arange(4), 0, norm)
-    loss = [float(objective(objective.space.to_model(x)).loss.mean()) for x in (adv, noise)]
+    loss = [objective(objective.space.to_model(x)).loss.mean().item() for x in (adv, noise)]
     assert loss[0] > loss[1]
 
 

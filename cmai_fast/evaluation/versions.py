@@ -1,0 +1,34 @@
+"""What a result was obtained with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import transformers
+
+import cmai_fast
+
+
+def versions() -> dict[str, str]:
+    """Versions of code and data, the commit if this is a checkout, and the machine."""
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(Path(cmai_fast.__file__).parent), "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, check=False,
+        ).stdout.strip()  # fmt: skip
+    except OSError:  # no git here
+        commit = ""
+    return {
+        "cmai_fast": cmai_fast.__version__,
+        "commit": commit or "not a checkout",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "easy_vqa": metadata.version("easy-vqa"),
+        "python": platform.python_version(),
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }

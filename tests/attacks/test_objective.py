@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cmai_fast.attacks import ATTACKS, Objective, apgd, fgsm, mi_fgsm, pgd
+from cmai_fast.bridge import Bridge
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.threat import ThreatModel
+
+
+@pytest.fixture(scope="module")
+def heads() -> ConsistencyHeads:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ConsistencyHeads(64, 64, dim=8, hidden=16).double()
+
+
+def at_clean(case, **settings):
+    return case.objective(**settings)(case.space.to_model(case.clean))
+
+
+def test_loss_is_alpha_task_minus_beta_score(case64, heads):
+    task, both = at_clean(case64), at_clean(case64, alpha=2.0, beta=0.7, heads=heads)
+    assert task.score is None and both.score.shape == (6,)
+    torch.testing.assert_close(both.loss, 2.0 * task.loss - 0.7 * both.score)
+    bridge = Bridge(case64.model)
+    image = heads.project_image(bridge.encode_image(case64.space.to_model(case64.clean)))
+    text = heads.project_text(bridge.encode_text(**case64.batch()))
+    torch.testing.assert_close(both.score, torch.cosine_similarity(image, text))
+
+
+def test_rows_choose_texts_and_scores(case64, heads):
+    objective = case64.objective(beta=1.0, heads=heads)
+    values, rows = case64.space.to_model(case64.clean), torch.tensor([4, 1])
+    whole, part = objective(values), objective(values[rows], rows)
+    torch.testing.assert_close(part.loss, whole.loss[rows])
+    torch.testing.assert_close(part.score, whole.score[rows])
+    assert not torch.allclose(objective(values[rows], rows.flip(0)).loss, part.loss)
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.0, 1.0), (0.5, 50.0)])
+def test_gradient_is_that_of_the_loss_and_of_each_row_alone(alpha, beta, case64, heads):
+    objective = case64.objective(alpha=alpha, beta=beta, heads=heads)
+    values = case64.space.to_model(case64.clean)
+    grad, at = objective.gradient(values)
+    assert not at.loss.requires_grad and not at.score.requires_grad and not grad.requires_grad
+    # Not smaller: RMSNorm computes in float32 whatever the model's dtype.
+    h = 1e-4
+    with torch.no_grad():
+        slope = (objective(values + h * grad.sign()).loss - objective(values - h * grad.sign()).loss) / (2 * h)
+    torch.testing.assert_close(slope, grad.abs().flatten(1).sum(1), rtol=1e-2, atol=0)
+    alone, _ = objective.gradient(values[2:3], torch.tensor([2]))
+    torch.testing.assert_close(alone[0], grad[2], rtol=1e-6, atol=1e-9)
+
+
+def test_beta_above_zero_lowers_the_score_and_below_zero_raises_it(case64, heads):
+    scores = {}
+    for beta in (-1.0, 1.0):
+        objective = case64.objective(alpha=0.0, beta=beta, heads=heads)
+        adv = pgd(objective, case64.clean, ThreatModel("linf", 8 / 255), steps=5, early_stop=False).adv
+        scores[beta] = objective(case64.space.to_model(adv)).score
+    clean = at_clean(case64, beta=1.0, heads=heads).score
+    assert (scores[1.0] < clean).all() and (clean < scores[-1.0]).all()
+
+
+def test_an_incomplete_or_ragged_batch_is_refused(case64):
+    batch = case64.batch()
+    with pytest.raises(ValueError, match="no attention_mask, no labels"):
+        Objective(Bridge(case64.model), case64.space, {"input_ids": batch["input_ids"]})
+    with pytest.raises(ValueError, match=r"input_ids \(6, \d+\), .*labels \(5, \d+\); expected one shape"):
+        Objective(Bridge(case64.model), case64.space, {**batch, "labels": batch["labels"][:5]})
+    with pytest.raises(ValueError, match=r"beta is 0\.5, but there are no consistency heads"):
+        case64.objective(beta=0.5)
+
+
+def test_other_keys_of_a_collated_batch_are_ignored(case64):
+    batch = {**case64.batch(), "pixel_values": torch.zeros(1), "sample_ids": torch.zeros(9)}
+    assert len(Objective(Bridge(case64.model), case64.space, batch)) == 6
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_bad_images_and_texts_are_named(name, case64):
+    attack, threat, objective = ATTACKS[name], ThreatModel(), case64.objective()
+    broken = case64.clean.clone()
+    broken[3, 0, 5, 5] = torch.nan
+    with pytest.raises(ValueError, match="image 3 of the batch holds NaN"):
+        attack(objective, broken, threat, steps=1)
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]. Normalised pixel_values go through PixelSpace.to_pixels"):
+        attack(objective, case64.space.to_model(case64.clean), threat, steps=1)
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        attack(objective, (case64.clean * 255).to(torch.uint8), threat, steps=1)
+    with pytest.raises(ValueError, match="there are 4 images for 6 texts"):
+        attack(objective, case64.clean[:4], threat, steps=1)
+    with pytest.raises(ValueError, match=r"reads \(N, 3, 64, 64\)"):
+        attack(objective, case64.clean[:, :, :32], threat, steps=1)
+    with pytest.raises(ValueError, match=r"expected \(N, 3, height, width\)"):
+        attack(objective, case64.clean[:, :1], threat, steps=1)
+    with pytest.raises(ValueError, match=r"sample_ids has shape \(2,\); expected \(6,\)"):
+        attack(objective, case64.clean, threat, steps=1, sample_ids=torch.tensor([1, 2]))
+    labels = case64.batch()["labels"]
+    labels[4] = -100
+    objective.batch["labels"] = labels
+    with pytest.raises(ValueError, match="row 4 of labels holds only -100"):
+        attack(objective, case64.clean, threat, steps=1)
+    long = Objective(Bridge(case64.model), case64.space, case64.batch(extra=100))
+    with pytest.raises(ValueError, match=r"the model's context is 128"):
+        attack(long, case64.clean, threat, steps=1)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_an_empty_batch_gives_an_empty_result(name, case64):
+    objective = Objective(Bridge(case64.model), case64.space, {k: v[:0] for k, v in case64.batch().items()})
+    result = ATTACKS[name](objective, case64.clean[:0], ThreatModel(), steps=1)
+    assert result.adv.shape == (0, 3, 64, 64) and result.fooled.shape == result.loss.shape == (0,)
+    assert result.passes.full_forward == 0
+
+
+def test_settings_that_mean_nothing_are_refused(case64):
+    objective, threat = case64.objective(), ThreatModel()
+    for attack, settings, said in (
+        (pgd, {"steps": -1}, "steps is -1"),
+        (pgd, {"restarts": 0}, "restarts 0"),
+        (pgd, {"step_size": -0.1}, "step_size is -0.1"),
+        (pgd, {"step_size": float("nan")}, "step_size is nan"),
+        (mi_fgsm, {"steps": -1}, "steps is -1"),
+        (apgd, {"steps": 0}, "steps is 0"),
+        (apgd, {"restarts": 0}, "restarts 0"),
+        (fgsm, {"steps": 2}, "Use pgd"),
+        (fgsm, {"restarts": 2}, "Use pgd"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            attack(objective, case64.clean, threat, **settings)
+
+
+def test_pixels_a_rounding_error_outside_the_box_come_back_inside(case64):
+    result = pgd(case64.objective(), case64.clean * 0 + 1 + 5e-7, ThreatModel("linf", 0.0), steps=0)
+    assert result.adv.max() <= 1
+
+
+def test_half_precision_images_are_attacked_in_float32(case32):
+    result = pgd(case32.objective(), case32.clean.bfloat16(), ThreatModel("linf", 8 / 255), steps=2, early_stop=False)
+    delta = result.adv.double() - case32.clean.bfloat16().double()
+    assert result.adv.dtype == torch.float32 and delta.abs().max() <= 8 / 255 + 1e-7

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmai_fast.data import VQACollator, format_prompt, load_dataset
+
+
+@pytest.fixture(scope="module")
+def samples():
+    data = load_dataset("easyvqa", "calibration", limit=8, seed=1)
+    return [data[i] for i in range(len(data))]
+
+
+def words(processor, ids) -> str:
+    return processor.tokenizer.decode(ids)
+
+
+def test_labels_mark_the_response_and_its_end_and_nothing_else(tiny_processor, samples):
+    tokenizer = tiny_processor.tokenizer
+    batch = VQACollator(tiny_processor)(samples)
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1  # prompts of several lengths, so some padding
+    for i, sample in enumerate(samples):
+        labels, ids, mask = batch["labels"][i], batch["input_ids"][i], batch["attention_mask"][i]
+        marked = labels != -100
+        assert labels[marked].tolist() == [tokenizer.convert_tokens_to_ids(sample["answer"]), tokenizer.eos_token_id]
+        assert torch.equal(labels[marked], ids[marked])
+        assert marked[-2:].all()  # the last columns: the prompt comes before, the padding before that
+        n = int(mask.sum())
+        assert mask[-n:].all() and (ids[:-n] == tokenizer.pad_token_id).all()
+
+
+def test_prompt_is_what_the_processor_itself_makes(tiny_processor, samples):
+    batch = VQACollator(tiny_processor)(samples)
+    for i, sample in enumerate(samples):
+        text = format_prompt(tiny_processor, sample["question"])
+        own = tiny_processor(text=[text], images=[sample["image"]], return_tensors="pt")
+        n = int(batch["attention_mask"][i].sum())
+        assert batch["input_ids"][i, -n:-2].tolist() == own["input_ids"][0].tolist()
+        torch.testing.assert_close(batch["pixel_values"][i], own["pixel_values"][0], rtol=0, atol=0)
+        assert sample["question"].split()[0] in text
+
+
+def test_prompts_for_generation_end_where_the_answer_begins(tiny_processor, samples):
+    collate = VQACollator(tiny_processor)
+    prompts, batch = collate.prompts(samples), collate(samples)
+    assert torch.equal(prompts["input_ids"], batch["input_ids"][:, :-2])
+    assert torch.equal(prompts["attention_mask"], batch["attention_mask"][:, :-2])
+
+
+def test_a_sample_is_the_same_in_any_batch_but_for_padding(tiny_processor, samples):
+    collate = VQACollator(tiny_processor, negatives=2)
+    whole = collate(samples)
+    for i, sample in enumerate(samples):
+        alone = collate([sample])
+        for key in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(whole[key][i, -alone[key].shape[1] :], alone[key][0])
+            rows = whole[f"negative_{key}"][2 * i : 2 * i + 2]
+            assert torch.equal(rows[:, -alone[f"negative_{key}"].shape[1] :], alone[f"negative_{key}"])
+        assert torch.equal(whole["pixel_values"][i], alone["pixel_values"][0])
+    assert whole["sample_ids"].tolist() == [s["sample_id"] for s in samples]
+
+
+def test_negatives_are_wrong_answers_of_the_same_kind_to_the_same_question(tiny_processor, samples):
+    batch = VQACollator(tiny_processor, negatives=3)(samples)
+    assert len(batch["negative_input_ids"]) == 3 * len(samples)
+    for i, sample in enumerate(samples):
+        n = int(batch["attention_mask"][i].sum())
+        for k in range(3):
+            ids, labels = (batch[f"negative_{key}"][3 * i + k] for key in ("input_ids", "labels"))
+            answer = words(tiny_processor, ids[-2])
+            assert answer in sample["choices"] and answer != sample["answer"]
+            assert torch.equal(ids[-n:-2], batch["input_ids"][i, -n:-2])
+            assert (labels[:-2] == -100).all() and torch.equal(labels[-2:], ids[-2:])
+
+
+def test_negatives_depend_on_seed_and_sample_id_alone(tiny_processor, samples):
+    colours = next(s for s in samples if len(s["choices"]) == 8)
+
+    def drawn(seed: int, sample_id: int) -> list[int]:
+        batch = VQACollator(tiny_processor, negatives=6, seed=seed)([{**colours, "sample_id": sample_id}])
+        return batch["negative_input_ids"][:, -2].tolist()
+
+    assert drawn(0, 5) == drawn(0, 5)
+    assert drawn(0, 5) != drawn(1, 5) and drawn(0, 5) != drawn(0, 6)
+
+
+def test_what_cannot_be_collated_is_named(tiny_processor, samples):
+    length = VQACollator(tiny_processor)(samples)["input_ids"].shape[1]
+    VQACollator(tiny_processor, max_length=length)(samples)
+    with pytest.raises(ValueError, match=rf"{length} tokens with its labels, the model's context is {length - 1}"):
+        VQACollator(tiny_processor, max_length=length - 1)(samples)
+    for choices in ((), ("red",)):
+        with pytest.raises(ValueError, match="sample 7 has no wrong answers"):
+            VQACollator(tiny_processor, negatives=1)(
+                [{**samples[0], "sample_id": 7, "answer": "red", "choices": choices}]
+            )
+
+
+def test_cached_pictures_are_not_mistaken_for_one_another(tiny_processor, samples):
+    collate = VQACollator(tiny_processor)
+    indices = np.zeros((64, 64), np.uint8)
+    pictures = []
+    for colour in ((255, 0, 0), (0, 0, 255)):  # equal palette indices, other colours
+        image = Image.fromarray(indices, "P")
+        image.putpalette(colour)
+        pictures.append(image.convert("P"))
+    red, blue = (collate([{**samples[0], "image": p}])["pixel_values"] for p in pictures)
+    assert not torch.equal(red, blue)
+    one, two = samples[0]["image"], samples[0]["image"].copy()
+    two[0, 0, 0] ^= 255
+    for _ in range(2):  # the second time from the cache
+        a, b = (collate([{**samples[0], "image": image}])["pixel_values"] for image in (one, two))
+        assert (a != b).sum() == 1

@@ -1,0 +1,461 @@
+"""A whole run on a tiny model: what it writes, what it refuses, and that no interruption harms it."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from cmai_fast.attacks import Passes
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.evaluation import experiment
+from cmai_fast.evaluation import results as results_module
+from cmai_fast.evaluation.experiment import ImmunizeSettings, attack, evaluate, immunize
+from cmai_fast.evaluation.protocol import Attacked, Measured
+from cmai_fast.evaluation.results import read_results
+from cmai_fast.evaluation.subject import Subject
+from cmai_fast.mbat import MBATTrainer
+from cmai_fast.threat import ThreatModel
+
+THREAT = ThreatModel("linf", 8 / 255)
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder) -> ImmunizeSettings:
+    return ImmunizeSettings(
+        model=str(model_folder), max_steps=4, batch_size=4, inner_steps=2, attack_steps=2, restarts=1, limit=8,
+        save_steps=1, calibration_samples=16, command="cmai-fast immunize",
+    )  # fmt: skip
+
+
+class LightEvaluation:
+    """Stands in for the parts of a run after training that the test at hand is not about."""
+
+    def __init__(self, monkeypatch):
+        for name in ("measure", "sanity_checks", "picture_grid", "step_overhead"):
+            monkeypatch.setattr(experiment, name, getattr(self, name))
+
+    def measure(self, subject, samples, *args, **kwargs):
+        images, right = torch.zeros(len(samples), 3, 64, 64), np.ones(len(samples), bool)
+        record = {"acc_clean": 1.0, "acc_robust": 0.5, "n": len(samples)}
+        return Measured(record, images, right, {"pgd-2": Attacked(images, right, right, Passes(), 0.0)})
+
+    def sanity_checks(self, *args, **kwargs):
+        return []
+
+    def picture_grid(self, *args, **kwargs):
+        return []
+
+    def step_overhead(self, *args, **kwargs):
+        return {"time_ratio": 2.0, "memory_ratio": 1.0}
+
+
+@pytest.fixture
+def light(monkeypatch):
+    LightEvaluation(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> Path:
+    """One run never interrupted, with its full evaluation. Look, do not touch."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    immunize(settings, out, progress=False)
+    return out
+
+
+def weights(out: Path) -> tuple[bytes, bytes]:
+    return (out / "model" / "model.safetensors").read_bytes(), (out / "cmcv" / "heads.safetensors").read_bytes()
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_what_a_run_leaves(finished, settings):
+    assert {p.name for p in finished.iterdir()} == {
+        "model", "cmcv", "results.json", "report.html", "run.json", "trained.json",
+    }  # fmt: skip
+    AutoModelForImageTextToText.from_pretrained(finished / "model", use_safetensors=True)
+    AutoProcessor.from_pretrained(finished / "model")
+    _, threshold = ConsistencyHeads.from_pretrained(finished / "cmcv")
+    assert (threshold.split, threshold.samples, threshold.false_rejection_rate) == ("calibration", 16, 0.05)
+    original = Path(settings.model).parent
+    assert weights(finished)[0] != (original / "model" / "model.safetensors").read_bytes()
+    assert weights(finished)[1] != (original / "cmcv" / "heads.safetensors").read_bytes()
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_results_are_complete(finished, settings):
+    results = read_results(finished)
+    for key in ("undefended", "immunised"):
+        r = results[key]
+        assert r["n"] == 8 and r["precision"] == "torch.float32"
+        assert {
+            "acc_clean",
+            "acc_robust",
+            "asr",
+            "acc_robust_8bit",
+            "acc_clean_interval",
+            "acc_robust_interval",
+        } <= set(r)
+        assert r["acc_robust"] <= r["acc_clean"]
+        for part in ("clean", "adversarial"):
+            assert -1 <= r["s_c"][part]["mean"] <= 1
+            assert list(r["s_c"][part]["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
+            assert sum(r["s_c"][part]["histogram"]["counts"]) == 8
+        assert {"auroc", "tpr_at_1_fpr", "tpr_at_5_fpr", "roc", "threshold", "acc_robust_with_rejection"} <= set(
+            r["detection"]
+        )
+        assert {p["eps"] for p in r["curve"]} == {e / 255 for e in (1, 2, 4, 8, 16, 24)}
+        assert {"pgd-2", "apgd-4"} <= set(r["attacks"]) and r["attacks"]["pgd-2"]["passes"]["forward"] > 0
+        assert all({"check", "passed", "detail"} == set(c) for c in r["sanity"]) and len(r["sanity"]) >= 6
+    assert "transfer" in results["immunised"]["attacks"] and "transfer" not in results["undefended"]["attacks"]
+    assert results["undefended"]["detection"]["threshold"] == -1.0  # that of the original heads
+    assert results["undefended"]["s_c"] != results["immunised"]["s_c"]
+    assert results["overhead"]["time_ratio"] > 0 and results["overhead"]["memory_ratio"] > 0
+    assert {k: results["settings"][k] for k in asdict(settings)} == asdict(settings)
+    assert {"cmai_fast", "torch", "transformers", "python", "commit", "device", "easy_vqa"} <= set(results["versions"])
+    assert results["seed"] == 0 and len(results["sample_ids"]) == 8
+    training = results["training"]
+    assert training["step"] == [1, 2, 3, 4] and training["passes"]["vision_forward"] == 8
+    for curve in ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta"):
+        assert len(training[curve]) == 4 and all(np.isfinite(training[curve]))
+
+
+def test_the_undefended_model_is_measured_with_its_own_heads(settings, tmp_path, monkeypatch, light):
+    """Training must not reach the heads that the model came with."""
+    seen = {}
+    measure = experiment.measure
+    monkeypatch.setattr(
+        experiment, "measure",
+        lambda s, *a, **k: seen.update({s.name: copy.deepcopy(s.heads.state_dict())}) or measure(s, *a, **k),
+    )  # fmt: skip
+    immunize(settings, tmp_path / "out", progress=False)
+    original = Subject.load(settings.model).heads.state_dict()
+    assert all(torch.equal(v, original[k]) for k, v in seen[settings.model].items())
+    assert not all(torch.equal(v, original[k]) for k, v in seen["immunised"].items())
+
+
+def kill_after(step: int, monkeypatch, error: BaseException) -> None:
+    train_step = MBATTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise error
+        return train_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MBATTrainer, "training_step", interrupted)
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on_exactly(settings, finished, tmp_path, monkeypatch, light):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        kill_after(2, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            immunize(settings, out, progress=False)
+    assert not (out / "model").exists() and not (out / "results.json").exists()
+    torch.rand(7)
+    results = immunize(replace(settings, command="cmai-fast immunize --resume"), out, resume=True, progress=False)
+    assert weights(out) == weights(finished)
+    whole = json.loads((finished / "trained.json").read_text())
+    assert results["training"]["resumed"] and not whole["resumed"]
+    for key in ("step", "loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta", "passes"):
+        assert results["training"][key] == whole[key], key
+
+
+def test_a_model_without_heads_goes_on_with_the_same_ones(make_tiny, settings, tmp_path, monkeypatch, light):
+    model, processor = make_tiny()
+    model.save_pretrained(tmp_path / "bare")
+    processor.save_pretrained(tmp_path / "bare")
+    fit_heads = experiment.fit_heads
+    monkeypatch.setattr(experiment, "fit_heads", lambda *a, **k: fit_heads(*a, **{**k, "steps": 3}))
+    settings = replace(settings, model=str(tmp_path / "bare"))
+    immunize(settings, tmp_path / "whole", progress=False)
+    torch.manual_seed(99)
+    with monkeypatch.context() as patch:
+        kill_after(0, patch, KeyboardInterrupt())  # before the first checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            immunize(settings, tmp_path / "out", progress=False)
+    torch.manual_seed(98)
+    immunize(settings, tmp_path / "out", resume=True, progress=False)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+_RUN = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from cmai_fast.evaluation import experiment
+from cmai_fast.mbat import MBATTrainer
+step = MBATTrainer.training_step
+def slow(self, *args, **kwargs):
+    import time
+    if self.state.global_step == 3:
+        print("in step 3", flush=True)
+        time.sleep(120)
+    return step(self, *args, **kwargs)
+MBATTrainer.training_step = slow
+settings = experiment.ImmunizeSettings(**json.loads(sys.argv[1]))
+experiment.immunize(settings, Path(sys.argv[2]), progress=False)
+"""
+
+
+def test_kill_9_in_mid_training(settings, finished, tmp_path, light):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", _RUN, json.dumps(asdict(settings)), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
+        for line in run.stdout:
+            if line.startswith("in step 3"):
+                break
+        run.send_signal(signal.SIGKILL)
+        assert run.wait(30) == -signal.SIGKILL
+    assert not (out / "model").exists()
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    with pytest.raises(ValueError, match="unfinished run; continue it with --resume"):
+        immunize(settings, out, progress=False)
+    immunize(settings, out, resume=True, progress=False)
+    assert weights(out) == weights(finished)
+
+
+@pytest.mark.parametrize("what", ["model", "heads", "results", "report"])
+def test_a_full_disk_leaves_nothing_half_written(settings, finished, tmp_path, monkeypatch, light, what):
+    out, full = tmp_path / "out", OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        if what == "model":
+            whole_save = PreTrainedModel.save_pretrained
+
+            def half(self, folder, *args, **kwargs):
+                whole_save(self, folder, *args, **kwargs)
+                if "checkpoint" not in str(folder):
+                    with open(Path(folder) / "model.safetensors", "r+b") as file:
+                        file.truncate(1000)
+                    raise full
+
+            patch.setattr(PreTrainedModel, "save_pretrained", half)
+        elif what == "heads":
+            save_heads = ConsistencyHeads.save_pretrained
+
+            def no_heads(self, folder, threshold=None):
+                if threshold is not None:
+                    raise full
+                save_heads(self, folder, threshold)
+
+            patch.setattr(ConsistencyHeads, "save_pretrained", no_heads)
+        elif what == "results":
+            write = results_module.os.replace
+
+            def no_replace(source, target):
+                if Path(target).name == "results.json":
+                    raise full
+                write(source, target)
+
+            patch.setattr(results_module.os, "replace", no_replace)
+        else:
+            patch.setattr(experiment, "write_report", lambda *a: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match=r"No space left|could not write"):
+            immunize(settings, out, progress=False)
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    if what in ("model", "heads"):
+        assert not (out / "model").exists() and not (out / "results.json").exists()
+    if what == "report":  # nothing else is done again
+        monkeypatch.setattr(experiment, "measure", lambda *a, **k: 1 / 0)
+    immunize(settings, out, resume=True, progress=False)
+    assert weights(out) == weights(finished)
+    assert (out / "report.html").is_file() and (out / "results.json").is_file()
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_model_folder_replaces_an_older_one_whole(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stale").touch()
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "litter").touch()
+    experiment._appear(tmp_path / "model", lambda d: (d / "new").touch())
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["new"]
+
+
+def test_folders_that_are_not_this_run_are_refused_untouched(settings, finished, tmp_path):
+    cases = {}
+    for resume in (False, True):
+        foreign = tmp_path / f"foreign{resume}"
+        foreign.mkdir()
+        (foreign / "thesis.tex").write_text("years of work")
+        cases[foreign, resume] = "exists and is not empty"
+        other = tmp_path / f"other{resume}"
+        other.mkdir()
+        (other / "run.json").write_text('["someone else\'s"]')
+        cases[other, resume] = "was not written by this version"
+        file = tmp_path / f"file{resume}"
+        file.write_text("x")
+        cases[file, resume] = "exists and is not empty"
+        cases[finished, resume] = "holds a finished run"
+    before = {folder: listing(folder) for folder, _ in cases}
+    for (folder, resume), message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            immunize(settings, folder, resume=resume, progress=False)
+    assert {folder: listing(folder) for folder, _ in cases} == before
+
+
+def test_resume_names_the_settings_that_changed(settings, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    results_module.write_results(asdict(settings), out / "run.json")
+    before = listing(out)
+    changed = replace(settings, eps=4 / 255, seed=1, command="other words")
+    with pytest.raises(ValueError, match=r"eps was 0\.03\d*, now 0\.01\d*; seed was 0, now 1\); resume with the same"):
+        immunize(changed, out, resume=True, progress=False)
+    assert listing(out) == before
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"model": "no-such-model"}, "unknown model 'no-such-model'"),
+        ({"data": "no-such-data"}, "unknown data 'no-such-data'; known: easyvqa"),
+        ({"eps": 8.0}, "did you mean 8/255"),
+        ({"inner": "pdg"}, "inner is 'pdg'"),
+        ({"refreshes": 3}, "refreshes is 3; expected 0 to 2"),
+        ({"eps_warmup": 2.0}, "eps_warmup is 2.0"),
+    ],
+)
+def test_bad_input_is_refused_before_the_folder_is_claimed(settings, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        immunize(replace(settings, **wrong), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["max_steps", "batch_size", "attack_steps", "restarts", "limit", "save_steps"])
+def test_counts_are_whole_numbers(settings, name):
+    for value in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=f"{name} is {value}; expected a whole number of at least 1"):
+            replace(settings, **{name: value})
+    with pytest.raises(ValueError, match="learning_rate is nan"):
+        replace(settings, learning_rate=float("nan"))
+
+
+def test_pickled_weights_are_not_read(make_tiny, settings, tmp_path):
+    model, processor = make_tiny()
+    model.save_pretrained(tmp_path / "pickled")
+    processor.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load the model .*safetensors"):
+        immunize(replace(settings, model=str(tmp_path / "pickled")), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_an_error(model_folder, tmp_path):
+    for fault in ("truncated", "incomplete"):
+        shutil.copytree(model_folder, tmp_path / fault)
+    with open(tmp_path / "truncated" / "model.safetensors", "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(ValueError, match="cannot load the model"):
+        Subject.load(str(tmp_path / "truncated"))
+    names = load_file(tmp_path / "incomplete" / "model.safetensors")
+    names.pop(next(k for k in names if "multi_modal_projector" in k))
+    save_file(names, tmp_path / "incomplete" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['model.multi_modal_projector"):
+        Subject.load(str(tmp_path / "incomplete"))
+
+
+def test_without_heads_there_is_no_detector(settings, tmp_path, light):
+    plain = replace(settings, beta=0.0, gamma=0.0, arm=False)
+    immunize(plain, tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "model").is_dir() and not (tmp_path / "out" / "cmcv").exists()
+
+
+def test_evaluate_two_models(settings, model_folder, finished, tmp_path, light):
+    results = evaluate(
+        str(finished), "easyvqa", THREAT, against=str(model_folder), out=tmp_path / "out", limit=4, steps=2,
+        restarts=1, progress=False, command="cmai-fast evaluate",
+    )  # fmt: skip
+    assert results["undefended"] and results["immunised"]
+    assert read_results(tmp_path / "out")["settings"] == results["settings"]
+    assert results["settings"]["command"] == "cmai-fast evaluate" and len(results["sample_ids"]) == 4
+    assert (tmp_path / "out" / "report.html").is_file()
+    before = listing(tmp_path / "out")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        evaluate(str(finished), "easyvqa", THREAT, against=None, out=tmp_path / "out", progress=False)
+    assert listing(tmp_path / "out") == before
+
+
+def test_evaluate_one_model(model_folder, tmp_path):
+    results = evaluate(
+        str(model_folder), "easyvqa", THREAT, against=None, out=tmp_path / "out", limit=4, steps=2, restarts=1,
+        progress=False,
+    )  # fmt: skip
+    assert results["undefended"] is None and results["immunised"]["n"] == 4
+    assert "the undefended model breaks" not in {c["check"] for c in results["immunised"]["sanity"]}
+    assert all("undefended" not in p and p["against"] == "immunised" for p in results["pictures"])
+
+
+def test_evaluate_refuses_an_unfinished_run(settings, model_folder, tmp_path):
+    results_module.write_results(asdict(settings), tmp_path / "run.json")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        evaluate(str(model_folder), "easyvqa", THREAT, against=None, out=tmp_path, progress=False)
+
+
+def run_attack(folder, out, **changes):
+    arguments = {
+        "model": str(folder), "data": "easyvqa", "attack_name": "pgd", "threat": THREAT, "steps": 2, "restarts": 2,
+        "limit": 6, "seed": 3, "batch_size": 4, "out": out, "progress": False, "command": "cmai-fast attack",
+    }  # fmt: skip
+    return attack(**{**arguments, **changes})
+
+
+def test_attack_writes_one_file(model_folder, tmp_path):
+    record = run_attack(model_folder, tmp_path / "deep" / "a.json")
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == json.loads(json.dumps(record))
+    assert {"acc_clean", "acc_robust", "acc_robust_8bit", "asr", "n", "passes", "seconds", "versions"} <= set(record)
+    assert record["settings"]["attack"] == "pgd" and record["settings"]["steps"] == 2 and record["seed"] == 3
+    assert len(record["per_sample"]) == record["n"] == 6
+    assert set(record["per_sample"][0]) == {"sample_id", "question", "answer", "right_clean", "right_adv"}
+    right = [s["right_adv"] for s in record["per_sample"]]
+    assert record["acc_robust"] == pytest.approx(sum(right) / 6)
+
+
+def test_attack_refuses(model_folder, tmp_path):
+    (tmp_path / "there.json").write_text("precious")
+    with pytest.raises(ValueError, match=r"there\.json exists; name another file"):
+        run_attack(model_folder, tmp_path / "there.json")
+    assert (tmp_path / "there.json").read_text() == "precious"
+    for changes, message in (
+        ({"attack_name": "pgdd"}, "unknown attack 'pgdd'; known: fgsm, pgd, mi-fgsm, apgd"),
+        ({"data": "vqa3"}, "unknown data 'vqa3'"),
+        ({"model": "no-such"}, "unknown model 'no-such'"),
+        ({"steps": 0}, "steps of pgd is 0"),
+        ({"restarts": -1}, "restarts of pgd is -1"),
+        ({"limit": 0}, "limit is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_attack(model_folder, tmp_path / "new.json", **changes)
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_training_batches_depend_on_the_seed_alone(model_folder):
+    subject = Subject.load(str(model_folder))
+
+    def ids(seed):
+        stream = experiment.training_batches(subject, "easyvqa", 4, seed)
+        return torch.stack([next(stream)["sample_ids"] for _ in range(2)])
+
+    assert torch.equal(ids(0), ids(0)) and not torch.equal(ids(0), ids(1))
+
+
+def test_versions_without_git(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError("git")))
+    assert experiment.versions()["commit"] == "not a checkout"

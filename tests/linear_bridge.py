@@ -1,0 +1,41 @@
+"""A linear two-class model behind the interface of `Bridge`: what an attack should find on it has a closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmai_fast.attacks import Objective
+from cmai_fast.threat import PixelSpace
+
+SHAPE = (3, 4, 4)
+SPACE = PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
+
+
+class LinearBridge:
+    """Logits (0, <w, x_model> + bias); the label is class 0, so that the loss rises with <w, x_model>."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, bias: float = -8.0) -> None:
+        self.model = nn.Linear(48, 2, dtype=dtype)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            self.model.weight.zero_()
+            self.model.weight[1] = 0.2 * torch.randn(48, generator=generator, dtype=torch.float64)
+            self.model.bias.copy_(torch.tensor([0.0, bias]))
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        return pixel_values.flatten(1).unsqueeze(1)
+
+    def fuse(
+        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.model(features), labels[:, 1:]
+
+    def direction(self) -> Tensor:
+        """d<w, x_model>/d pixels, (3, 4, 4)."""
+        return self.model.weight[1].detach().view(SHAPE) / SPACE.std.to(self.model.weight)[:, None, None]
+
+    def objective(self, rows: int) -> Objective:
+        ids = torch.tensor([[1, 0]]).repeat(rows, 1)
+        labels = torch.tensor([[-100, 0]]).repeat(rows, 1)
+        return Objective(self, SPACE, {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels})  # type: ignore[arg-type]
