@@ -2,11 +2,13 @@
 
     python benchmarks/recipes/build_easyvqa_llava.py --out cmai_fast/models/easyvqa-llava
 
-Four stages on easy-VQA's `train` split, as LLaVA is trained. The vision tower reads colour and shape: inside the full
-model, a from-scratch ViT learns colours at once and stalls on shapes. Then projector and language model learn to answer
-on the frozen tower: at their learning rate it would forget the shapes again. Then everything is tuned together, and
-the language model once more, since "is there a green shape?" takes it longer than "what color is the shape?".
-Pictures are mirrored and shifted; no smoothing, no noise: nothing makes it tougher or more fragile.
+Five stages on easy-VQA's `train` split, the first three as LLaVA is trained. The vision tower reads colour and
+shape: inside the full model, a from-scratch ViT learns colours at once and stalls on shapes. Projector and language
+model learn to answer on the frozen tower: at their learning rate it would forget the shapes again. Everything is
+tuned together. Then projector and language model go on, first on all questions, then with 3 in 8 of a batch drawn
+from those still answered wrongly: it takes long to see that "is there a green shape?" is about the same green as
+"what color is the shape?". Pictures are mirrored and shifted; no smoothing, no noise: nothing makes it tougher or
+more fragile.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cmai_fast.bridge import Bridge, is_right
 from cmai_fast.data import EasyVQA, VQACollator
 from cmai_fast.data.easyvqa import COLORS, SHAPES
 
@@ -159,15 +162,32 @@ def pretrain_vision(model: LlavaForConditionalGeneration, steps: int, lr: float,
 
 
 def train_answers(
-    model: LlavaForConditionalGeneration, processor, what: str, steps: int, lr: float, batch: int = 64
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    what: str,
+    steps: int,
+    lr: float,
+    batch: int = 64,
+    hard: int = 0,
 ) -> None:
-    """Stages 2 to 4: next-token cross-entropy on the answers, over all weights that are not frozen."""
+    """Stages 2 to 5: next-token cross-entropy on the answers, over all weights that are not frozen.
+
+    With `hard`, that many samples of each batch are drawn from the training questions that the model answers wrongly,
+    found anew every quarter of the steps, as long as there are more than 50.
+    """
     data = EasyVQA("train")
     collate = VQACollator(processor)
     optimizer, schedule = one_cycle([p for p in model.parameters() if p.requires_grad], steps, lr)
+    wrong = torch.empty(0, dtype=torch.long)
     start = time.time()
     for step in track(range(steps), f"{what}: questions"):
-        inputs = collate([data[i] for i in torch.randint(len(data), (batch,)).tolist()])
+        if hard and step % (steps // 4) == 0:
+            wrong = wrong_questions(model, collate, data)
+            print(f"{what} {step}: {len(wrong)} of {len(data)} training questions wrong", flush=True)
+        rows = torch.randint(len(data), (batch,))
+        if hard and len(wrong) > 50:
+            rows[:hard] = wrong[torch.randint(len(wrong), (hard,))]
+        inputs = collate([data[i] for i in rows.tolist()])
         inputs.pop("sample_ids")
         inputs["pixel_values"] = augment(inputs["pixel_values"])
         loss = model(**inputs).loss
@@ -178,6 +198,18 @@ def train_answers(
         schedule.step()
         if step % 250 == 0:
             print(f"{what} {step}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def wrong_questions(model: LlavaForConditionalGeneration, collate: VQACollator, data: EasyVQA) -> torch.Tensor:
+    """The rows of `data` that the model does not answer word for word."""
+    bridge, wrong = Bridge(model), []
+    for start in range(0, len(data), 512):
+        batch = collate([data[i] for i in range(start, min(start + 512, len(data)))])
+        text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        right = is_right(*bridge.fuse(bridge.encode_image(batch["pixel_values"]), **text))
+        wrong.append(start + torch.nonzero(~right).squeeze(1))
+    return torch.cat(wrong)
 
 
 @torch.no_grad()
@@ -214,6 +246,7 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, default=1500)
     parser.add_argument("--joint-lr", type=float, default=2e-4)
     parser.add_argument("--second-steps", type=int, default=2500)
+    parser.add_argument("--hard-steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -232,6 +265,8 @@ def main() -> None:
     torch.manual_seed(args.seed + 1)
     model.model.vision_tower.requires_grad_(False)
     train_answers(model, processor, "projector and language model, second cycle", args.second_steps, args.lr)
+    torch.manual_seed(args.seed + 2)
+    train_answers(model, processor, "hard questions", args.hard_steps, args.lr / 2, hard=24)
     model.requires_grad_(True)
     staging = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)

@@ -304,6 +304,9 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
     """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
     subject = Subject.load(settings.model)
     args = _config(settings, out)
+    if before.threshold is not None:
+        # What S_c means differs from heads to heads: inconsistent is what hardly any clean input scores.
+        args.tau_train = before.threshold.tau
     data = load_dataset(settings.data, "train")
     needs_heads = bool(args.beta or args.gamma or args.arm)
     trainer = MBATTrainer(

@@ -136,7 +136,7 @@ def test_everything_missing_is_named_at_once(tmp_path: Path) -> None:
     del results["seed"], results["settings"]["eps"], results["immunised"]["acc_robust"]
     results["immunised"]["n"] = "many"
     path = write_results(results, tmp_path / "results.json")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="seed is missing") as caught:
         read_results(path)
     for text in (str(path), "seed is missing", "settings.eps is missing", "immunised.acc_robust", "immunised.n"):
         assert text in str(caught.value), text

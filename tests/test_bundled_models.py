@@ -1,0 +1,71 @@
+"""The bundled models as a stranger meets them: by plain `transformers`, without this library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cmai_fast.attacks import pgd
+from cmai_fast.data import load_dataset
+from cmai_fast.evaluation.subject import Subject
+from cmai_fast.models import BUNDLED, resolve
+from cmai_fast.threat import ThreatModel
+
+PLAIN = """
+import sys
+import easy_vqa
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model, processor = AutoModelForImageTextToText.from_pretrained(sys.argv[1]), AutoProcessor.from_pretrained(sys.argv[1])
+questions, answers, images = easy_vqa.get_test_questions()
+paths, rows = easy_vqa.get_test_image_paths(), range(0, 9673, 97)
+chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": questions[i]}]}] for i in rows]
+prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+pictures = [Image.open(paths[images[i]]).convert("RGB") for i in rows]
+inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+said = processor.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+print(sum(s.strip() == answers[i] for s, i in zip(said, rows)), len(rows))
+assert "cmai_fast" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_model_answers_by_plain_transformers(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(resolve(name))], capture_output=True, text=True, check=True, timeout=120
+    )
+    right, asked = map(int, run.stdout.split())
+    assert asked == 100
+    # The whole test split is measured by the recipes; a hundred questions would catch a wrong file or processor.
+    assert right >= 95
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> None:
+    folder = resolve(name)
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 8 * 2**20
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    subject = Subject.load(name)
+    assert 1e6 <= sum(p.numel() for p in subject.model.parameters()) <= 3e6
+    assert subject.threshold is not None
+    assert subject.threshold.split == "calibration"
+
+
+def test_the_undefended_model_breaks() -> None:
+    subject, data = Subject.load("easyvqa-llava"), load_dataset("easyvqa", "test", 32)
+    batch = subject.collate([data[i] for i in range(len(data))])
+    clean = subject.space.to_pixels(batch["pixel_values"])
+    result = pgd(
+        subject.objective(batch), clean, ThreatModel("linf", 24 / 255), steps=20, sample_ids=batch["sample_ids"]
+    )
+    right = subject.right(clean, batch)
+    assert right.float().mean() > 0.9
+    assert (right & ~result.fooled).float().mean() < 0.5
+    noise = clean + torch.empty_like(clean).uniform_(-24 / 255, 24 / 255, generator=torch.Generator().manual_seed(0))
+    assert subject.right(noise.clamp(0, 1), batch).float().mean() > 0.8
