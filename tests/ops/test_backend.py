@@ -101,7 +101,9 @@ def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch: 
 def test_without_the_extension_the_explicit_cpu_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CMAI_FAST_BACKEND", "cpu")
     monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler was there")
-    with pytest.raises(RuntimeError, match="cpu cannot be had: no compiler was there. Unset it, or choose one of: ref"):
+    with pytest.raises(
+        RuntimeError, match=r"cpu cannot be had: no compiler was there. Unset it, or choose one of: ref"
+    ):
         step()
 
 

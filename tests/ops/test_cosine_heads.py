@@ -118,7 +118,7 @@ def test_wrong_arguments_are_named() -> None:
         ops.cosine_heads(torch.rand(2, 3), torch.rand(2, 3))
     with pytest.raises(RuntimeError, match=r"text has shape \(2, 1, 3\), expected \(2, 1, 4\) like image"):
         ops.cosine_heads(torch.rand(2, 1, 4), torch.rand(2, 1, 3))
-    with pytest.raises(RuntimeError, match="image has dtype torch.int64"):
+    with pytest.raises(RuntimeError, match=r"image has dtype torch.int64"):
         ops.cosine_heads(torch.ones(2, 1, 4, dtype=torch.int64), torch.rand(2, 1, 4))
 
 

@@ -147,7 +147,7 @@ def test_wrong_arguments_are_named() -> None:
     query, keys, labels, scale = make_inputs(4, 5, 3)
     with pytest.raises(RuntimeError, match=r"keys has shape \(5, 2\), expected \(M, 3\)"):
         ops.info_nce(query, keys[:, :2], labels, scale)
-    with pytest.raises(RuntimeError, match="labels has dtype torch.int32"):
+    with pytest.raises(RuntimeError, match=r"labels has dtype torch.int32"):
         ops.info_nce(query, keys, labels.int(), scale)
     with pytest.raises(RuntimeError, match=r"scale has shape \(1,\)"):
         ops.info_nce(query, keys, labels, scale[None])

@@ -153,7 +153,7 @@ def test_wrong_arguments_are_named() -> None:
     clean, ids = torch.rand(2, 3), torch.arange(2)
     with pytest.raises(RuntimeError, match="norm is 'l1', expected 'linf' or 'l2'"):
         ops.random_start_(clean.clone(), clean, torch.rand(2), ids, 0, "l1")
-    with pytest.raises(RuntimeError, match="sample_ids has dtype torch.int32"):
+    with pytest.raises(RuntimeError, match=r"sample_ids has dtype torch.int32"):
         ops.random_start_(clean.clone(), clean, torch.rand(2), ids.int(), 0, "linf")
     with pytest.raises(RuntimeError, match=r"sample_ids has shape \(3,\), expected \(2,\)"):
         ops.random_start_(clean.clone(), clean, torch.rand(2), torch.arange(3), 0, "linf")
