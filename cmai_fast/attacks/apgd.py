@@ -45,7 +45,7 @@ def apgd(
         raise ValueError(f"steps is {steps} and restarts {restarts}; expected at least 1 of each")
     before, objective.passes = objective.passes, Passes()
     try:
-        with objective.frozen:
+        with objective.lent():
             clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
             best = Best(clean)
             if early_stop and len(clean):

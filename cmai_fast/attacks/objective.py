@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen, is_right, task_loss
+from cmai_fast.bridge import Bridge, frozen, is_right, patches_by_matmul, task_loss
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.threat import PixelSpace
 
@@ -77,10 +78,11 @@ class Objective:
     def __len__(self) -> int:
         return len(self.batch["input_ids"])
 
-    @property
-    def frozen(self):
-        """Context in which the model is lent to an attack; see `cmai_fast.bridge.frozen`."""
-        return frozen(self.bridge.model, self.heads)
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Context in which the model is lent to an attack: frozen, and its patch embedding quick at the pixels."""
+        with patches_by_matmul(self.bridge.model), frozen(self.bridge.model, self.heads):
+            yield
 
     def text_projection(self) -> Tensor:
         """P_t(h_t) of prompt and true response, (N, dim), no gradient."""

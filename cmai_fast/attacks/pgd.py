@@ -51,7 +51,7 @@ def pgd(
         raise ValueError(f"step_size is {step_size}; expected a finite number of at least 0, in the [0, 1] pixel range")
     before, objective.passes = objective.passes, Passes()
     try:
-        with objective.frozen:
+        with objective.lent():
             clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
             size = threat.eps * min(1.0, max(0.25, 2.5 / max(steps, 1))) if step_size is None else step_size
             best = Best(clean)

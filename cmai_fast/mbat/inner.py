@@ -83,7 +83,7 @@ def maximise(
         step_size = min(threat.eps, 2.5 * threat.eps / steps)
     outer_passes, objective.passes = objective.passes, Passes()
     try:
-        with objective.frozen:
+        with objective.lent():
             clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
             p = None if bridge_gradient is None else objective.alpha * bridge_gradient.detach()
             if p is None and 0 not in renew:

@@ -54,7 +54,7 @@ class Scripted:
         change = torch.where(up, 1.0, -4.0) * torch.rand(looks, rows, generator=generator)
         self.losses = change.double().cumsum(0).round(decimals=1)  # rounded, so that ties happen
         self.grads = torch.randn(looks, rows, 3, 1, 1, generator=generator, dtype=torch.float64)
-        self.space, self.passes, self.frozen = PixelSpace([0.0] * 3, [1.0] * 3), Passes(), contextlib.nullcontext()
+        self.space, self.passes, self.lent = PixelSpace([0.0] * 3, [1.0] * 3), Passes(), contextlib.nullcontext
         self.asked: list[torch.Tensor] = []
 
     def __len__(self) -> int:

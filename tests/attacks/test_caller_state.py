@@ -133,3 +133,10 @@ def test_the_models_mode_and_the_random_state_change_nothing(name, disordered, m
     one = run(name, disordered)
     torch.manual_seed(2)
     torch.testing.assert_close(one.adv, run(name, orderly).adv, rtol=0, atol=0)
+
+
+def test_the_patch_embedding_is_quick_inside_and_the_callers_own_outside(case32: Case) -> None:
+    embedding = case32.model.model.vision_tower.embeddings.patch_embedding
+    with case32.objective().lent():
+        assert "forward" in vars(embedding)
+    assert "forward" not in vars(embedding)
