@@ -1,6 +1,6 @@
 """The full-strength result: every defence of the table, several seeds, attacked by the headline suite.
 
-    python benchmarks/recipes/full_strength.py run --eps 24/255     # hours; resumes
+    python benchmarks/recipes/full_strength.py run --eps 16/255     # hours; resumes
     python benchmarks/recipes/full_strength.py time                  # on an idle machine
     python benchmarks/recipes/full_strength.py table
 
@@ -30,7 +30,7 @@ from cmai_fast.mbat import MBATConfig
 from cmai_fast.threat import ThreatModel, parse_eps
 
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
-BASE = ImmunizeSettings(max_steps=800, batch_size=32)
+BASE = ImmunizeSettings(max_steps=2400, batch_size=32, beta=0.0, arm=False)
 PLAIN = {"beta": 0.0, "gamma": 0.0, "arm": False}
 DEFENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mbat-pgd": ("MBAT, exact PGD, K = 10", {"inner": "pgd"}),
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "time", "table"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/easyvqa"))
     parser.add_argument("--work", type=Path, default=Path("runs/full_strength"), help="checkpoints and trained models")
-    parser.add_argument("--eps", type=parse_eps, default=24 / 255)
+    parser.add_argument("--eps", type=parse_eps, default=16 / 255)
     parser.add_argument("--only", nargs="*", choices=("undefended", *DEFENCES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=500, help="test questions attacked")

@@ -32,9 +32,9 @@ def pgd(
         clean: (N, C, H, W) pixels in [0, 1].
         threat: the ball.
         steps: gradient steps a restart; 0 tries the random start alone.
-        step_size: in the [0, 1] pixel range; None: eps / 4; below 10 steps 2.5 * eps / steps (Madry et al.), but
-            at most eps. On `easyvqa-llava` at 24/255, 50 steps of eps / 4 left 17% of 64 answers standing, 2.5 * eps /
-            steps 25%; fewer than 8 of eps / 4 cannot cross the ball.
+        step_size: of every step, in the [0, 1] pixel range; None: falling linearly from 2 * eps to 0. On
+            `easyvqa-llava` at 16/255 (50 steps, 2 restarts, 128 questions) that left 22% of the answers standing,
+            eps / 4 34%, and APGD-CE-100 21%.
         restarts: independent starts; the best result of each sample is kept.
         random_start: False starts at the clean image.
         decay: momentum of MI-FGSM: gradients are L1-normalised per sample and accumulated; 0 is plain PGD.
@@ -53,7 +53,7 @@ def pgd(
     try:
         with objective.lent():
             clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
-            size = threat.eps * min(1.0, max(0.25, 2.5 / max(steps, 1))) if step_size is None else step_size
+            sizes = [step_size if step_size is not None else 2 * threat.eps * (1 - k / steps) for k in range(steps)]
             best = Best(clean)
             if early_stop:
                 with torch.no_grad():
@@ -65,7 +65,7 @@ def pgd(
                 if not len(rows):
                     break
                 _ascend(
-                    objective, clean, threat, eps, size, steps, decay, best, rows.to(clean.device), early_stop,
+                    objective, clean, threat, eps, sizes, decay, best, rows.to(clean.device), early_stop,
                     (seed + 1_000_003 * restart, sample_ids) if random_start else None,
                 )  # fmt: skip
             return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
@@ -78,8 +78,7 @@ def _ascend(
     clean: Tensor,
     threat: ThreatModel,
     eps: Tensor,
-    size: float,
-    steps: int,
+    sizes: list[float],
     decay: float,
     best: Best,
     rows: Tensor,
@@ -95,15 +94,15 @@ def _ascend(
         ops.random_start_(adv, origin, eps[rows], start[1][rows], start[0], threat.norm)
     model_input = objective.space.to_model(adv)
     velocity = torch.zeros_like(adv) if decay else None
-    radius, sizes = eps[rows], torch.full_like(eps[rows], size)
-    for _ in range(steps):
+    radius = eps[rows]
+    for size in sizes:
         grad, at = objective.gradient(model_input, rows)
         if early_stop:
             best.offer(adv, at, rows)
             going = at.right
             if not going.all():
-                rows, origin, adv, model_input, grad, radius, sizes = (
-                    t[going] for t in (rows, origin, adv, model_input, grad, radius, sizes)
+                rows, origin, adv, model_input, grad, radius = (
+                    t[going] for t in (rows, origin, adv, model_input, grad, radius)
                 )
                 velocity = None if velocity is None else velocity[going]
                 if not len(rows):
@@ -113,7 +112,7 @@ def _ascend(
             norm = (grad / std[:, None, None]).abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
             velocity.mul_(decay).add_(grad / norm.view(-1, *[1] * (grad.dim() - 1)))
             grad = velocity
-        step(adv, grad, origin, radius, sizes, model_input=model_input, mean=mean, std=std)
+        step(adv, grad, origin, radius, torch.full_like(radius, size), model_input=model_input, mean=mean, std=std)
     with torch.no_grad():
         at = objective(model_input, rows)
     best.offer(adv, at, rows)

@@ -21,7 +21,7 @@ DEMO: dict[str, Any] = {
     "inner": "bridge",
     "inner_steps": 10,
     "max_steps": 200,
-    "batch_size": 64,
+    "batch_size": 32,
     "save_steps": 50,
     "attack_steps": 20,
     "restarts": 1,

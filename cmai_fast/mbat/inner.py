@@ -7,7 +7,8 @@
 | `fgsm` | 1 full |
 
 `bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and ascends <p, h_v(x + delta)> through E_v,
-whose gradient is exact: only the language model is linearised. S_c lives on the vision side and stays exact.
+whose gradient is exact: only the language model is linearised. S_c lives on the vision side and stays exact. Between
+refreshes p counts by its direction alone, so that beta weighs the same against a sample that the model is sure of.
 """
 
 from __future__ import annotations
@@ -138,7 +139,14 @@ def _refresh(objective: Objective, model_input: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _vision_gradient(objective: Objective, model_input: Tensor, p: Tensor) -> Tensor:
-    """d/dx of <p, h_v(x)> - beta * S_c(x), through E_v alone."""
+    """d/dx of alpha * <p / ||p||, h_v(x)> - beta * S_c(x), through E_v alone; p, (N, T, D), by direction only.
+
+    The gradient of the cross-entropy is that of the margin times the probability of a wrong answer: 1e-5 for a sample
+    that the model is sure of. The exact gradient grows as the attack moves on, a frozen p stays, and any beta would
+    drown it. The scale of p says how sure the model was, not where to go.
+    """
+    norm = p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
+    p = objective.alpha * p / norm.clamp_min(torch.finfo(p.dtype).tiny)
     leaf = model_input.detach().clone().requires_grad_()
     features = objective.bridge.encode_image(leaf)
     objective.passes.vision_forward += 1

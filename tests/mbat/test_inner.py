@@ -97,8 +97,8 @@ def test_a_refresh_gives_the_exact_gradient(make_objective, clean, beta):
 
 
 def test_between_refreshes_only_the_language_model_is_linearised(make_objective, clean):
-    """The gradient at a moved image is that of <p, h_v> - beta * S_c there: p is stale, E_v and S_c are not."""
-    objective = make_objective(beta=0.7)
+    """The gradient at a moved image is that of alpha <p / ||p||, h_v> - beta * S_c: p is stale, E_v and S_c are not."""
+    objective = make_objective(alpha=1.5, beta=0.7)
     p = bridge_gradient(objective, clean)
     moved = objective.space.to_model((clean + 0.1 * torch.rand_like(clean)).clamp(0, 1))
     grad = inner._vision_gradient(objective, moved, p)
@@ -109,8 +109,21 @@ def test_between_refreshes_only_the_language_model_is_linearised(make_objective,
     heads = objective.heads
     text = heads.project_text(objective.bridge.encode_text(**objective.batch))
     s_c = F.cosine_similarity(heads.project_image(features), text)
-    (expected,) = torch.autograd.grad((p * features).sum() - 0.7 * s_c.sum(), leaf)
+    direction = torch.stack([row / row.norm() for row in p])
+    (expected,) = torch.autograd.grad(1.5 * (direction * features).sum() - 0.7 * s_c.sum(), leaf)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_a_sample_that_the_model_is_sure_of_is_attacked_as_any_other(make_objective, clean):
+    """Its p is tiny: beta must not drown it, and zero must not become NaN."""
+    p = bridge_gradient(make_objective(), clean)
+    runs = [
+        maximise(make_objective(beta=0.4), clean, THREAT, "bridge", steps=3, bridge_gradient=scale * p).adv
+        for scale in (1.0, 1e-6)
+    ]
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-6)
+    nothing = maximise(make_objective(beta=0.4), clean, THREAT, "bridge", steps=3, bridge_gradient=0 * p).adv
+    assert nothing.isfinite().all()
 
 
 def test_the_loop_against_one_written_out_by_hand(make_objective, clean):
@@ -123,7 +136,9 @@ def test_the_loop_against_one_written_out_by_hand(make_objective, clean):
     for k in range(4):
         if k == 2:
             p = bridge_gradient(objective, adv)
-        grad = inner._vision_gradient(objective, objective.space.to_model(adv), p)
+            grad, _ = objective.gradient(objective.space.to_model(adv))
+        else:
+            grad = inner._vision_gradient(objective, objective.space.to_model(adv), p)
         adv = torch.maximum(torch.minimum(adv + 2.5 / 4 * eps * grad.sign(), clean + eps), clean - eps).clamp(0, 1)
     differ = (result.adv - adv).abs() > 1e-6
     assert differ.float().mean() < 1e-4  # signs of gradients that are zero but for rounding
