@@ -30,7 +30,7 @@ from cmai_fast.mbat import MBATConfig
 from cmai_fast.threat import ThreatModel, parse_eps
 
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
-BASE = ImmunizeSettings(max_steps=2400, batch_size=32, beta=0.0, arm=False)
+BASE = ImmunizeSettings(max_steps=5000)
 PLAIN = {"beta": 0.0, "gamma": 0.0, "arm": False}
 DEFENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mbat-pgd": ("MBAT, exact PGD, K = 10", {"inner": "pgd"}),
