@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from cmai_fast.evaluation.experiment import training_batches
-from cmai_fast.evaluation.overhead import stepper
+from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
 from cmai_fast.evaluation.subject import Subject
 from cmai_fast.mbat import MBATConfig
 
 SOLVERS: dict[str, dict[str, Any]] = {
-    "clean": {"inner": "none", "lam": 0.0, "gamma": 0.0, "beta": 0.0, "arm": False},
+    "clean": CLEAN_STEP,
     "fgsm": {"inner": "fgsm"},
     "bridge-r0": {"inner": "bridge", "refreshes": 0},
     "bridge-r1": {"inner": "bridge", "refreshes": 1},

@@ -13,9 +13,7 @@ from rich.progress import Progress
 
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
-from cmai_fast.data import load_dataset
-from cmai_fast.evaluation.experiment import training_batches
-from cmai_fast.evaluation.protocol import batches, own_scores
+from cmai_fast.evaluation.experiment import calibration_scores, training_batches
 from cmai_fast.evaluation.subject import Subject
 
 
@@ -34,10 +32,7 @@ def main() -> None:
         stream = training_batches(subject, args.data, 64, args.seed)
         fit_heads(subject.bridge, heads, stream, args.steps, on_step=lambda step, loss: progress.advance(bar))
     subject.heads = heads
-    data = load_dataset(args.data, "calibration", 1000, args.seed)
-    samples = [data[i] for i in range(len(data))]
-    images = torch.cat([x for _, _, x in batches(subject, samples, 128, "calibration", True)])
-    scores = torch.from_numpy(own_scores(subject, samples, images, 128))
+    scores = calibration_scores(subject, args.data, 1000, args.seed, True)
     heads.save_pretrained(args.model / "cmcv", fit_threshold(scores, "calibration"))
     low = scores.quantile(0.05)
     print(f"S_c on {len(scores)} clean calibration questions: mean {scores.mean():.3f}, 5% quantile {low:.3f}")

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from cmai_fast.data import load_dataset
-from cmai_fast.evaluation.experiment import ImmunizeSettings, train, training_batches, versions
-from cmai_fast.evaluation.overhead import stepper
-from cmai_fast.evaluation.protocol import AttackSpec, measure
+from cmai_fast.evaluation.experiment import ImmunizeSettings, train, training_arguments, training_batches, versions
+from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
+from cmai_fast.evaluation.protocol import AttackSpec, clean_verdicts, measure
 from cmai_fast.evaluation.results import write_results, write_text
 from cmai_fast.evaluation.subject import Subject
-from cmai_fast.mbat import MBATConfig
+from cmai_fast.metrics import accuracy
 from cmai_fast.threat import ThreatModel, parse_eps
 
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
@@ -51,11 +51,8 @@ def evaluate(subject: Subject, eps: float, limit: int) -> dict[str, Any]:
     samples = [data[i] for i in range(len(data))]
     record = measure(subject, samples, ThreatModel("linf", eps), SUITE, batch_size=128, progress=True).record
     whole = load_dataset("easyvqa", "test")
-    right = []
-    for start in range(0, len(whole), 256):
-        batch = subject.collate([whole[i] for i in range(start, min(start + 256, len(whole)))])
-        right.append(subject.right(subject.space.to_pixels(batch["pixel_values"]), batch))
-    record["acc_clean_whole_test_split"] = float(torch.cat(right).float().mean())
+    _, right = clean_verdicts(subject, [whole[i] for i in range(len(whole))], 256, True)
+    record["acc_clean_whole_test_split"] = accuracy(right)
     return record
 
 
@@ -91,13 +88,10 @@ def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a training step of each defence, alternating in one process, medians."""
     subject = Subject.load(BASE.model)
     batch = next(training_batches(subject, "easyvqa", BASE.batch_size, 0))
-    steps = {
-        "clean": stepper(
-            subject, _config(settings_of("fgsm-rs", args.eps, 0), args.work), {"inner": "none", "lam": 0.0}
-        )
-    }
+    base = training_arguments(BASE, args.work)
+    steps = {"clean": stepper(subject, base, CLEAN_STEP)}
     for defence in DEFENCES:
-        steps[defence] = stepper(subject, _config(settings_of(defence, args.eps, 0), args.work), {})
+        steps[defence] = stepper(subject, training_arguments(settings_of(defence, args.eps, 0), args.work), {})
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds + 1):
         for name, (_, step) in steps.items():
@@ -108,11 +102,6 @@ def measure_time(args: argparse.Namespace) -> None:
     record = {"seconds_a_step": medians, "rounds": args.rounds, "batch_size": BASE.batch_size, "versions": versions()}
     write_results(record, args.out / "step_times.json")
     print(json.dumps(medians, indent=2))
-
-
-def _config(settings: ImmunizeSettings, work: Path) -> MBATConfig:
-    keep = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
-    return MBATConfig(output_dir=str(work), report_to="none", **{k: getattr(settings, k) for k in keep})
 
 
 def table(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation.overhead import step_overhead
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.progress import TrainingBar
-from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, measure, own_scores, run_attack
+from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, clean_verdicts, measure, own_scores, run_attack
 from cmai_fast.evaluation.report import write_report
 from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.sanity import sanity_checks
@@ -90,7 +90,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     if (out / "results.json").is_file():  # interrupted before the report
         return _finish(out, read_results(out))
     # All that can be refused is refused before the folder is claimed and hours are spent.
-    args = _config(settings, out)
+    args = training_arguments(settings, out)
     samples = _samples(settings.data, "test", settings.limit, settings.seed)
     suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
     before = Subject.load(settings.model)
@@ -179,9 +179,7 @@ def attack(
     if Path(out).exists():
         raise ValueError(f"{out} exists; name another file with --out, or delete it")
     subject, samples = Subject.load(model), _samples(data, "test", limit, seed)
-    clean = torch.cat(
-        [subject.right(x, batch) for _, batch, x in batches(subject, samples, batch_size, "clean", progress)]
-    ).numpy()
+    _, clean = clean_verdicts(subject, samples, batch_size, progress)
     attacked = run_attack(subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress)
     right, right_8bit = worst_case(clean, attacked.right), worst_case(clean, attacked.right_8bit)
     record: dict[str, Any] = {
@@ -282,7 +280,8 @@ def _check_empty(out: Path) -> None:
         raise ValueError(f"{out} exists and is not empty; name a new folder with --out")
 
 
-def _config(settings: ImmunizeSettings, out: Path) -> MBATConfig:
+def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
+    """The trainer's arguments for these settings, writing to `out`."""
     same = "eps norm inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps learning_rate"
     return MBATConfig(
         **{name: getattr(settings, name) for name in (*same.split(), "seed", "save_steps")},
@@ -303,7 +302,7 @@ def _config(settings: ImmunizeSettings, out: Path) -> MBATConfig:
 def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
     """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
     subject = Subject.load(settings.model)
-    args = _config(settings, out)
+    args = training_arguments(settings, out)
     if before.threshold is not None:
         # What S_c means differs from heads to heads: inconsistent is what hardly any clean input scores.
         args.tau_train = before.threshold.tau
@@ -334,9 +333,8 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
     if trainer.heads is not None:
         heads = trainer.heads.cpu().eval()
         after = Subject("immunised", subject.model, subject.processor, heads)
-        held_out = _samples(settings.data, "calibration", settings.calibration_samples, settings.seed)
-        images = torch.cat([x for _, _, x in batches(after, held_out, 128, "calibration", progress)])
-        threshold = fit_threshold(torch.from_numpy(own_scores(after, held_out, images, 128)), "calibration")
+        scores = calibration_scores(after, settings.data, settings.calibration_samples, settings.seed, progress)
+        threshold = fit_threshold(scores, "calibration")
         _appear(out / "cmcv", lambda d: heads.save_pretrained(d, threshold))
     _appear(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
     logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry]
@@ -348,6 +346,13 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
         "resumed": checkpoint is not None,
         "passes": vars(trainer.passes),
     }
+
+
+def calibration_scores(subject: Subject, data: str, limit: int, seed: int, progress: bool) -> Tensor:
+    """S_c (n,) of clean inputs of the calibration split with the model's own answers: what a threshold is set on."""
+    held_out = _samples(data, "calibration", limit, seed)
+    images = torch.cat([x for _, _, x in batches(subject, held_out, 128, "calibration", progress)])
+    return torch.from_numpy(own_scores(subject, held_out, images, 128))
 
 
 def _appear(folder: Path, save: Any) -> None:

@@ -15,6 +15,9 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.evaluation.subject import Subject
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 
+# What makes an MBAT step the clean fine-tuning step that its cost is measured against.
+CLEAN_STEP: dict[str, Any] = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
+
 
 class SavedActivations:
     """Peak bytes that autograd holds for a backward pass, parameters not counted. Use as a context; then read `peak`.
@@ -71,8 +74,7 @@ def step_overhead(
 
     Both run forward, backward and an AdamW update on copies of the model, which itself is not changed.
     """
-    plain = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
-    runs = {"clean": stepper(subject, args, plain), "mbat": stepper(subject, args, {})}
+    runs = {"clean": stepper(subject, args, CLEAN_STEP), "mbat": stepper(subject, args, {})}
     peaks = {}
     for name, (model, step) in runs.items():
         with SavedActivations(model) as held:
