@@ -55,6 +55,7 @@ class ImmunizeSettings:
     max_steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 5e-4
+    muon: bool = False
     eps_warmup: float = 0.2
     seed: int = 0
     attack_steps: int = 50
@@ -282,9 +283,11 @@ def _check_empty(out: Path) -> None:
 
 def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
     """The trainer's arguments for these settings, writing to `out`."""
-    same = "eps norm inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps learning_rate"
+    same = (
+        "eps norm inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps seed save_steps"
+    )
     return MBATConfig(
-        **{name: getattr(settings, name) for name in (*same.split(), "seed", "save_steps")},
+        **{name: getattr(settings, name) for name in (*same.split(), "learning_rate", "muon")},
         output_dir=str(out),
         per_device_train_batch_size=settings.batch_size,
         lr_scheduler_type="cosine",

@@ -39,6 +39,9 @@ class MBATConfig(TrainingArguments):
     tau_train: float = field(default=0.3, metadata={"help": "S_c of adversarial batches below which beta rises."})
     beta_max: float = field(default=1.0, metadata={"help": "Upper bound of beta under ARM."})
     beta_step: float = field(default=0.05, metadata={"help": "Rise of beta in one update."})
+    muon: bool = field(
+        default=False, metadata={"help": "Train hidden matrices by Muon, the rest by AdamW; `optim` is not used."}
+    )
     heads_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the consistency heads."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Collators of image-text data need them all."})
 

@@ -20,6 +20,7 @@ from cmai_fast.bridge import Bridge, task_loss
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
+from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
@@ -45,6 +46,7 @@ class MBATTrainer(Trainer):
     """
 
     args: MBATConfig
+    optimizer: Any
 
     def __init__(
         self,
@@ -87,7 +89,9 @@ class MBATTrainer(Trainer):
             self.heads.to(args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with the heads as a parameter group of their own."""
+        """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
+        if self.args.muon and self.optimizer is None:
+            self.optimizer = self._muon(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
         if self.heads is None or not self.args.gamma:
             return optimizer
@@ -98,6 +102,13 @@ class MBATTrainer(Trainer):
             # Trainer clears the gradients of its model alone; those of the heads would add up over all of training.
             optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())
         return optimizer
+
+    def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
+        args, matrices = self.args, hidden_matrices(model)
+        known = set(matrices)
+        others = [p for p in model.parameters() if p.requires_grad and p not in known]
+        betas = (args.adam_beta1, args.adam_beta2)
+        return MuonAdamW(matrices, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None

@@ -406,10 +406,13 @@ def test_the_newest_checkpoint_is_newest_by_number(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-100"
 
 
-@pytest.mark.parametrize("accumulation, error", [(1, KeyboardInterrupt()), (2, RuntimeError("planted"))])
-def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, accumulation, error):
+@pytest.mark.parametrize(
+    "accumulation, muon, error",
+    [(1, False, KeyboardInterrupt()), (2, False, RuntimeError("planted")), (1, True, SystemExit())],
+)
+def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, accumulation, muon, error):
     config = {
-        "gradient_accumulation_steps": accumulation, "max_steps": 8, "save_steps": 3, "tau_train": 1.0,
+        "gradient_accumulation_steps": accumulation, "muon": muon, "max_steps": 8, "save_steps": 3, "tau_train": 1.0,
         "eps_warmup": 0.6, "refreshes": 1, "lr_scheduler_type": "cosine", "save_total_limit": 2,
     }  # fmt: skip
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **config)
@@ -430,6 +433,20 @@ def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, acc
     assert resumed.passes == whole.passes
     ends = [t.state.log_history[-2]["loss"] for t in (resumed, whole)]
     assert ends[0] == ends[1]
+
+
+def test_muon_steps_what_is_trained_and_the_heads_keep_their_rate(make_trainer):
+    trainer = make_trainer(muon=True, trainable="vision", weight_decay=0.1, heads_learning_rate=0.02)
+    begin = parameters(trainer)
+    trainer.train()
+    groups = trainer.optimizer.optimizer.param_groups
+    assert [(g["muon"], g["initial_lr"], g["weight_decay"]) for g in groups] == [
+        (True, 0.01, 0.1), (False, 0.01, 0.1), (False, 0.02, 0.0)
+    ]  # fmt: skip
+    frozen = {f"model.{name}" for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert frozen and not any("vision" in name or "projector" in name for name in frozen)
+    moved = {name for name, value in parameters(trainer).items() if not torch.equal(value, begin[name])}
+    assert not moved & frozen and len(moved) > 20
 
 
 def test_weights_of_another_model_are_refused(make_trainer, tmp_path):

@@ -1,0 +1,93 @@
+"""MuonAdamW steps as the two optimisers of PyTorch do, and is saved, resumed and scheduled as one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False))
+
+
+def split(model):
+    matrices = hidden_matrices(model)
+    return matrices, [p for p in model.parameters() if all(p is not m for m in matrices)]
+
+
+def take_step(model, optimizer, seed):
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+def test_each_part_steps_as_the_optimiser_of_pytorch(model):
+    plain = copy.deepcopy(model)
+    matrices, others = split(plain)
+    parts = (
+        torch.optim.Muon(matrices, 0.01, 0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, 0.01, (0.8, 0.9), 1e-6, 0.1),
+    )
+    mine = MuonAdamW(*split(model), lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    before = [p.clone() for p in model.parameters()]
+    for seed in range(3):
+        take_step(model, mine, seed)
+        for part in parts:
+            part.zero_grad()
+        plain(torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        for part in parts:
+            part.step()
+    for p, expected, old in zip(model.parameters(), plain.parameters(), before, strict=True):
+        assert torch.equal(p, expected) and not torch.equal(p, old)
+
+
+def test_a_saved_state_goes_on_exactly(model):
+    optimizer = MuonAdamW(*split(model), lr=0.01)
+    take_step(model, optimizer, 0)
+    other = copy.deepcopy(model)
+    resumed = MuonAdamW(*split(other), lr=0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, resumed)):
+        take_step(m, o, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_schedule_moves_the_rate_of_both_parts(model):
+    optimizer = MuonAdamW(*split(model), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    take_step(model, optimizer, 0)
+    schedule.step()
+    before = [p.clone() for p in model.parameters()]
+    take_step(model, optimizer, 1)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_group_added_later_is_stepped_by_adamw_once(model):
+    matrices, others = split(model)
+    optimizer = MuonAdamW(matrices[:1], others, lr=0.01)
+    optimizer.add_param_group({"params": matrices[1:], "lr": 0.03})
+    old = matrices[1].detach().clone()
+    take_step(model, optimizer, 0)
+    torch.testing.assert_close((matrices[1] - old).abs(), torch.full_like(old, 0.03), rtol=1e-3, atol=0)
+
+
+def test_hidden_matrices_are_the_trainable_linear_weights_but_the_output_layer(make_tiny):
+    model, _ = make_tiny()
+    frozen = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    frozen.requires_grad_(False)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {names[p] for p in hidden_matrices(model)}
+    assert names[frozen] not in found
+    assert not any("embed" in name or "lm_head" in name for name in found)
+    expected = {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and p.requires_grad and "embed" not in name and "lm_head" not in name
+    }
+    assert found == expected and len(found) > 8
