@@ -1,5 +1,8 @@
 """The full-strength result: every defence of the table, several seeds, attacked by the headline suite.
 
+Six defences start from the undefended model and take equally many steps: they compare solvers. Two start from a tower
+hardened by `harden_vision.py`: `immune`, which `easyvqa-llava-immune` is, and the same without MBAT, its control.
+
     python benchmarks/recipes/full_strength.py run --eps 16/255     # hours; resumes
     python benchmarks/recipes/full_strength.py time                  # on an idle machine
     python benchmarks/recipes/full_strength.py table
@@ -19,9 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harden_vision import harden
 
 from cmai_fast.data import load_dataset
-from cmai_fast.evaluation.experiment import ImmunizeSettings, train, training_arguments, training_batches, versions
+from cmai_fast.evaluation.experiment import (
+    ImmunizeSettings,
+    add_heads,
+    train,
+    training_arguments,
+    training_batches,
+    versions,
+)
 from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
 from cmai_fast.evaluation.protocol import AttackSpec, clean_verdicts, measure
 from cmai_fast.evaluation.results import write_results, write_text
@@ -30,19 +41,25 @@ from cmai_fast.metrics import accuracy
 from cmai_fast.threat import ThreatModel, parse_eps
 
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
-BASE = ImmunizeSettings(max_steps=5000)
+BASE = ImmunizeSettings(max_steps=1000, learning_rate=1e-3, muon=True)
 PLAIN = {"beta": 0.0, "gamma": 0.0, "arm": False}
+HARDENED = {"model": "hardened", "eps_warmup": 0.0}
 DEFENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mbat-pgd": ("MBAT, exact PGD, K = 10", {"inner": "pgd"}),
     "mbat-bridge-r0": ("MBAT, bridge R = 0, K = 10", {"inner": "bridge", "refreshes": 0}),
     "mbat-bridge-r1": ("MBAT, bridge R = 1, K = 10", {"inner": "bridge", "refreshes": 1}),
     "pgd-at-vision": ("PGD-AT, K = 10, vision side only", {"inner": "pgd", "trainable": "vision", "lam": 1.0, **PLAIN}),
     "fgsm-rs": ("One step (FGSM, random start)", {"inner": "fgsm", **PLAIN}),
+    "hardened": ("Hardened tower, clean fine-tuning", {"inner": "none", **HARDENED, **PLAIN}),
+    "immune": ("Hardened tower, MBAT, bridge R = 1, K = 5", {"inner_steps": 5, "refreshes": 1, **HARDENED}),
 }
 
 
-def settings_of(defence: str, eps: float, seed: int) -> ImmunizeSettings:
-    return replace(BASE, eps=eps, seed=seed, **DEFENCES[defence][1])
+def settings_of(defence: str, eps: float, seed: int, work: Path) -> ImmunizeSettings:
+    settings = replace(BASE, eps=eps, seed=seed, **DEFENCES[defence][1])
+    if settings.model == "hardened":
+        settings.model = str(work / f"hardened-tower-seed{seed}")
+    return settings
 
 
 def evaluate(subject: Subject, eps: float, limit: int) -> dict[str, Any]:
@@ -66,7 +83,11 @@ def run(args: argparse.Namespace) -> None:
             print(f"== {defence}, seed {seed}", flush=True)
             subject, trained, settings = Subject.load(BASE.model), None, None
             if defence != "undefended":
-                settings = settings_of(defence, args.eps, seed)
+                settings = settings_of(defence, args.eps, seed, args.work)
+                if settings.model != BASE.model:
+                    harden(BASE.model, Path(settings.model), args.eps, seed)
+                    subject = Subject.load(settings.model)
+                    add_heads(subject, settings, True)
                 work = args.work / f"{defence}-seed{seed}"
                 work.mkdir(parents=True, exist_ok=True)
                 start = time.process_time()
@@ -91,7 +112,9 @@ def measure_time(args: argparse.Namespace) -> None:
     base = training_arguments(BASE, args.work)
     steps = {"clean": stepper(subject, base, CLEAN_STEP)}
     for defence in DEFENCES:
-        steps[defence] = stepper(subject, training_arguments(settings_of(defence, args.eps, 0), args.work), {})
+        steps[defence] = stepper(
+            subject, training_arguments(settings_of(defence, args.eps, 0, args.work), args.work), {}
+        )
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds + 1):
         for name, (_, step) in steps.items():

@@ -50,6 +50,7 @@ class Objective:
         alpha, beta: weights; beta != 0 needs `heads`.
         heads: consistency heads. S_c is that of the true response, whose text side no image perturbation moves: it is
             computed once.
+        text_features: h_t (N, text_dim) of the batch, where the caller has it already.
 
     Raises:
         ValueError: a key of the batch is missing or has another shape, or beta != 0 without heads.
@@ -61,6 +62,7 @@ class Objective:
     alpha: float = 1.0
     beta: float = 0.0
     heads: ConsistencyHeads | None = None
+    text_features: Tensor | None = None
     passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
@@ -89,8 +91,10 @@ class Objective:
         assert self.heads is not None
         if self._text is None:
             with torch.no_grad():
-                self._text = self.heads.project_text(self.bridge.encode_text(**self.batch))
-            self.passes.text_forward += 1
+                if self.text_features is None:
+                    self.text_features = self.bridge.encode_text(**self.batch)
+                    self.passes.text_forward += 1
+                self._text = self.heads.project_text(self.text_features)
         return self._text
 
     def score(self, image_features: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -53,7 +53,7 @@ def pgd(
     try:
         with objective.lent():
             clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
-            sizes = [step_size if step_size is not None else 2 * threat.eps * (1 - k / steps) for k in range(steps)]
+            sizes = step_sizes(threat.eps, steps, step_size)
             best = Best(clean)
             if early_stop:
                 with torch.no_grad():
@@ -71,6 +71,11 @@ def pgd(
             return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
     finally:
         objective.passes = before + objective.passes
+
+
+def step_sizes(eps: float, steps: int, step_size: float | None = None) -> list[float]:
+    """The size of each of `steps` steps: `step_size`, or None: falling linearly from 2 * eps towards 0."""
+    return [2 * eps * (1 - k / steps) if step_size is None else step_size for k in range(steps)]
 
 
 def _ascend(

@@ -98,7 +98,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     if not (out / RUN_FILE).is_file():
         write_results(asdict(settings), out / RUN_FILE)
     if before.heads is None:
-        before.heads = _fitted_heads(before, settings, progress)
+        add_heads(before, settings, progress)
     trained = out / "trained.json"
     if not trained.is_file():
         record = train(before, settings, out, resume, progress)
@@ -372,14 +372,16 @@ def _appear(folder: Path, save: Any) -> None:
     staging.rename(folder)
 
 
-def _fitted_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> ConsistencyHeads:
-    """New heads for a model that came without, fitted on its own features before MBAT uses S_c."""
+def add_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> None:
+    """Heads and a threshold for a model that came without, on its own features, before MBAT uses S_c."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
         heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
     stream = training_batches(subject, settings.data, settings.batch_size, settings.seed)
     fit_heads(subject.bridge, heads, stream, steps=300)
-    return heads
+    subject.heads = heads
+    scores = calibration_scores(subject, settings.data, settings.calibration_samples, settings.seed, progress)
+    subject.threshold = fit_threshold(scores, "calibration")
 
 
 def training_batches(subject: Subject, data: str, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -24,7 +24,7 @@ class MBATConfig(TrainingArguments):
     inner: str = field(default="bridge", metadata={"help": "Solver of the inner problem: pgd, bridge, fgsm, or none."})
     inner_steps: int = field(default=10, metadata={"help": "K, steps of the inner problem."})
     inner_step_size: float | None = field(
-        default=None, metadata={"help": "Default: 2.5 * eps / K, at most eps; fgsm: 1.25 * eps."}
+        default=None, metadata={"help": "Default: falling from 2 * eps towards 0; fgsm: 1.25 * eps."}
     )
     refreshes: int = field(default=0, metadata={"help": "R, refreshes of the bridge gradient; 0: the clean branch's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})

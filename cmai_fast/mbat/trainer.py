@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import Bridge, task_loss
+from cmai_fast.bridge import Bridge, frozen, task_loss
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
@@ -132,15 +132,16 @@ class MBATTrainer(Trainer):
             if leaf.grad is not None:
                 remainder = remainder + (features * leaf.grad).sum()
             adversarial = None
+            own, wrong = self._read_texts(inputs, text)
             if args.inner != "none":
-                adv = self._attack(inputs, text, p)
+                adv = self._attack(inputs, text, p, own)
                 adversarial = self.bridge.encode_image(self.space.to_model(adv).to(features.dtype))
                 loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
                 self._count(full_forward=1, full_backward=1)
                 remainder = remainder + share * args.lam * loss_adv
                 parts["loss_adv"] = loss_adv.detach()
-            if self.heads is not None:
-                contrastive, s_c = self._contrast(features, adversarial, inputs, text)
+            if own is not None:
+                contrastive, s_c = self._contrast(features, adversarial, text, own, wrong)
                 remainder = remainder + share * args.gamma * contrastive
                 parts["loss_contrastive"] = contrastive.detach()
                 parts["s_c_adv"] = s_c.mean()
@@ -177,12 +178,27 @@ class MBATTrainer(Trainer):
             (p,) = torch.autograd.grad(loss * len(leaf), leaf)
         return loss.detach(), p if wants_p else None
 
-    def _attack(self, inputs: dict[str, Tensor], text: dict[str, Tensor], p: Tensor | None) -> Tensor:
+    def _read_texts(self, inputs: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """h_t of the texts (N, text_dim) and of their wrong answers (N * K, text_dim); None where nothing asks for it.
+
+        Read once a step, in evaluation mode, for the attack and the contrastive loss.
+        """
+        if self.heads is None:
+            return None, None
+        wrong = {k: inputs[f"negative_{k}"] for k in text if self.args.gamma and f"negative_{k}" in inputs}
+        with frozen(self.bridge.model), torch.no_grad():
+            own = self.bridge.encode_text(**text)
+            other = self.bridge.encode_text(**wrong) if wrong else None
+        self._count(text_forward=1 + bool(wrong))
+        return own, other
+
+    def _attack(
+        self, inputs: dict[str, Tensor], text: dict[str, Tensor], p: Tensor | None, text_features: Tensor | None = None
+    ) -> Tensor:
         """Adversarial images (N, C, H, W) in [0, 1], made on the model as it is now, in evaluation mode."""
         args = self.args
-        objective = Objective(
-            self.bridge, self.space, text, alpha=args.alpha, beta=self.beta, heads=self.heads if self.beta else None
-        )
+        heads = self.heads if self.beta else None
+        objective = Objective(self.bridge, self.space, text, args.alpha, self.beta, heads, text_features)
         result = maximise(
             objective,
             self.space.to_pixels(inputs["pixel_values"]),
@@ -209,24 +225,19 @@ class MBATTrainer(Trainer):
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
 
     def _contrast(
-        self, clean: Tensor, adversarial: Tensor | None, inputs: dict[str, Tensor], text: dict[str, Tensor]
+        self, clean: Tensor, adversarial: Tensor | None, text: dict[str, Tensor], own: Tensor, wrong: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
 
-        The text side of the model is read but not trained by this loss: its gradient would cost a second pass of the
-        language model for each negative.
+        The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
+        second pass of the language model for each wrong answer.
         """
         assert self.heads is not None
         heads = self.heads
-        wrong = {k: inputs[f"negative_{k}"] for k in text if f"negative_{k}" in inputs}
-        with torch.no_grad():
-            own = self.bridge.encode_text(**text)
-            other = self.bridge.encode_text(**wrong) if wrong else None
-        self._count(text_forward=1 + bool(wrong))
         grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
         with grad:
             t = heads.project_text(own)
-            t_wrong = None if other is None else heads.project_text(other)
+            t_wrong = None if wrong is None else heads.project_text(wrong)
             same = same_text(text["input_ids"], text["attention_mask"])
             views = [clean] if adversarial is None else [clean, adversarial]
             projected = [heads.project_image(v) for v in views]

@@ -145,9 +145,10 @@ def test_training_follows_the_formula(make_trainer, accumulation):
 @pytest.mark.parametrize(
     "config, expected",
     [
-        # clean and adversarial branch: 2 full; S_c in the inner problem: 1 text; contrastive loss: 2 text
+        # clean and adversarial branch: 2 full; right and wrong answers, also for S_c in the inner problem: 2 text
         ({"inner": "bridge", "beta": 0.0}, Passes(2, 2, 3, 3, 2)),
-        ({"inner": "bridge", "beta": 0.1}, Passes(2, 2, 3, 3, 3)),
+        ({"inner": "bridge", "beta": 0.1}, Passes(2, 2, 3, 3, 2)),
+        ({"inner": "bridge", "beta": 0.1, "gamma": 0.0}, Passes(2, 2, 3, 3, 1)),
         ({"inner": "bridge", "refreshes": 1, "beta": 0.0}, Passes(3, 3, 2, 2, 2)),
         ({"inner": "pgd", "beta": 0.0}, Passes(5, 5, 0, 0, 2)),
         ({"inner": "fgsm", "beta": 0.0}, Passes(3, 3, 0, 0, 2)),
