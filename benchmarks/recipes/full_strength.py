@@ -51,7 +51,7 @@ DEFENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd-at-vision": ("PGD-AT, K = 10, vision side only", {"inner": "pgd", "trainable": "vision", "lam": 1.0, **PLAIN}),
     "fgsm-rs": ("One step (FGSM, random start)", {"inner": "fgsm", **PLAIN}),
     "hardened": ("Hardened tower, clean fine-tuning", {"inner": "none", **HARDENED, **PLAIN}),
-    "immune": ("Hardened tower, MBAT, bridge R = 1, K = 5", {"inner_steps": 5, "refreshes": 1, **HARDENED}),
+    "immune": ("Hardened tower, MBAT, bridge R = 1, K = 4", {"inner_steps": 4, "refreshes": 1, **HARDENED}),
 }
 
 

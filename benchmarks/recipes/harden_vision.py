@@ -33,7 +33,7 @@ from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
 from cmai_fast.threat import parse_eps
 
-DEFAULTS: dict[str, Any] = {"steps": 4000, "lr": 2e-3, "inner_steps": 3}
+DEFAULTS: dict[str, Any] = {"steps": 2500, "lr": 2e-3, "inner_steps": 3}
 RECORD = "hardening.json"
 
 
