@@ -19,7 +19,11 @@ def parse_eps(value: str | float) -> float:
         ValueError: not a number, negative, not finite, or above 1.
     """
     try:
-        eps = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+        eps = (
+            float(Fraction("/".join(part.strip() for part in value.split("/"))))
+            if isinstance(value, str)
+            else float(value)
+        )
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"eps is {value!r}; expected a fraction such as 8/255 or a number such as 0.03") from None
     if not 0.0 <= eps <= 1.0:  # also refuses NaN

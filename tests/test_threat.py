@@ -21,7 +21,9 @@ def test_eps_is_read_as_a_fraction_or_a_number(text, eps):
     assert parse_eps(text) == eps
 
 
-@pytest.mark.parametrize("bad", ["8", 8, "-0.1", "1.0001", math.nan, math.inf, "nan", "inf", "x", "", "8/0", "1e400"])
+@pytest.mark.parametrize(
+    "bad", ["8", 8, "-0.1", "1.0001", math.nan, math.inf, "nan", "inf", "x", "", "8/0", "1e400", "1 6/255", "8//255"]
+)
 def test_eps_that_is_no_radius_is_refused_by_its_value(bad):
     with pytest.raises(ValueError, match="eps is"):
         parse_eps(bad)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harden_vision import harden
+from harden_vision import RECORD, harden
 
 from cmai_fast.data import load_dataset
 from cmai_fast.evaluation.experiment import (
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> None:
             record = evaluate(subject, args.eps, args.limit)
             record |= {"defence": defence, "seed": seed, "eps": args.eps, "versions": versions(), "training": trained}
             record["settings"] = None if settings is None else asdict(settings)
+            if settings is not None and settings.model != BASE.model:
+                record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
             path.parent.mkdir(parents=True, exist_ok=True)
             write_results(record, path)
 
@@ -146,8 +148,8 @@ def table(args: argparse.Namespace) -> None:
         "ASR cut by",
         "s a step",
         "Steps",
-        "Training s",
-        "Passes a step: full / vision",
+        "Training s (+ hardening)",
+        "Passes a step: full / vision / text",
     ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
@@ -170,7 +172,9 @@ def _row(defence: str, title: str, runs: list[dict], undefended: dict, times: di
     row["asr_reduction"] = spread([1 - r["asr"] / undefended["asr"] for r in runs])
     if defence in times:
         passes, steps = runs[0]["training"]["passes"], runs[0]["settings"]["max_steps"]
+        hardening = runs[0].get("hardening")
         row |= {"seconds_a_step": times[defence], "steps": steps, "seconds": times[defence] * steps}
+        row |= {"hardening_seconds": hardening["seconds"] if hardening else 0.0}
         row["passes_a_step"] = {k: v / steps for k, v in passes.items()}
     return row
 
@@ -183,13 +187,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if "seconds" not in row:
         return [*cells, "-", "-", "-", "-", "-"]
     p = row["passes_a_step"]
-    passes = f"{p['full_forward']:.0f} / {p['vision_forward']:.0f}"
+    passes = f"{p['full_forward']:.0f} / {p['vision_forward']:.0f} / {p['text_forward']:.0f}"
     return [
         *cells,
         share(row["asr_reduction"]),
         f"{row['seconds_a_step']:.2f}",
         str(row["steps"]),
-        f"{row['seconds']:.0f}",
+        f"{row['seconds']:.0f}" + (f" + {row['hardening_seconds']:.0f}" if row["hardening_seconds"] else ""),
         passes,
     ]
 

@@ -49,6 +49,10 @@ def immunize(
     max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.", rich_help_panel=_TRAINING)] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 5e-4,
+    muon: Annotated[
+        bool,
+        typer.Option("--muon/--no-muon", help="Train matrices by Muon, not AdamW.", rich_help_panel=_TRAINING),
+    ] = False,
     eps_warmup: Annotated[
         float, typer.Option(help="Share of training over which eps rises from 0.", rich_help_panel=_TRAINING)
     ] = 0.2,
@@ -84,6 +88,7 @@ def immunize(
         max_steps=max_steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        muon=muon,
         eps_warmup=eps_warmup,
         seed=seed,
         attack_steps=attack_steps,

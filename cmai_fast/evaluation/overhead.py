@@ -72,7 +72,7 @@ def step_overhead(
 ) -> dict[str, float | str | int]:
     """`time_ratio` and `memory_ratio` of an MBAT step with `args` over a clean step, measured alternating, medians.
 
-    Both run forward, backward and an AdamW update on copies of the model, which itself is not changed.
+    Both run forward, backward and a step of the optimiser on copies of the model, which itself is not changed.
     """
     runs = {"clean": stepper(subject, args, CLEAN_STEP), "mbat": stepper(subject, args, {})}
     peaks = {}
@@ -94,7 +94,7 @@ def step_overhead(
         "mbat_step_s": mbat,
         "clean_saved_bytes": peaks["clean"],
         "mbat_saved_bytes": peaks["mbat"],
-        "protocol": f"batch {len(batch['labels'])}, forward + backward + AdamW, {rounds} rounds, alternating, medians; "
+        "protocol": f"batch {len(batch['labels'])}, forward + backward + optimiser, {rounds} rounds, alternating, medians; "
         f"memory: peak bytes saved for backward; {torch.get_num_threads()} threads, {args.device}",
     }
 

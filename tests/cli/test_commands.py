@@ -28,7 +28,7 @@ def test_immunize_hands_on_every_option(run, replace_experiment, results):
     called = replace_experiment("immunize", results)
     typed = (
         "immunize --model m --data d --eps 4/255 --norm l2 --inner pgd --steps 7 --refreshes 2 --alpha 0.5 --beta 0.2 "
-        "--lam 0.3 --gamma 0.4 --no-arm --trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 "
+        "--lam 0.3 --gamma 0.4 --no-arm --trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 --muon "
         "--eps-warmup 0.6 --save-steps 13 --attack-steps 14 --restarts 3 --limit 15 --seed 16 --out 'a b' --resume "
         "--no-progress"
     )
@@ -38,7 +38,8 @@ def test_immunize_hands_on_every_option(run, replace_experiment, results):
         ImmunizeSettings(
             model="m", data="d", eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2, alpha=0.5, beta=0.2,
             lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
-            eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16, command=f"cmai-fast {typed}",
+            muon=True, eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16,
+            command=f"cmai-fast {typed}",
         ),
         Path("a b"),
     )  # fmt: skip
