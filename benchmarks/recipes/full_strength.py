@@ -6,15 +6,18 @@ hardened by `harden_vision.py`: `immune`, which `easyvqa-llava-immune` is, and t
     python benchmarks/recipes/full_strength.py run --eps 16/255     # hours; resumes
     python benchmarks/recipes/full_strength.py time                  # on an idle machine
     python benchmarks/recipes/full_strength.py table
+    python benchmarks/recipes/full_strength.py bundle                # the immunised model of the first seed
 
 `run` writes one JSON file a defence and seed, and skips those that exist, so several processes may share the work by
-`--only`. `time` measures a step of each defence side by side. `table` writes table.json and table.md.
+`--only`. `time` measures a step of each defence side by side. `table` writes table.json and table.md. `bundle` copies
+the model to cmai_fast/models, with a training.json that says how it was made and what it does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
                 subject.name = f"{defence}-seed{seed}"
             record = evaluate(subject, args.eps, args.limit)
             record |= {"defence": defence, "seed": seed, "eps": args.eps, "versions": versions(), "training": trained}
-            record["settings"] = None if settings is None else asdict(settings)
+            record["settings"] = None if settings is None else asdict(settings) | {"model": Path(settings.model).name}
             if settings is not None and settings.model != BASE.model:
                 record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +160,23 @@ def table(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def bundle(args: argparse.Namespace) -> None:
+    seed = args.seeds[0]
+    record = json.loads((args.out / "runs" / f"immune-seed{seed}.json").read_text())
+    target = Path("cmai_fast/models/easyvqa-llava-immune")
+    staging = target.with_name(target.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(args.work / f"immune-seed{seed}" / "model", staging)
+    shutil.copytree(args.work / f"immune-seed{seed}" / "cmcv", staging / "cmcv")
+    measured = ("acc_clean", "acc_clean_whole_test_split", "acc_robust", "asr", "n", "eps")
+    training = {"recipe": "benchmarks/recipes/full_strength.py run --only immune, then bundle", "seed": seed}
+    training |= {key: record[key] for key in ("hardening", "settings", "versions")}
+    training |= {"seconds": record["training"]["seconds"], "measured": {key: record[key] for key in measured}}
+    write_results(training, staging / "training.json")
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+
+
 def _row(defence: str, title: str, runs: list[dict], undefended: dict, times: dict[str, float]) -> dict[str, Any]:
     def spread(values: list[float]) -> dict[str, float]:
         return {
@@ -200,7 +220,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "time", "table"))
+    parser.add_argument("what", choices=("run", "time", "table", "bundle"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/easyvqa"))
     parser.add_argument("--work", type=Path, default=Path("runs/full_strength"), help="checkpoints and trained models")
     parser.add_argument("--eps", type=parse_eps, default=16 / 255)
@@ -210,7 +230,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    {"run": run, "time": measure_time, "table": table}[args.what](args)
+    {"run": run, "time": measure_time, "table": table, "bundle": bundle}[args.what](args)
 
 
 if __name__ == "__main__":

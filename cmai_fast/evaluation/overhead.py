@@ -94,8 +94,8 @@ def step_overhead(
         "mbat_step_s": mbat,
         "clean_saved_bytes": peaks["clean"],
         "mbat_saved_bytes": peaks["mbat"],
-        "protocol": f"batch {len(batch['labels'])}, forward + backward + optimiser, {rounds} rounds, alternating, medians; "
-        f"memory: peak bytes saved for backward; {torch.get_num_threads()} threads, {args.device}",
+        "protocol": f"batch {len(batch['labels'])}, forward + backward + optimiser, {rounds} rounds, alternating, "
+        f"medians; memory: peak bytes saved for backward; {torch.get_num_threads()} threads, {args.device}",
     }
 
 

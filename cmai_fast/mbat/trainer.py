@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
@@ -281,13 +281,20 @@ class MBATTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
-        super()._save_checkpoint(model, trial)
+        # Older checkpoints go when this one is whole, not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
         (folder / _STATE).write_text(json.dumps(state))
         for path in folder.rglob("*"):
             if path.is_file():
                 _flush(path)
         (folder / COMPLETE).touch()
+        best = self.state.best_model_checkpoint
+        rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -399,6 +399,25 @@ def test_an_old_mark_does_not_complete_a_new_checkpoint(make_trainer, tmp_path, 
     assert last_checkpoint(tmp_path / "out") is None
 
 
+def test_the_old_checkpoint_goes_when_the_new_one_is_whole(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(save_total_limit=1)  # at steps 2 and 4
+    flush = trainer_module._flush
+
+    def full_disk(path):
+        if "checkpoint-4" in str(path):
+            raise OSError("no space left on device")
+        flush(path)
+
+    monkeypatch.setattr(trainer_module, "_flush", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    monkeypatch.undo()
+    make_trainer(save_total_limit=1).train()
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_the_newest_checkpoint_is_newest_by_number(tmp_path):
     for step in (90, 100, 110):
         (tmp_path / f"checkpoint-{step}").mkdir()
