@@ -1,6 +1,6 @@
 """The full-strength result: every defence of the table, several seeds, attacked by the headline suite.
 
-Six defences start from the undefended model and take equally many steps: they compare solvers. Two start from a tower
+Five defences start from the undefended model and take equally many steps: they compare solvers. Two start from a tower
 hardened by `harden_vision.py`: `immune`, which `easyvqa-llava-immune` is, and the same without MBAT, its control.
 
     python benchmarks/recipes/full_strength.py run --eps 16/255     # hours; resumes
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from harden_vision import RECORD, harden
 
+import cmai_fast
 from cmai_fast.data import load_dataset
 from cmai_fast.evaluation.experiment import (
     ImmunizeSettings,
@@ -76,6 +77,38 @@ def evaluate(subject: Subject, eps: float, limit: int) -> dict[str, Any]:
     return record
 
 
+def claim(work: Path, settings: ImmunizeSettings) -> None:
+    """Makes the folder of a run, or checks that the one there is of the same settings."""
+    work.mkdir(parents=True, exist_ok=True)
+    path, mine = work / "settings.json", asdict(settings)
+    if not path.exists():
+        write_results(mine, path)
+    elif json.loads(path.read_text()) != mine:
+        raise ValueError(f"{work} was begun with other settings than {mine}; name another folder with --work")
+
+
+def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    if defence == "undefended":
+        return evaluate(Subject.load(BASE.model), args.eps, args.limit) | {"training": None, "settings": None}
+    settings = settings_of(defence, args.eps, seed, args.work)
+    work, record = args.work / f"{defence}-seed{seed}", {}
+    claim(work, settings)
+    if settings.model != BASE.model:
+        harden(BASE.model, Path(settings.model), args.eps, seed)
+        record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
+    if not (work / "trained.json").exists():
+        subject, start = Subject.load(settings.model), time.process_time()
+        if subject.heads is None and (settings.beta or settings.gamma or settings.arm):
+            add_heads(subject, settings, True)
+        trained = train(subject, settings, work, True, True)
+        write_results(trained | {"cpu_seconds": time.process_time() - start}, work / "trained.json")
+    record["training"] = json.loads((work / "trained.json").read_text())
+    subject = Subject.load(str(work / "model"))
+    subject.name = f"{defence}-seed{seed}"
+    record |= evaluate(subject, args.eps, args.limit)
+    return record | {"settings": asdict(settings) | {"model": Path(settings.model).name}}
+
+
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     for defence in args.only or ["undefended", *DEFENCES]:
@@ -84,30 +117,9 @@ def run(args: argparse.Namespace) -> None:
             if path.exists():
                 continue
             print(f"== {defence}, seed {seed}", flush=True)
-            subject, trained, settings = Subject.load(BASE.model), None, None
-            if defence != "undefended":
-                settings = settings_of(defence, args.eps, seed, args.work)
-                if settings.model != BASE.model:
-                    harden(BASE.model, Path(settings.model), args.eps, seed)
-                    subject = Subject.load(settings.model)
-                    add_heads(subject, settings, True)
-                work = args.work / f"{defence}-seed{seed}"
-                work.mkdir(parents=True, exist_ok=True)
-                start = time.process_time()
-                if not (work / "trained.json").exists():
-                    trained = train(subject, settings, work, True, True)
-                    trained["cpu_seconds"] = time.process_time() - start
-                    write_results(trained, work / "trained.json")
-                trained = json.loads((work / "trained.json").read_text())
-                subject = Subject.load(str(work / "model"))
-                subject.name = f"{defence}-seed{seed}"
-            record = evaluate(subject, args.eps, args.limit)
-            record |= {"defence": defence, "seed": seed, "eps": args.eps, "versions": versions(), "training": trained}
-            record["settings"] = None if settings is None else asdict(settings) | {"model": Path(settings.model).name}
-            if settings is not None and settings.model != BASE.model:
-                record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
+            record = run_one(defence, seed, args) | {"defence": defence, "seed": seed, "eps": args.eps}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_results(record, path)
+            write_results(record | {"versions": versions()}, path)
 
 
 def measure_time(args: argparse.Namespace) -> None:
@@ -163,7 +175,7 @@ def table(args: argparse.Namespace) -> None:
 def bundle(args: argparse.Namespace) -> None:
     seed = args.seeds[0]
     record = json.loads((args.out / "runs" / f"immune-seed{seed}.json").read_text())
-    target = Path("cmai_fast/models/easyvqa-llava-immune")
+    target = Path(cmai_fast.__file__).parent / "models" / "easyvqa-llava-immune"
     staging = target.with_name(target.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(args.work / f"immune-seed{seed}" / "model", staging)
@@ -171,7 +183,8 @@ def bundle(args: argparse.Namespace) -> None:
     measured = ("acc_clean", "acc_clean_whole_test_split", "acc_robust", "asr", "n", "eps")
     training = {"recipe": "benchmarks/recipes/full_strength.py run --only immune, then bundle", "seed": seed}
     training |= {key: record[key] for key in ("hardening", "settings", "versions")}
-    training |= {"seconds": record["training"]["seconds"], "measured": {key: record[key] for key in measured}}
+    training |= {key: record["training"][key] for key in ("seconds", "cpu_seconds", "resumed")}
+    training["measured"] = {key: record[key] for key in measured}
     write_results(training, staging / "training.json")
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
@@ -192,9 +205,9 @@ def _row(defence: str, title: str, runs: list[dict], undefended: dict, times: di
     row["asr_reduction"] = spread([1 - r["asr"] / undefended["asr"] for r in runs])
     if defence in times:
         passes, steps = runs[0]["training"]["passes"], runs[0]["settings"]["max_steps"]
-        hardening = runs[0].get("hardening")
+        hardening = [r["hardening"]["seconds"] for r in runs if "hardening" in r]
         row |= {"seconds_a_step": times[defence], "steps": steps, "seconds": times[defence] * steps}
-        row |= {"hardening_seconds": hardening["seconds"] if hardening else 0.0}
+        row |= {"hardening_seconds": statistics.mean(hardening) if hardening else 0.0}
         row["passes_a_step"] = {k: v / steps for k, v in passes.items()}
     return row
 
@@ -204,17 +217,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return f"{value['mean']:.1%}" + (f" ± {value['stdev']:.1%}" if len(value["values"]) > 1 else "")
 
     cells = [row["title"], str(len(row["seeds"])), share(row["acc_clean"]), share(row["acc_robust"]), share(row["asr"])]
+    cells.append("-" if row["defence"] == "undefended" else share(row["asr_reduction"]))
     if "seconds" not in row:
-        return [*cells, "-", "-", "-", "-", "-"]
-    p = row["passes_a_step"]
-    passes = f"{p['full_forward']:.0f} / {p['vision_forward']:.0f} / {p['text_forward']:.0f}"
+        return [*cells, *4 * ["-"]]
+    p, hardening = row["passes_a_step"], row["hardening_seconds"]
     return [
         *cells,
-        share(row["asr_reduction"]),
         f"{row['seconds_a_step']:.2f}",
         str(row["steps"]),
-        f"{row['seconds']:.0f}" + (f" + {row['hardening_seconds']:.0f}" if row["hardening_seconds"] else ""),
-        passes,
+        f"{row['seconds']:.0f}" + (f" + {hardening:.0f}" if hardening else ""),
+        f"{p['full_forward']:.0f} / {p['vision_forward']:.0f} / {p['text_forward']:.0f}",
     ]
 
 

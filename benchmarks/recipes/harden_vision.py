@@ -11,7 +11,9 @@ away. The language model has not seen the new features: MBAT comes next.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -72,12 +74,19 @@ def attack(probe: Probe, clean: Tensor, colours: Tensor, shapes: Tensor, eps: fl
 def harden_vision(
     tower: nn.Module, eps: float, *, steps: int, lr: float, inner_steps: int, seed: int, batch: int = 64
 ) -> list[float]:
-    """Trains `tower` in place; returns the mean adversarial loss of every 100 steps. eps grows over the first tenth."""
+    """Trains `tower` in place; returns the mean adversarial loss of every 100 steps. eps grows over the first tenth.
+
+    Muon: of shapes under PGD-20 at 16/255, trials of 1,200 steps read 71% with it and 58% with AdamW (one-step attacks,
+    learning rates 1e-3 and 5e-4), and 81% with three-step attacks (2e-3); one seed, 500 test pictures.
+    """
+    if steps < 20:
+        raise ValueError(f"steps is {steps}; expected at least 20, for the learning rate to rise and fall")
     torch.manual_seed(seed)
     probe = Probe(tower).train()
     matrices = hidden_matrices(tower)
     known = set(matrices)
-    optimizer = MuonAdamW(matrices, [p for p in probe.parameters() if p not in known], lr)
+    others = [p for p in probe.parameters() if p not in known]
+    optimizer = MuonAdamW([{"params": matrices}], [{"params": others}], lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
@@ -103,26 +112,36 @@ def harden_vision(
 
 
 def harden(model: str, out: Path, eps: float, seed: int, **settings: Any) -> None:
-    """Writes `model` with a hardened tower to the folder `out`, which appears whole; one that is there stays."""
-    if out.exists():
-        return
+    """Writes `model` with a hardened tower to the folder `out`, which appears whole; one with these settings stays."""
     settings = DEFAULTS | settings | {"seed": seed}
-    subject, start = Subject.load(model), time.perf_counter()
+    told = settings | {"model": model, "eps": eps, "batch": settings.get("batch", 64)}
+    if out.exists():
+        if json.loads((out / RECORD).read_text())["settings"] != told:
+            raise ValueError(f"{out} was made with other settings than {told}; name another folder")
+        return
+    subject, start, cpu = Subject.load(model), time.perf_counter(), time.process_time()
     losses = harden_vision(subject.model.model.vision_tower, eps, **settings)
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    subject.model.save_pretrained(staging)
-    subject.processor.save_pretrained(staging)
     record = {
         "recipe": "benchmarks/recipes/harden_vision.py",
-        "settings": settings | {"model": model, "eps": eps, "batch": 64},
+        "settings": told,
         "loss_adv": losses,
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    write_results(record, staging / RECORD)
-    staging.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: another process may be at the same work.
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        subject.model.save_pretrained(staging)
+        subject.processor.save_pretrained(staging)
+        write_results(record, staging / RECORD)
+        staging.chmod(0o755)  # mkdtemp makes it private to this user
+        if not out.exists():
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def main() -> None:

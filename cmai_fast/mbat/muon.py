@@ -11,34 +11,37 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Steps `matrices` by `torch.optim.Muon` and `others` by `torch.optim.AdamW`.
 
     Args:
-        matrices: 2-d parameters; their update has the RMS of AdamW's, so both share `lr` and `weight_decay`.
-        others: parameters of any shape; groups added later are AdamW's as well.
-        lr, weight_decay: of both.
+        matrices: parameter groups, as PyTorch's optimisers take them, of 2-d parameters; their update has the RMS of
+            AdamW's, so both kinds share `lr`.
+        others: parameter groups of any shape; groups added later are AdamW's as well.
+        lr, weight_decay: of groups that have none of their own.
         betas, eps: of AdamW.
     """
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
-        others: list[nn.Parameter],
+        matrices: list[dict[str, Any]],
+        others: list[dict[str, Any]],
         lr: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self._muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(others, lr, betas, eps, weight_decay)
-        groups = [
-            group | {"muon": muon is self._muon} for muon in (self._muon, self._adamw) for group in muon.param_groups
-        ]
-        super().__init__(groups, {**self._adamw.defaults, "muon": False})
+        matrices, others = ([g for g in groups if g["params"]] for groups in (matrices, others))
+        groups: list[dict[str, Any]] = []
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+            groups += [group | {"muon": True} for group in muon.param_groups]
+        # AdamW refuses to be made without parameters, and its defaults are needed for groups to come.
+        adamw = torch.optim.AdamW(others or [nn.Parameter(torch.empty(0))], lr, betas, eps, weight_decay)
+        groups += [group | {"muon": False} for group in adamw.param_groups] if others else []
+        super().__init__(groups, {**adamw.defaults, "muon": False})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -47,16 +50,19 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part, muon in ((self._muon, True), (self._adamw, False)):
-            # Groups and state are this optimiser's own, so that schedulers and checkpoints see one plain optimiser.
-            part.state = self.state
-            part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
-            part.step()
+        for kind, muon in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
+            groups = [group for group in self.param_groups if group["muon"] is muon]
+            if groups:
+                # Made for this step alone, over this one's groups and state, which schedulers and checkpoints see.
+                part = kind(groups)
+                part.state = self.state
+                part.step()
         return loss
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable weights of `model`'s linear layers, but for the output layer, whose rows are tokens."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
-    return [cast(nn.Parameter, m.weight) for m in linear if m.weight.requires_grad]
+    """Trainable weights of `model`'s linear layers, each once, but for those whose rows are tokens."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    tokens = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) or m is output}
+    linear = [cast(nn.Parameter, m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
+    return [w for w in dict.fromkeys(linear) if w.requires_grad and w not in tokens]

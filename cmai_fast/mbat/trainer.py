@@ -63,6 +63,8 @@ class MBATTrainer(Trainer):
             raise ValueError("processing_class is None; MBATTrainer needs the model's processor for its mean and std")
         if model is None:
             raise ValueError("model is None; MBATTrainer needs the model itself, not model_init")
+        if args.muon and ((kwargs.get("optimizers") or [None])[0] or kwargs.get("optimizer_cls_and_kwargs")):
+            raise ValueError("muon is set and an optimizer is given; expected one of the two")
         self.bridge = Bridge(model)
         self.space = PixelSpace.from_processor(processor)
         if heads is None and (args.beta or args.gamma or args.arm):
@@ -104,11 +106,21 @@ class MBATTrainer(Trainer):
         return optimizer
 
     def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
-        args, matrices = self.args, hidden_matrices(model)
-        known = set(matrices)
-        others = [p for p in model.parameters() if p.requires_grad and p not in known]
+        args, decayed = self.args, set(self.get_decay_parameter_names(model))
+        matrices = set(hidden_matrices(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups[p in matrices, name in decayed].append(p)
+        parts: list[list[dict[str, Any]]] = [
+            [
+                {"params": groups[muon, decay], "weight_decay": args.weight_decay if decay else 0.0}
+                for decay in (True, False)
+            ]
+            for muon in (True, False)
+        ]
         betas = (args.adam_beta1, args.adam_beta2)
-        return MuonAdamW(matrices, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+        return MuonAdamW(*parts, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None

@@ -17,7 +17,7 @@ def model():
 
 def split(model):
     matrices = hidden_matrices(model)
-    return matrices, [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return [{"params": matrices}], [{"params": [p for p in model.parameters() if all(p is not m for m in matrices)]}]
 
 
 def take_step(model, optimizer, seed):
@@ -32,9 +32,11 @@ def test_each_part_steps_as_the_optimiser_of_pytorch(model):
     matrices, others = split(plain)
     parts = (
         torch.optim.Muon(matrices, 0.01, 0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, 0.01, (0.8, 0.9), 1e-6, 0.1),
+        torch.optim.AdamW([others[0] | {"weight_decay": 0.3}], 0.01, (0.8, 0.9), 1e-6),
     )
-    mine = MuonAdamW(*split(model), lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    matrices, others = split(model)
+    others = [others[0] | {"weight_decay": 0.3}]
+    mine = MuonAdamW(matrices, others, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
     before = [p.clone() for p in model.parameters()]
     for seed in range(3):
         take_step(model, mine, seed)
@@ -58,6 +60,39 @@ def test_a_saved_state_goes_on_exactly(model):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_copy_steps_as_the_original(model):
+    pair = [(model, MuonAdamW(*split(model), lr=0.01))]
+    take_step(*pair[0], 0)
+    pair.append(copy.deepcopy(pair[0]))
+    for m, o in pair:
+        take_step(m, o, 1)
+    assert all(torch.equal(a, b) for a, b in zip(pair[0][0].parameters(), pair[1][0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_one_kind_may_be_empty_and_be_filled_later(model, kept):
+    parts = split(model)
+    optimizer = MuonAdamW(*(part if i == kept else [{"params": []}] for i, part in enumerate(parts)), lr=0.01)
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    late.grad = torch.ones(3)
+    before = [p.detach().clone() for p in model.parameters()]
+    take_step(model, optimizer, 0)  # clears the gradient of `late` first
+    late.grad = torch.ones(3)
+    optimizer.step()
+    moved = {i for i, (p, old) in enumerate(zip(model.parameters(), before, strict=True)) if not torch.equal(p, old)}
+    known = [p for group in parts[kept] for p in group["params"]]
+    assert moved == {i for i, p in enumerate(model.parameters()) if any(p is k for k in known)}
+    torch.testing.assert_close(late.detach(), torch.full((3,), 0.5))
+
+
+def test_hooks_run_once_a_step(model):
+    optimizer, calls = MuonAdamW(*split(model), lr=0.01), []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    take_step(model, optimizer, 0)
+    assert calls == [1]
+
+
 def test_a_schedule_moves_the_rate_of_both_parts(model):
     optimizer = MuonAdamW(*split(model), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
@@ -69,12 +104,13 @@ def test_a_schedule_moves_the_rate_of_both_parts(model):
 
 
 def test_a_group_added_later_is_stepped_by_adamw_once(model):
-    matrices, others = split(model)
-    optimizer = MuonAdamW(matrices[:1], others, lr=0.01)
-    optimizer.add_param_group({"params": matrices[1:], "lr": 0.03})
-    old = matrices[1].detach().clone()
+    (matrices,), others = split(model)
+    first, second = matrices["params"]
+    optimizer = MuonAdamW([{"params": [first]}], others, lr=0.01)
+    optimizer.add_param_group({"params": [second], "lr": 0.03})
+    old = second.detach().clone()
     take_step(model, optimizer, 0)
-    torch.testing.assert_close((matrices[1] - old).abs(), torch.full_like(old, 0.03), rtol=1e-3, atol=0)
+    torch.testing.assert_close((second - old).abs(), torch.full_like(old, 0.03), rtol=1e-3, atol=0)
 
 
 def test_hidden_matrices_are_the_trainable_linear_weights_but_the_output_layer(make_tiny):
@@ -91,3 +127,15 @@ def test_hidden_matrices_are_the_trainable_linear_weights_but_the_output_layer(m
         if p.ndim == 2 and p.requires_grad and "embed" not in name and "lm_head" not in name
     }
     assert found == expected and len(found) > 8
+
+
+def test_shared_weights_count_once_and_never_where_they_are_embeddings():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.a, self.b, self.head = nn.Embedding(4, 4), *(nn.Linear(4, 4) for _ in range(3))
+            self.b.weight, self.head.weight = self.a.weight, self.embed.weight
+
+    model = Tied()
+    assert len(hidden_matrices(model)) == 1
+    assert hidden_matrices(model)[0] is model.a.weight

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from cmai_fast.arm import ARMSchedule
-from cmai_fast.attacks import Passes
+from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import Bridge, task_loss
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
@@ -461,12 +461,47 @@ def test_muon_steps_what_is_trained_and_the_heads_keep_their_rate(make_trainer):
     trainer.train()
     groups = trainer.optimizer.optimizer.param_groups
     assert [(g["muon"], g["initial_lr"], g["weight_decay"]) for g in groups] == [
-        (True, 0.01, 0.1), (False, 0.01, 0.1), (False, 0.02, 0.0)
+        (True, 0.01, 0.1), (False, 0.01, 0.1), (False, 0.01, 0.0), (False, 0.02, 0.0)
     ]  # fmt: skip
-    frozen = {f"model.{name}" for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    assert frozen and not any("vision" in name or "projector" in name for name in frozen)
+    trained = {p: name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    in_groups = [p for g in groups[:3] for p in g["params"]]
+    assert len(in_groups) == len(set(in_groups)) and set(in_groups) == set(trained)
+    assert all(p.ndim == 1 or "embed" in trained[p] for p in groups[2]["params"])  # Trainer's rule: norms and biases
     moved = {name for name, value in parameters(trainer).items() if not torch.equal(value, begin[name])}
-    assert not moved & frozen and len(moved) > 20
+    assert len(moved) > 20 and any(name.startswith("heads.") for name in moved)
+    assert {name for name in moved if name.startswith("model.")} <= {f"model.{name}" for name in trained.values()}
+
+
+def test_muon_beside_another_optimizer_is_refused(make_tiny):
+    model, processor = make_tiny()
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    for given in ({"optimizers": (other, None)}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}):
+        with pytest.raises(ValueError, match="muon is set and an optimizer is given"):
+            MBATTrainer(model, MBATConfig(output_dir="x", muon=True), processing_class=processor, **given)
+
+
+def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer, batch, monkeypatch):
+    trainer = make_trainer(beta=0.3)
+    text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+    expected = trainer.bridge.encode_text(**text)
+    wrong = trainer.bridge.encode_text(**{k: batch[f"negative_{k}"] for k in text})
+    seen, contrast = [], trainer._contrast
+
+    def spy_objective(*args):
+        objective = Objective(*args)
+        seen.append(objective.text_features)
+        return objective
+
+    def spy_contrast(clean, adversarial, text, own, other):
+        seen.extend((own, other))
+        return contrast(clean, adversarial, text, own, other)
+
+    monkeypatch.setattr(trainer_module, "Objective", spy_objective)
+    monkeypatch.setattr(trainer, "_contrast", spy_contrast)
+    trainer.training_step(trainer.model, batch)
+    for got, right in zip(seen, (expected, expected, wrong), strict=True):
+        torch.testing.assert_close(got, right)
+    assert not torch.allclose(expected, wrong)
 
 
 def test_weights_of_another_model_are_refused(make_trainer, tmp_path):
