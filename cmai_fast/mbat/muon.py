@@ -39,7 +39,7 @@ class MuonAdamW(torch.optim.Optimizer):
             muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
             groups += [group | {"muon": True} for group in muon.param_groups]
         # AdamW refuses to be made without parameters, and its defaults are needed for groups to come.
-        adamw = torch.optim.AdamW(others or [nn.Parameter(torch.empty(0))], lr, betas, eps, weight_decay)
+        adamw = torch.optim.AdamW(others or [{"params": [nn.Parameter(torch.empty(0))]}], lr, betas, eps, weight_decay)
         groups += [group | {"muon": False} for group in adamw.param_groups] if others else []
         super().__init__(groups, {**adamw.defaults, "muon": False})
 

@@ -112,15 +112,20 @@ class MBATTrainer(Trainer):
         for name, p in model.named_parameters():
             if p.requires_grad:
                 groups[p in matrices, name in decayed].append(p)
-        parts: list[list[dict[str, Any]]] = [
-            [
+
+        def parameter_groups(muon: bool) -> list[dict[str, Any]]:
+            return [
                 {"params": groups[muon, decay], "weight_decay": args.weight_decay if decay else 0.0}
                 for decay in (True, False)
             ]
-            for muon in (True, False)
-        ]
-        betas = (args.adam_beta1, args.adam_beta2)
-        return MuonAdamW(*parts, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+        return MuonAdamW(
+            parameter_groups(True),
+            parameter_groups(False),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
