@@ -46,14 +46,18 @@ from cmai_fast.threat import ThreatModel, parse_eps
 
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
 BASE = ImmunizeSettings(max_steps=1000, learning_rate=1e-3, muon=True)
+COMPARED = {"max_steps": 500}
 PLAIN = {"beta": 0.0, "gamma": 0.0, "arm": False}
 HARDENED = {"model": "hardened", "eps_warmup": 0.0}
 DEFENCES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mbat-pgd": ("MBAT, exact PGD, K = 10", {"inner": "pgd"}),
-    "mbat-bridge-r0": ("MBAT, bridge R = 0, K = 10", {"inner": "bridge", "refreshes": 0}),
-    "mbat-bridge-r1": ("MBAT, bridge R = 1, K = 10", {"inner": "bridge", "refreshes": 1}),
-    "pgd-at-vision": ("PGD-AT, K = 10, vision side only", {"inner": "pgd", "trainable": "vision", "lam": 1.0, **PLAIN}),
-    "fgsm-rs": ("One step (FGSM, random start)", {"inner": "fgsm", **PLAIN}),
+    "mbat-pgd": ("MBAT, exact PGD, K = 10", {"inner": "pgd", **COMPARED}),
+    "mbat-bridge-r0": ("MBAT, bridge R = 0, K = 10", {"inner": "bridge", "refreshes": 0, **COMPARED}),
+    "mbat-bridge-r1": ("MBAT, bridge R = 1, K = 10", {"inner": "bridge", "refreshes": 1, **COMPARED}),
+    "pgd-at-vision": (
+        "PGD-AT, K = 10, vision side only",
+        {"inner": "pgd", "trainable": "vision", "lam": 1.0, **COMPARED, **PLAIN},
+    ),
+    "fgsm-rs": ("One step (FGSM, random start)", {"inner": "fgsm", **COMPARED, **PLAIN}),
     "hardened": ("Hardened tower, clean fine-tuning", {"inner": "none", **HARDENED, **PLAIN}),
     "immune": ("Hardened tower, MBAT, bridge R = 1, K = 4", {"inner_steps": 4, "refreshes": 1, **HARDENED}),
 }
