@@ -57,15 +57,19 @@ def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> No
     assert subject.threshold.split == "calibration"
 
 
-def test_the_undefended_model_breaks() -> None:
-    subject, data = Subject.load("easyvqa-llava"), load_dataset("easyvqa", "test", 32)
-    batch = subject.collate([data[i] for i in range(len(data))])
-    clean = subject.space.to_pixels(batch["pixel_values"])
-    result = pgd(
-        subject.objective(batch), clean, ThreatModel("linf", 24 / 255), steps=20, sample_ids=batch["sample_ids"]
-    )
-    right = subject.right(clean, batch)
-    assert right.float().mean() > 0.9
-    assert (right & ~result.fooled).float().mean() < 0.5
-    noise = clean + torch.empty_like(clean).uniform_(-24 / 255, 24 / 255, generator=torch.Generator().manual_seed(0))
-    assert subject.right(noise.clamp(0, 1), batch).float().mean() > 0.8
+def test_the_undefended_model_breaks_and_the_immunised_one_stands() -> None:
+    eps, data, robust = 16 / 255, load_dataset("easyvqa", "test", 48), {}
+    for name in ("easyvqa-llava", "easyvqa-llava-immune"):
+        subject = Subject.load(name)
+        batch = subject.collate([data[i] for i in range(len(data))])
+        clean = subject.space.to_pixels(batch["pixel_values"])
+        result = pgd(
+            subject.objective(batch), clean, ThreatModel("linf", eps), steps=20, sample_ids=batch["sample_ids"]
+        )
+        right = subject.right(clean, batch)
+        assert right.float().mean() > 0.9
+        robust[name] = (right & ~result.fooled).float().mean()
+        noise = clean + torch.empty_like(clean).uniform_(-eps, eps, generator=torch.Generator().manual_seed(0))
+        assert subject.right(noise.clamp(0, 1), batch).float().mean() > 0.8
+    assert robust["easyvqa-llava"] < 0.5
+    assert robust["easyvqa-llava-immune"] > 0.8

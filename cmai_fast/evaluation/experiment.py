@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PrinterCallback
 
@@ -33,6 +34,7 @@ from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
 from cmai_fast.threat import ThreatModel
 
 RUN_FILE = "run.json"
+HEAD_STEPS = 300
 
 
 @dataclass
@@ -378,7 +380,9 @@ def add_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> N
         torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
         heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
     stream = training_batches(subject, settings.data, settings.batch_size, settings.seed)
-    fit_heads(subject.bridge, heads, stream, steps=300)
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("consistency heads", total=HEAD_STEPS)
+        fit_heads(subject.bridge, heads, stream, steps=HEAD_STEPS, on_step=lambda *_: bar.advance(task))
     subject.heads = heads
     scores = calibration_scores(subject, settings.data, settings.calibration_samples, settings.seed, progress)
     subject.threshold = fit_threshold(scores, "calibration")
