@@ -73,12 +73,18 @@ def _more_steps(record: dict[str, Any], threat: ThreatModel) -> Check:
 
 
 def _large_eps(subject: Subject, samples: Sequence[Sample], batch_size: int, seed: int, progress: bool) -> Check:
-    spec, threat = AttackSpec("pgd", 50), ThreatModel("linf", _LARGE_EPS)
-    attacked = run_attack(subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress)
-    share = float(attacked.right.mean())
-    return _check(
-        "nothing survives eps 128/255", share <= 0.05, detail=f"{share:.1%} under {spec.key}, n {len(samples)}"
-    )
+    # Both attacks: where a model is sure of its answer the cross-entropy is flat, and PGD, which does not go back to
+    # the best point it saw, loses its way in a large ball (an immunised model kept 16%, under APGD-CE-100 2%).
+    standing, specs = list(samples), (AttackSpec("pgd", 50), AttackSpec("apgd", 100))
+    for spec in specs:
+        if standing:
+            attacked = run_attack(
+                subject, standing, spec, ThreatModel("linf", _LARGE_EPS), batch_size=batch_size, seed=seed,
+                progress=progress,
+            )  # fmt: skip
+            standing = [s for s, right in zip(standing, attacked.right, strict=True) if right]
+    share, names = len(standing) / len(samples), " and ".join(spec.key for spec in specs)
+    return _check("nothing survives eps 128/255", share <= 0.05, detail=f"{share:.1%} under {names}, n {len(samples)}")
 
 
 def _noise(

@@ -112,4 +112,4 @@ def test_which_checks_are_made(subject, samples, honest, monkeypatch):
     run = sanity.run_attack
     monkeypatch.setattr(sanity, "run_attack", lambda s, part, *a, **k: few.append(len(part)) or run(s, part, *a, **k))
     sanity_checks(subject, samples, honest, THREAT, must_break=True, limit=4)
-    assert set(few) == {4}
+    assert few and max(few) == 4
