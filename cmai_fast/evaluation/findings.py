@@ -178,7 +178,8 @@ def caveats(results: dict[str, Any]) -> list[str]:
         said.append("The undefended model withstands most of this attack, so there was little to gain at this eps.")
     if old["acc_clean"] - new["acc_clean"] > CLEAN_LOSS + 1e-9:
         said.append(f"The immunised model lost {points(old['acc_clean'] - new['acc_clean'])[1:]} of clean accuracy.")
-    if set(old.get("attacks") or {}) != set(new.get("attacks") or {}):
+    # Images made on the undefended model are one attack more for the immunised one, which can only look worse by it.
+    if set(old.get("attacks") or {}) != set(new.get("attacks") or {}) - {"transfer"}:
         said.append("The two models were not given the same attacks.")
     return said
 

@@ -372,6 +372,16 @@ def test_caveats_stand_at_the_top() -> None:
         assert caveat in text, caveat
 
 
+def test_different_attacks_are_told_unless_the_immunised_model_faced_transferred_images_more() -> None:
+    results, caveat = fake_results(), "The two models were not given the same attacks."
+    attacks = results["immunised"]["attacks"]
+    attacks.setdefault("transfer", {"acc_robust": 0.9, "asr": 0.05})
+    results["undefended"]["attacks"].pop("transfer", None)
+    assert caveat not in visible(element(render_report(results), "header"))
+    attacks.pop(next(key for key in attacks if key != "transfer"))
+    assert caveat in visible(element(render_report(results), "header"))
+
+
 def test_no_gain_is_called_no_gain() -> None:
     results = fake_results()
     results["immunised"]["asr"] = 0.95
