@@ -95,7 +95,7 @@ def pictures(results: dict[str, Any]) -> str:
     if not any(cards.values()):
         return absent("No pictures were kept in these results.")
     out = (
-        '<p class="about">The change is amplified around mid-grey; as it is, it would hardly show. '
+        '<p class="about">The change is amplified, around mid-grey. '
         "\N{CHECK MARK} right, \N{BALLOT X} wrong and underlined.</p>"
     )
     for key, drawn in cards.items():
