@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from pybind11.setup_helpers import build_ext as pybind11_build_ext
@@ -49,8 +50,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "cmai_fast._C",
-            sources=["csrc/bindings.cpp", "csrc/pgd_step.cpp"],
-            depends=["csrc/pgd_step.h"],
+            sources=sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
             include_dirs=["csrc"],
             cxx_std=17,
             optional=True,

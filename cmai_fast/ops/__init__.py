@@ -2,9 +2,20 @@
 
 from cmai_fast.ops import autograd as _autograd  # noqa: F401  (registers the gradient rules)
 from cmai_fast.ops.backend import backend_report, chosen_backend
-from cmai_fast.ops.operators import cosine_heads, info_nce, pgd_l2_step_, pgd_linf_step_, random_start_
+from cmai_fast.ops.operators import (
+    apgd_l2_step_,
+    apgd_linf_step_,
+    cosine_heads,
+    info_nce,
+    pgd_l2_step_,
+    pgd_linf_step_,
+    random_start_,
+    sigmoid_loss,
+)
 
 __all__ = [
+    "apgd_l2_step_",
+    "apgd_linf_step_",
     "backend_report",
     "chosen_backend",
     "cosine_heads",
@@ -12,4 +23,5 @@ __all__ = [
     "pgd_l2_step_",
     "pgd_linf_step_",
     "random_start_",
+    "sigmoid_loss",
 ]

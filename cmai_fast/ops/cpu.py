@@ -1,19 +1,20 @@
 """The CPU backend: the kernels of the compiled extension `cmai_fast._C`, over raw pointers.
 
-It carries the two PGD steps for contiguous CPU tensors with `adv` and `clean` in float32 and `grad` and `model_input`
-in float32 or bfloat16. Everything else (float64, float16, strided or channels-last tensors, other devices) runs the
-reference: a copy into a contiguous buffer would cost what the kernel saves, and for what is mutated it would be wrong.
+It carries the steps of PGD and APGD and the random start, for contiguous tensors with `adv` in float32, `clean` in
+float32 or uint8, and `grad` and `model_input` in float32, bfloat16 or float16. Everything else (float64, strided or
+channels-last tensors) runs the reference: a copy into a contiguous buffer would cost what the kernel saves, and for
+what is mutated it would be wrong.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from cmai_fast.ops import reference
 
 _C: Any = None
 _missing: str | None = None
@@ -22,7 +23,8 @@ try:
 except ImportError as error:
     _missing = f"the compiled extension cmai_fast._C does not load ({error}); reinstall with a C++ compiler present"
 
-_MODEL_DTYPES = (torch.float32, torch.bfloat16)
+# The numbers are those of cmai_fast::Type in csrc/step.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
 def unavailable() -> str | None:
@@ -30,97 +32,221 @@ def unavailable() -> str | None:
     return _missing
 
 
-def _carries(adv: Tensor, grad: Tensor, clean: Tensor, model_input: Tensor | None) -> bool:
-    for_model = [grad] if model_input is None else [grad, model_input]
-    return (
-        adv.dtype == torch.float32
-        and all(tensor.dtype in _MODEL_DTYPES for tensor in for_model)
-        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (adv, clean, *for_model))
-    )
-
-
-def _run(
-    kernel: str,
+def layout_of(
     adv: Tensor,
-    grad: Tensor,
     clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None,
-    model_input: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    lower: float,
-    upper: float,
-) -> None:
-    # The small ones are only read, so a copy is right; the names keep the copies alive while the kernel reads them.
-    eps, step = eps.to(torch.float32).contiguous(), step.to(torch.float32).contiguous()
-    active = None if active is None else active.contiguous()
-    mean = None if mean is None else mean.to(torch.float32).contiguous()
-    std = None if std is None else std.to(torch.float32).contiguous()
-    channels = 1 if mean is None else adv.shape[1]
-    getattr(_C, kernel)(
-        adv=adv.data_ptr(),
-        grad=grad.data_ptr(),
-        grad_is_bf16=grad.dtype == torch.bfloat16,
-        clean=clean.data_ptr(),
-        eps=eps.data_ptr(),
-        step=step.data_ptr(),
-        active=0 if active is None else active.data_ptr(),
-        model_input=0 if model_input is None else model_input.data_ptr(),
-        model_input_is_bf16=model_input is not None and model_input.dtype == torch.bfloat16,
-        mean=0 if mean is None else mean.data_ptr(),
-        std=0 if std is None else std.data_ptr(),
+    *,
+    grad: Tensor | None = None,
+    model_input: Tensor | None = None,
+    others: tuple[Tensor | None, ...] = (),
+    mean: Tensor | None = None,
+    patches: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Any:
+    """The extension's `Layout` of a call, or None where the kernels do not carry it. `others` are in adv's dtype."""
+    grad, model_input = adv if grad is None else grad, adv if model_input is None else model_input
+    images = [adv, clean, grad, model_input, *(image for image in others if image is not None)]
+    if (
+        adv.numel() == 0
+        or adv.dtype != torch.float32
+        or not {grad.dtype, model_input.dtype, clean.dtype} <= TYPES.keys()
+        or not all(image.is_contiguous() for image in images)
+    ):
+        return None
+    channels, row = 1 if mean is None else mean.shape[0], math.prod(adv.shape[1:])
+    return _C.Layout(
         rows=adv.shape[0],
+        patches=patches if mean is not None else 1,
         channels=channels,
-        inner=adv.numel() // (adv.shape[0] * channels),
+        inner=row // (channels * (patches if mean is not None else 1)),
+        grad=TYPES[grad.dtype],
+        clean=TYPES[clean.dtype],
+        model_input=TYPES[model_input.dtype],
         lower=lower,
         upper=upper,
-        threads=torch.get_num_threads(),
     )
-    # PyTorch has not seen the write; without this a backward through the old values would be silently wrong.
-    torch.autograd.graph.increment_version([adv] if model_input is None else [adv, model_input])
 
 
-def pgd_linf_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    *,
-    model_input: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    if adv.numel() > 0 and _carries(adv, grad, clean, model_input):
-        _run("pgd_linf_step", adv, grad, clean, eps, step, active, model_input, mean, std, lower, upper)
-    else:
-        reference.pgd_linf_step_(
-            adv, grad, clean, eps, step, active, model_input=model_input, mean=mean, std=std, lower=lower, upper=upper
+def small(values: Tensor | None) -> Tensor | None:
+    """What is one number a row or a channel and only read: float32, contiguous; a copy is right here."""
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plan_pgd(native: str) -> Callable[..., Callable[..., None] | None]:
+    def planner(
+        adv: Tensor,
+        grad: Tensor,
+        clean: Tensor,
+        eps: Tensor,
+        step: Tensor,
+        active: Tensor | None = None,
+        model_input: Tensor | None = None,
+        velocity: Tensor | None = None,
+        decay: float = 1.0,
+        nonfinite: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        patches: int = 1,
+        lower: float = 0.0,
+        upper: float = 1.0,
+    ) -> Callable[..., None] | None:
+        if any(values is not None and not values.is_contiguous() for values in (active, nonfinite)):
+            return None
+        layout = layout_of(
+            adv, clean, grad=grad, model_input=model_input, others=(velocity,), mean=mean, patches=patches,
+            lower=lower, upper=upper,
+        )  # fmt: skip
+        if layout is None:
+            return None
+        run, threads, wrote = getattr(_C, native), torch.get_num_threads, torch.autograd.graph.increment_version
+        ready = all(
+            values is None or (values.dtype == torch.float32 and values.is_contiguous())
+            for values in (eps, step, mean, std)
         )
 
+        def kernel(
+            adv: Tensor,
+            grad: Tensor,
+            clean: Tensor,
+            eps: Tensor,
+            step: Tensor,
+            active: Tensor | None = None,
+            model_input: Tensor | None = None,
+            velocity: Tensor | None = None,
+            decay: float = 1.0,
+            nonfinite: Tensor | None = None,
+            mean: Tensor | None = None,
+            std: Tensor | None = None,
+            patches: int = 1,
+            lower: float = 0.0,
+            upper: float = 1.0,
+        ) -> None:
+            if not ready:  # the names keep the copies alive while the kernel reads them
+                eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
+            run(
+                layout, adv.data_ptr(), grad.data_ptr(), clean.data_ptr(), eps.data_ptr(), step.data_ptr(),
+                _pointer(active), _pointer(model_input), _pointer(velocity), _pointer(nonfinite), _pointer(mean),
+                _pointer(std), decay, threads(),
+            )  # fmt: skip
+            # PyTorch has not seen the writes; without this a backward through the old values would be silently wrong.
+            wrote([image for image in (adv, model_input, velocity, nonfinite) if image is not None])
 
-def pgd_l2_step_(
+        return kernel
+
+    return planner
+
+
+def _plan_apgd(native: str) -> Callable[..., Callable[..., None] | None]:
+    def planner(
+        adv: Tensor,
+        previous: Tensor,
+        grad: Tensor,
+        top_adv: Tensor,
+        top_grad: Tensor,
+        clean: Tensor,
+        eps: Tensor,
+        step: Tensor,
+        improved: Tensor,
+        restart: Tensor,
+        momentum: float,
+        model_input: Tensor | None = None,
+        nonfinite: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        patches: int = 1,
+        lower: float = 0.0,
+        upper: float = 1.0,
+    ) -> Callable[..., None] | None:
+        if nonfinite is not None and not nonfinite.is_contiguous():
+            return None
+        layout = layout_of(
+            adv, clean, grad=grad, model_input=model_input, others=(previous, top_adv, top_grad), mean=mean,
+            patches=patches, lower=lower, upper=upper,
+        )  # fmt: skip
+        if layout is None:
+            return None
+        run = getattr(_C, native)
+
+        def kernel(
+            adv: Tensor,
+            previous: Tensor,
+            grad: Tensor,
+            top_adv: Tensor,
+            top_grad: Tensor,
+            clean: Tensor,
+            eps: Tensor,
+            step: Tensor,
+            improved: Tensor,
+            restart: Tensor,
+            momentum: float,
+            model_input: Tensor | None = None,
+            nonfinite: Tensor | None = None,
+            mean: Tensor | None = None,
+            std: Tensor | None = None,
+            patches: int = 1,
+            lower: float = 0.0,
+            upper: float = 1.0,
+        ) -> None:
+            eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
+            improved, restart = improved.contiguous(), restart.contiguous()
+            run(
+                layout, adv.data_ptr(), previous.data_ptr(), grad.data_ptr(), top_adv.data_ptr(), top_grad.data_ptr(),
+                clean.data_ptr(), eps.data_ptr(), step.data_ptr(), improved.data_ptr(), restart.data_ptr(),
+                _pointer(model_input), _pointer(nonfinite), _pointer(mean), _pointer(std), momentum,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            written = (adv, previous, top_adv, top_grad, model_input, nonfinite)
+            torch.autograd.graph.increment_version([image for image in written if image is not None])
+
+        return kernel
+
+    return planner
+
+
+def _plan_random_start(
     adv: Tensor,
-    grad: Tensor,
     clean: Tensor,
     eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    *,
-    model_input: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    sample_ids: Tensor,
+    seed: int,
+    norm: str,
     lower: float = 0.0,
     upper: float = 1.0,
-) -> None:
-    if adv.numel() > 0 and _carries(adv, grad, clean, model_input):
-        _run("pgd_l2_step", adv, grad, clean, eps, step, active, model_input, mean, std, lower, upper)
-    else:
-        reference.pgd_l2_step_(
-            adv, grad, clean, eps, step, active, model_input=model_input, mean=mean, std=std, lower=lower, upper=upper
-        )
+) -> Callable[..., None] | None:
+    layout = layout_of(adv, clean, lower=lower, upper=upper)
+    if layout is None:
+        return None
+    run = _C.random_start_linf if norm == "linf" else _C.random_start_l2
+
+    def kernel(
+        adv: Tensor,
+        clean: Tensor,
+        eps: Tensor,
+        sample_ids: Tensor,
+        seed: int,
+        norm: str,
+        lower: float = 0.0,
+        upper: float = 1.0,
+    ) -> None:
+        eps, sample_ids = eps.float().contiguous(), sample_ids.contiguous()
+        run(
+            layout, adv.data_ptr(), clean.data_ptr(), eps.data_ptr(), sample_ids.data_ptr(), seed,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        torch.autograd.graph.increment_version([adv])
+
+    return kernel
+
+
+KERNELS: dict[str, Callable[..., Callable[..., Any] | None]] = {
+    "pgd_linf_step_": _plan_pgd("pgd_linf_step"),
+    "pgd_l2_step_": _plan_pgd("pgd_l2_step"),
+    "apgd_linf_step_": _plan_apgd("apgd_linf_step"),
+    "apgd_l2_step_": _plan_apgd("apgd_l2_step"),
+    "random_start_": _plan_random_start,
+}

@@ -9,6 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmai_fast.ops.backend import call
+
+_pgd_linf_step = call("pgd_linf_step_")
+_pgd_l2_step = call("pgd_l2_step_")
+_apgd_linf_step = call("apgd_linf_step_")
+_apgd_l2_step = call("apgd_l2_step_")
+_random_start = call("random_start_")
+
 
 def pgd_linf_step_(
     adv: Tensor,
@@ -19,8 +27,12 @@ def pgd_linf_step_(
     active: Tensor | None = None,
     *,
     model_input: Tensor | None = None,
+    velocity: Tensor | None = None,
+    decay: float = 1.0,
+    nonfinite: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    patches: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> None:
@@ -32,16 +44,24 @@ def pgd_linf_step_(
         adv: (N, ...) float32 or float64 pixels in [lower, upper], mutated.
         grad: like adv, any float dtype: the gradient of what is maximised with respect to the model's input. Its sign
             is that of the gradient in pixels, since std > 0. A NaN counts as 0.
-        clean: like adv: the images around which the ball lies. Finite, as adv.
+        clean: like adv, or uint8, which stands for clean / 255: the images around which the ball lies. Finite, as adv.
         eps, step: (N,) radius and step size per row, float.
-        active: (N,) bool; rows that are False are left untouched in adv and in model_input.
+        active: (N,) bool; rows that are False are left untouched in all that is written.
         model_input: like adv, any float dtype, mutated: receives (adv - mean) / std, what the model sees.
-        mean, std: (C,) per channel (dim 1 of adv), float; both or neither (then 0 and 1).
+        velocity: like adv, mutated: the momentum of MI-FGSM (Dong et al. 2018, eq. 6), zero at first. It becomes
+            decay * velocity + g / ||g||_1 with the gradient g in pixels, and the step follows it instead of grad. A
+            row whose gradient is zero or has an infinite element adds nothing.
+        decay: of the velocity, at least 0.
+        nonfinite: (N,) int64, mutated: the number of NaN and infinite elements in each row of grad is added.
+        mean, std: (C,) per channel, float; both or neither (then 0 and 1).
+        patches: how many runs of all C channels a row has in memory: 1 for images (N, C, H, W), L for flattened patches
+            (N, L, C * h * w), H * W for (N, H, W, C).
         lower, upper: the pixel box.
     """
-    torch.ops.cmai_fast.pgd_linf_step_(
-        adv, grad, clean, eps, step, active, model_input=model_input, mean=mean, std=std, lower=lower, upper=upper
-    )
+    _pgd_linf_step(
+        adv, grad, clean, eps, step, active, model_input, velocity, decay,
+        nonfinite, mean, std, patches, lower, upper,
+    )  # fmt: skip
 
 
 def pgd_l2_step_(
@@ -53,8 +73,12 @@ def pgd_l2_step_(
     active: Tensor | None = None,
     *,
     model_input: Tensor | None = None,
+    velocity: Tensor | None = None,
+    decay: float = 1.0,
+    nonfinite: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    patches: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> None:
@@ -67,9 +91,84 @@ def pgd_l2_step_(
     projected. A gradient of 1e-30 has a direction as any other. The clamp to the box comes last and only shortens
     delta, since clean lies in the box; rounding may leave ||delta|| above eps by 2^-24 * sqrt(elements of a row).
     """
-    torch.ops.cmai_fast.pgd_l2_step_(
-        adv, grad, clean, eps, step, active, model_input=model_input, mean=mean, std=std, lower=lower, upper=upper
-    )
+    _pgd_l2_step(
+        adv, grad, clean, eps, step, active, model_input, velocity, decay,
+        nonfinite, mean, std, patches, lower, upper,
+    )  # fmt: skip
+
+
+def apgd_linf_step_(
+    adv: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    top_adv: Tensor,
+    top_grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    momentum: float,
+    *,
+    model_input: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    patches: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> None:
+    """One iteration of Auto-PGD in the L_inf ball (Croce and Hein 2020, algorithm 1), with its books, in one pass:
+
+        top_adv, top_grad = adv, grad            in rows that improved
+        adv, g            = top_adv, top_grad    in rows that restart (after the line above), else adv, grad
+        z        = P(adv + step * sign(g))
+        previous = P(adv + momentum * (z - adv) + (1 - momentum) * (adv - previous))
+
+    P projects onto the ball and the box. `previous` holds the point before adv on entry and the one after it on return:
+    the caller exchanges the two names. So nothing is copied.
+
+    Args:
+        adv, previous: (N, ...) float32 or float64, mutated.
+        grad: like adv, any float dtype: the gradient at adv with respect to the model's input.
+        top_adv, top_grad: like adv and like grad, mutated: the point of highest loss so far and its gradient.
+        improved, restart: (N,) bool.
+        momentum: alpha of the paper: 0.75, and 1 in the first iteration.
+        clean, eps, step, model_input, nonfinite, mean, std, patches, lower, upper: as in `pgd_linf_step_`; model_input
+            receives the new point.
+    """
+    _apgd_linf_step(
+        adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum,
+        model_input, nonfinite, mean, std, patches, lower, upper,
+    )  # fmt: skip
+
+
+def apgd_l2_step_(
+    adv: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    top_adv: Tensor,
+    top_grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    momentum: float,
+    *,
+    model_input: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    patches: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> None:
+    """`apgd_linf_step_` in the L2 ball: the direction is g / ||g|| of the gradient in pixels, as in `pgd_l2_step_`."""
+    _apgd_l2_step(
+        adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum,
+        model_input, nonfinite, mean, std, patches, lower, upper,
+    )  # fmt: skip
 
 
 def random_start_(
@@ -89,7 +188,7 @@ def random_start_(
 
     Args:
         adv: (N, ...) float32 or float64, mutated; its old values are not read.
-        clean: like adv.
+        clean: like adv, or uint8, which stands for clean / 255.
         eps: (N,) radius per row, float.
         sample_ids: (N,) int64.
         seed: any int64; another restart takes another seed.
@@ -97,7 +196,7 @@ def random_start_(
             Gaussian vector, the radius eps * u^(1/d) for d elements a row (Muller 1959).
         lower, upper: the pixel box.
     """
-    torch.ops.cmai_fast.random_start_(adv, clean, eps, sample_ids, seed, norm, lower, upper)
+    _random_start(adv, clean, eps, sample_ids, seed, norm, lower, upper)
 
 
 def cosine_heads(image: Tensor, text: Tensor) -> Tensor:
@@ -113,7 +212,7 @@ def cosine_heads(image: Tensor, text: Tensor) -> Tensor:
     return torch.ops.cmai_fast.cosine_heads(image, text)
 
 
-def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *, symmetric: bool = False) -> Tensor:
     """The InfoNCE loss (van den Oord et al. 2018, eq. 4): mean cross-entropy of scale * query @ keys.T against labels.
 
     The N x M logits are never stored: forward and backward compute them in chunks of rows, so memory is O((N + M) D).
@@ -121,9 +220,11 @@ def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tens
 
     Args:
         query: (N, D), any float dtype; normalising is the caller's. Differentiable once, as keys and scale.
-        keys: (M, D).
+        keys: (M, D); with negatives gathered from other ranks, M > N.
         labels: (N,) int64: the row of keys that each query belongs to.
         scale: 0-d tensor, 1 / temperature.
+        symmetric: the mean of both directions (CLIP, Radford et al. 2021, figure 3): over the keys for each query, and
+            for each query's own key over the queries. The logits are computed once for both.
 
     Returns:
         0-d loss, float32 (float64 where an input is); 0 with zero gradients when N = 0.
@@ -131,4 +232,14 @@ def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tens
     Raises:
         RuntimeError: also for a label outside 0 .. M-1 (on a GPU: its own device-side assertion).
     """
-    return torch.ops.cmai_fast.info_nce(query, keys, labels, scale)[0]
+    return torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric)[0]
+
+
+def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, eq. 1), with l = scale * query @ keys.T + bias:
+
+        loss = -1/N sum_ij log sigmoid(z_ij * l_ij),  z_ij = 1 where j = labels[i], else -1
+
+    Arguments, memory and result are those of `info_nce`; bias is a 0-d tensor, differentiable as scale is.
+    """
+    return torch.ops.cmai_fast.sigmoid_loss(query, keys, labels, scale, bias)

@@ -6,7 +6,7 @@ quadratic in the batch goes in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,26 +21,34 @@ _CHUNK = 1 << 20
 
 
 def _per_row(values: Tensor, image: Tensor) -> Tensor:
-    """(N,) as (N, 1, ..., 1) in the dtype of `image`."""
-    return values.to(image.dtype).view(-1, *[1] * (image.dim() - 1))
+    """(N,) as (N, 1, ..., 1), a number in the dtype of `image`, a flag as it is."""
+    values = values if values.dtype == torch.bool else values.to(image.dtype)
+    return values.view(-1, *[1] * (image.dim() - 1))
 
 
-def _per_channel(values: Tensor, image: Tensor) -> Tensor:
-    """(C,) as (C, 1, ..., 1) in the dtype of `image`, whose dim 1 is C."""
-    return values.to(image.dtype).view(-1, *[1] * (image.dim() - 2))
+def _per_channel(values: Tensor, image: Tensor, patches: int) -> Tensor:
+    """(C,) as (1, ...) of a row of `image`, in its dtype. A row is (patches, C, elements) in memory order."""
+    row = image.shape[1:]
+    run = row.numel() // (patches * values.shape[0])
+    return values.to(image.dtype).view(1, -1, 1).expand(patches, -1, run).reshape(1, *row)
 
 
-def _row_norm(image: Tensor) -> Tensor:
-    """L2 norm of every row, (N, 1, ..., 1).
+def _pixels(clean: Tensor, adv: Tensor) -> Tensor:
+    """8-bit pixels in the [0, 1] range, others as they are."""
+    return clean.to(adv.dtype) / 255 if clean.dtype == torch.uint8 else clean
+
+
+def _row_norm(image: Tensor, order: int = 2) -> Tensor:
+    """Norm of every row, (N, 1, ..., 1).
 
     Summed in float64: PyTorch's order of summation depends on the shape of the whole batch, and in float32 a row's
     result would show it.
     """
     dims = tuple(range(1, image.dim()))
-    return torch.linalg.vector_norm(image, dim=dims, keepdim=True, dtype=torch.float64).to(image.dtype)
+    return torch.linalg.vector_norm(image, order, dim=dims, keepdim=True, dtype=torch.float64).to(image.dtype)
 
 
-def _unit_rows(grad: Tensor) -> Tensor:
+def _unit_rows(grad: Tensor, order: int = 2) -> Tensor:
     """grad / ||grad|| per row; zero for rows whose gradient is zero or infinite.
 
     Divides by the largest element first: gradients of a confident model are often below 1e-23, whose squares are zero
@@ -49,24 +57,86 @@ def _unit_rows(grad: Tensor) -> Tensor:
     peak = grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True)
     moves = (peak > 0) & peak.isfinite()
     scaled = torch.where(moves, grad, 0) / torch.where(moves, peak, 1)
-    return scaled / torch.where(moves, _row_norm(scaled), 1)
+    return scaled / torch.where(moves, _row_norm(scaled, order), 1)
 
 
-def _nan_to_zero(grad: Tensor) -> Tensor:
-    return torch.where(grad.isnan(), 0, grad)
+def _pixel_gradient(grad: Tensor, adv: Tensor, std: Tensor | None, patches: int) -> Tensor:
+    """The gradient in pixels, in the dtype of `adv`; NaN counts as 0."""
+    grad = torch.where(grad.isnan(), 0, grad).to(adv.dtype)
+    return grad if std is None else grad / _per_channel(std, adv, patches)
 
 
-def _write_step(
-    new: Tensor, adv: Tensor, active: Tensor | None, model_input: Tensor | None, mean: Tensor | None, std: Tensor | None
+def _count_nonfinite(nonfinite: Tensor | None, grad: Tensor, active: Tensor | None) -> None:
+    if nonfinite is not None:
+        bad = (~grad.isfinite()).flatten(1).sum(1)
+        nonfinite += bad if active is None else bad * active
+
+
+def _set_rows(target: Tensor, new: Tensor, rows: Tensor | None) -> None:
+    """target = new, in the rows that `rows` (N,) bool says; None: all."""
+    new = new.to(target.dtype)
+    target.copy_(new if rows is None else torch.where(_per_row(rows, target), new, target))
+
+
+def _normalised(adv: Tensor, mean: Tensor | None, std: Tensor | None, patches: int) -> Tensor:
+    if mean is None or std is None:
+        return adv
+    return (adv - _per_channel(mean, adv, patches)) / _per_channel(std, adv, patches)
+
+
+def _project(norm: str, image: Tensor, clean: Tensor, eps: Tensor, lower: float, upper: float) -> Tensor:
+    """`image` onto the ball and then into the box; eps (N, 1, ..., 1)."""
+    if norm == "linf":
+        return image.clamp(clean - eps, clean + eps).clamp(lower, upper)
+    delta = image - clean
+    size = _row_norm(delta)
+    # Rows inside the ball keep their exact value: clean + (image - clean) would round it again at every step.
+    outside = size > eps
+    return torch.where(outside, clean + delta * (eps / torch.where(outside, size, 1)), image).clamp(lower, upper)
+
+
+def _ascend(
+    norm: str, adv: Tensor, direction: Tensor, clean: Tensor, eps: Tensor, step: Tensor, lower: float, upper: float
+) -> Tensor:
+    """One step of ascent from `adv`, projected. The sign is taken of a `direction` of any dtype."""
+    along = direction.sign().to(adv.dtype) if norm == "linf" else _unit_rows(direction)
+    return _project(norm, adv + step * along, clean, eps, lower, upper)
+
+
+def _pgd_step_(
+    norm: str,
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    active: Tensor | None,
+    model_input: Tensor | None,
+    velocity: Tensor | None,
+    decay: float,
+    nonfinite: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patches: int,
+    lower: float,
+    upper: float,
 ) -> None:
-    keep = None if active is None else ~active.view(-1, *[1] * (adv.dim() - 1))
-    adv.copy_(new if keep is None else torch.where(keep, adv, new))
-    if model_input is None:
+    if adv.numel() == 0:
         return
-    if mean is not None and std is not None:
-        new = (new - _per_channel(mean, new)) / _per_channel(std, new)
-    new = new.to(model_input.dtype)
-    model_input.copy_(new if keep is None else torch.where(keep, model_input, new))
+    eps, step, clean = _per_row(eps, adv), _per_row(step, adv), _pixels(clean, adv)
+    _count_nonfinite(nonfinite, grad, active)
+    if norm == "linf" and velocity is None:
+        # Not cast to the dtype of adv: a float64 gradient may be too small for it and still has a sign.
+        direction = torch.where(grad.isnan(), 0, grad)
+    else:
+        direction = _pixel_gradient(grad, adv, std, patches)
+    if velocity is not None:
+        _set_rows(velocity, decay * velocity + _unit_rows(direction, 1), active)
+        direction = velocity
+    new = _ascend(norm, adv, direction, clean, eps, step, lower, upper)
+    _set_rows(adv, new, active)
+    if model_input is not None:
+        _set_rows(model_input, _normalised(new, mean, std, patches), active)
 
 
 def pgd_linf_step_(
@@ -76,20 +146,20 @@ def pgd_linf_step_(
     eps: Tensor,
     step: Tensor,
     active: Tensor | None = None,
-    *,
     model_input: Tensor | None = None,
+    velocity: Tensor | None = None,
+    decay: float = 1.0,
+    nonfinite: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    patches: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> None:
-    if adv.numel() == 0:
-        return
-    eps, step = _per_row(eps, adv), _per_row(step, adv)
-    # The sign comes before the cast: a float64 gradient may be too small for the dtype of adv and still has a sign.
-    new = adv + step * _nan_to_zero(grad).sign().to(adv.dtype)
-    new = new.clamp(clean - eps, clean + eps).clamp(lower, upper)
-    _write_step(new, adv, active, model_input, mean, std)
+    _pgd_step_(
+        "linf", adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, patches,
+        lower, upper,
+    )  # fmt: skip
 
 
 def pgd_l2_step_(
@@ -99,26 +169,109 @@ def pgd_l2_step_(
     eps: Tensor,
     step: Tensor,
     active: Tensor | None = None,
-    *,
     model_input: Tensor | None = None,
+    velocity: Tensor | None = None,
+    decay: float = 1.0,
+    nonfinite: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    patches: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> None:
+    _pgd_step_(
+        "l2", adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, patches,
+        lower, upper,
+    )  # fmt: skip
+
+
+def _apgd_step_(
+    norm: str,
+    adv: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    top_adv: Tensor,
+    top_grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    momentum: float,
+    model_input: Tensor | None,
+    nonfinite: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patches: int,
+    lower: float,
+    upper: float,
+) -> None:
     if adv.numel() == 0:
         return
-    eps, step = _per_row(eps, adv), _per_row(step, adv)
-    grad = _nan_to_zero(grad).to(adv.dtype)
-    if std is not None:
-        grad = grad / _per_channel(std, grad)
-    new = adv + step * _unit_rows(grad)
-    delta = new - clean
-    norm = _row_norm(delta)
-    # Rows inside the ball keep their exact value: clean + (new - clean) would round it again at every step.
-    outside = norm > eps
-    new = torch.where(outside, clean + delta * (eps / torch.where(outside, norm, 1)), new).clamp(lower, upper)
-    _write_step(new, adv, active, model_input, mean, std)
+    eps, step, clean = _per_row(eps, adv), _per_row(step, adv), _pixels(clean, adv)
+    _count_nonfinite(nonfinite, grad, None)
+    _set_rows(top_adv, adv, improved)
+    _set_rows(top_grad, grad, improved)
+    _set_rows(adv, top_adv, restart)
+    grad = torch.where(_per_row(restart, grad), top_grad, grad)
+    stepped = _ascend(norm, adv, _pixel_gradient(grad, adv, std, patches), clean, eps, step, lower, upper)
+    new = adv + momentum * (stepped - adv) + (1 - momentum) * (adv - previous)
+    new = _project(norm, new, clean, eps, lower, upper)
+    previous.copy_(new)
+    if model_input is not None:
+        model_input.copy_(_normalised(new, mean, std, patches))
+
+
+def apgd_linf_step_(
+    adv: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    top_adv: Tensor,
+    top_grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    momentum: float,
+    model_input: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    patches: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> None:
+    _apgd_step_(
+        "linf", adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum, model_input,
+        nonfinite, mean, std, patches, lower, upper,
+    )  # fmt: skip
+
+
+def apgd_l2_step_(
+    adv: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    top_adv: Tensor,
+    top_grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    momentum: float,
+    model_input: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    patches: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> None:
+    _apgd_step_(
+        "l2", adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum, model_input,
+        nonfinite, mean, std, patches, lower, upper,
+    )  # fmt: skip
 
 
 def _shift_right(bits: Tensor, places: int) -> Tensor:
@@ -173,7 +326,7 @@ def random_start_(
     noise_of = _linf_noise if norm == "linf" else _l2_noise
     for rows in _row_chunks(adv.shape[0], count):
         noise = noise_of(_random_bits(sample_ids[rows], seed, count), eps[rows].to(adv.dtype)[:, None])
-        adv[rows].copy_((clean[rows] + noise.view(clean[rows].shape)).clamp(lower, upper))
+        adv[rows].copy_((_pixels(clean[rows], adv) + noise.view(clean[rows].shape)).clamp(lower, upper))
 
 
 def _row_chunks(rows: int, row_size: int) -> Iterator[slice]:
@@ -209,46 +362,114 @@ def cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> tuple[Te
     return grad_image.to(image.dtype), grad_text.to(text.dtype)
 
 
-def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(query, keys, scale)
-    rows, count = query.shape[0], keys.shape[0]
-    log_sum_exp = query.new_empty(rows, dtype=dtype)
-    loss = query.new_zeros((), dtype=dtype)
-    if rows == 0:
-        return loss, log_sum_exp
-    # On a GPU the comparison would wait for the device; there the gather below has its own assertion.
-    if labels.device.type == "cpu":
+def _check_labels(labels: Tensor, count: int) -> None:
+    # On a GPU the comparison would wait for the device; there indexing has its own assertion.
+    if labels.device.type == "cpu" and labels.numel():
         low, high = int(labels.min()), int(labels.max())
         torch._check(
             low >= 0 and high < count,
             lambda: f"labels hold {low if low < 0 else high}, expected row numbers of keys, 0 to {count - 1}",
         )
+
+
+def _own(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(1, labels[:, None]).squeeze(1)
+
+
+def info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(query, keys, scale)
+    rows, count = query.shape[0], keys.shape[0]
+    row_lse = query.new_empty(rows, dtype=dtype)
+    column_lse = query.new_full((count if symmetric else 0,), -torch.inf, dtype=dtype)
+    loss = query.new_zeros((), dtype=dtype)
+    if rows == 0:
+        return loss, row_lse, column_lse
+    _check_labels(labels, count)
     keys, scale = keys.to(dtype), scale.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = scale * (query[chunk].to(dtype) @ keys.T)
-        log_sum_exp[chunk] = logits.logsumexp(1)
-        loss += (log_sum_exp[chunk] - logits.gather(1, labels[chunk, None]).squeeze(1)).sum()
-    return loss / rows, log_sum_exp
+        row_lse[chunk] = logits.logsumexp(1)
+        own = _own(logits, labels[chunk]).sum()
+        loss += row_lse[chunk].sum() - own
+        if symmetric:
+            column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
+            loss -= own
+    if symmetric:
+        loss = (loss + column_lse[labels].sum()) / 2
+    return loss / rows, row_lse, column_lse
 
 
 def info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, log_sum_exp: Tensor
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With R = softmax(scale * query @ keys.T) - onehot(labels), the gradients are scale/N * R @ keys for the query,
-    scale/N * R.T @ query for the keys, and 1/N * sum((R @ keys) * query) for the scale."""
-    dtype = compute_dtype(query, keys, scale)
+    """`_backward` with R = softmax of each row - onehot(labels); in both directions the mean of that and of
+    n_j * softmax of each column - onehot(labels), where n_j rows have the label j."""
+    symmetric = column_lse.shape[0] > 0
+    owners = torch.zeros_like(column_lse).scatter_add_(0, labels, torch.ones_like(row_lse)) if symmetric else None
+
+    def residual(logits: Tensor, chunk: slice) -> Tensor:
+        by_row = (logits - row_lse[chunk, None]).exp_()
+        if owners is None:
+            return by_row
+        return by_row.add_(owners * (logits - column_lse).exp_()).div_(2)
+
+    return _backward(grad, query, keys, labels, scale, None, residual)[:3]
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual_of: Callable[[Tensor, slice], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With R = residual_of(logits) - onehot(labels), the gradients are scale/N * R @ keys for the query,
+    scale/N * R.T @ query for the keys, 1/N * sum((R @ keys) * query) for the scale, and 1/N * sum(R) for the bias."""
+    dtype = compute_dtype(query, keys, scale, *([] if bias is None else [bias]))
     rows, count = query.shape[0], keys.shape[0]
     wide_keys, wide_scale = keys.to(dtype), scale.to(dtype)
-    grad_query = torch.zeros_like(query)
-    grad_keys = torch.zeros_like(wide_keys)
-    grad_scale = torch.zeros_like(wide_scale)
+    wide_bias = torch.zeros_like(wide_scale) if bias is None else bias.to(dtype)
+    grad_query, grad_keys = torch.zeros_like(query), torch.zeros_like(wide_keys)
+    grad_scale, grad_bias = torch.zeros_like(wide_scale), torch.zeros_like(wide_scale)
     per_row = grad.to(dtype) / max(1, rows)
     for chunk in _row_chunks(rows, count):
         wide_query = query[chunk].to(dtype)
-        residual = (wide_scale * (wide_query @ wide_keys.T) - log_sum_exp[chunk, None]).exp_()
+        residual = residual_of(wide_scale * (wide_query @ wide_keys.T) + wide_bias, chunk)
         residual.scatter_add_(1, labels[chunk, None], residual.new_full((residual.shape[0], 1), -1))
         pulled = residual @ wide_keys
         grad_query[chunk] = (wide_scale * per_row * pulled).to(query.dtype)
         grad_keys += residual.T @ wide_query
         grad_scale += (pulled * wide_query).sum()
-    return grad_query, (wide_scale * per_row * grad_keys).to(keys.dtype), (per_row * grad_scale).to(scale.dtype)
+        grad_bias += residual.sum()
+    return (
+        grad_query,
+        (wide_scale * per_row * grad_keys).to(keys.dtype),
+        (per_row * grad_scale).to(scale.dtype),
+        (per_row * grad_bias).to(scale.dtype if bias is None else bias.dtype),
+    )
+
+
+def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    dtype = compute_dtype(query, keys, scale, bias)
+    rows, count = query.shape[0], keys.shape[0]
+    loss = query.new_zeros((), dtype=dtype)
+    if rows == 0:
+        return loss
+    _check_labels(labels, count)
+    keys, scale, bias = keys.to(dtype), scale.to(dtype), bias.to(dtype)
+    for chunk in _row_chunks(rows, count):
+        logits = scale * (query[chunk].to(dtype) @ keys.T) + bias
+        # -log sigmoid(-l) = softplus(l), and -log sigmoid(l) = softplus(l) - l.
+        loss += torch.nn.functional.softplus(logits).sum() - _own(logits, labels[chunk]).sum()
+    return loss / rows
+
+
+def sigmoid_loss_backward(
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_backward` with R = sigmoid of each logit - onehot(labels)."""
+    return _backward(grad, query, keys, labels, scale, bias, lambda logits, chunk: logits.sigmoid_())

@@ -6,6 +6,7 @@ Every kernel runs behind them: see `backend.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +15,42 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("cmai_fast", "DEF")
 
+# No argument is keyword-only here, as it is in `operators.py`: that alone would cost 3 microseconds a call.
+_PIXELS = "Tensor? mean=None, Tensor? std=None, int patches=1, float lower=0.0, float upper=1.0"
 _PGD_STEP = (
-    "(Tensor(a!) adv, Tensor grad, Tensor clean, Tensor eps, Tensor step, Tensor? active=None, *, "
-    "Tensor(b!)? model_input=None, Tensor? mean=None, Tensor? std=None, float lower=0.0, float upper=1.0) -> ()"
+    "(Tensor(a!) adv, Tensor grad, Tensor clean, Tensor eps, Tensor step, Tensor? active=None, "
+    "Tensor(b!)? model_input=None, Tensor(c!)? velocity=None, float decay=1.0, Tensor(d!)? nonfinite=None, "
+    f"{_PIXELS}) -> ()"
+)
+_APGD_STEP = (
+    "(Tensor(a!) adv, Tensor(b!) previous, Tensor grad, Tensor(c!) top_adv, Tensor(d!) top_grad, Tensor clean, "
+    "Tensor eps, Tensor step, Tensor improved, Tensor restart, float momentum, Tensor(e!)? model_input=None, "
+    f"Tensor(f!)? nonfinite=None, {_PIXELS}) -> ()"
 )
 
 SCHEMAS = {
     "pgd_linf_step_": _PGD_STEP,
     "pgd_l2_step_": _PGD_STEP,
+    "apgd_linf_step_": _APGD_STEP,
+    "apgd_l2_step_": _APGD_STEP,
     "random_start_": (
         "(Tensor(a!) adv, Tensor clean, Tensor eps, Tensor sample_ids, int seed, str norm, "
         "float lower=0.0, float upper=1.0) -> ()"
     ),
     "cosine_heads": "(Tensor image, Tensor text) -> Tensor",
     "cosine_heads_backward": "(Tensor grad, Tensor image, Tensor text) -> (Tensor, Tensor)",
-    "info_nce": "(Tensor query, Tensor keys, Tensor labels, Tensor scale) -> (Tensor loss, Tensor log_sum_exp)",
+    "info_nce": (
+        "(Tensor query, Tensor keys, Tensor labels, Tensor scale, bool symmetric=False) "
+        "-> (Tensor loss, Tensor row_lse, Tensor column_lse)"
+    ),
     "info_nce_backward": (
-        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor log_sum_exp) "
+        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor row_lse, Tensor column_lse) "
         "-> (Tensor, Tensor, Tensor)"
+    ),
+    "sigmoid_loss": "(Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor bias) -> Tensor",
+    "sigmoid_loss_backward": (
+        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor bias) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -65,6 +84,17 @@ def _check_device(name: str, tensor: Tensor, owner: str, expected: Tensor) -> No
     )
 
 
+def _check_like(
+    name: str, tensor: Tensor, adv: Tensor, dtypes: tuple[torch.dtype, ...], kind: str = "like adv"
+) -> None:
+    _check_shape(name, tensor, adv.shape, "like adv")
+    torch._check(
+        tensor.dtype in dtypes,
+        lambda: f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))} ({kind})",
+    )
+    _check_device(name, tensor, "adv", adv)
+
+
 def _check_state(adv: Tensor, clean: Tensor, eps: Tensor, lower: float, upper: float) -> None:
     """What all operators on adversarial images ask of the image, its clean original, the radius and the pixel box."""
     torch._check(
@@ -75,18 +105,85 @@ def _check_state(adv: Tensor, clean: Tensor, eps: Tensor, lower: float, upper: f
         ),
     )
     torch._check(adv.dim() >= 2, lambda: f"adv has shape {tuple(adv.shape)}, expected (N, ...) with 2 or more dims")
-    torch._check(adv is not clean, lambda: "adv and clean are the same tensor, so the ball has no centre; clone one")
-    _check_shape("clean", clean, adv.shape, "like adv")
-    torch._check(clean.dtype == adv.dtype, lambda: f"clean has dtype {clean.dtype}, expected {adv.dtype} like adv")
-    _check_device("clean", clean, "adv", adv)
+    _check_like("clean", clean, adv, (adv.dtype, torch.uint8), "that of adv, or 8-bit pixels")
     _check_rows("eps", eps, adv)
     torch._check(lower <= upper, lambda: f"the pixel box is empty: lower={lower} is above upper={upper}")
+
+
+def _check_apart(tensors: dict[str, Tensor | None]) -> None:
+    """Refuses one tensor in two roles, of which one is written."""
+    seen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            other = seen.setdefault(id(tensor), name)
+            torch._check(
+                other == name,
+                lambda name=name, other=other: (
+                    f"{other} and {name} are the same tensor; {name} needs memory of its own"
+                ),
+            )
 
 
 def _check_rows(name: str, values: Tensor, adv: Tensor) -> None:
     _check_shape(name, values, (adv.shape[0],), "(one per row of adv)")
     _check_float(name, values)
     _check_device(name, values, "adv", adv)
+
+
+def _check_flags(name: str, values: Tensor, adv: Tensor) -> None:
+    _check_shape(name, values, (adv.shape[0],), "(one per row of adv)")
+    torch._check(values.dtype == torch.bool, lambda: f"{name} has dtype {values.dtype}, expected torch.bool")
+    _check_device(name, values, "adv", adv)
+
+
+def _check_pixels(
+    adv: Tensor,
+    model_input: Tensor | None,
+    nonfinite: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patches: int,
+) -> None:
+    """What goes from pixels to the model's input, and the count of bad gradient elements."""
+    if model_input is not None:
+        _check_like("model_input", model_input, adv, _FLOAT_DTYPES)
+    if nonfinite is not None:
+        _check_shape("nonfinite", nonfinite, (adv.shape[0],), "(one count per row of adv)")
+        torch._check(
+            nonfinite.dtype == torch.int64, lambda: f"nonfinite has dtype {nonfinite.dtype}, expected torch.int64"
+        )
+        _check_device("nonfinite", nonfinite, "adv", adv)
+    torch._check(
+        (mean is None) == (std is None),
+        lambda: f"got {'std' if mean is None else 'mean'} alone; pass mean and std together, or neither",
+    )
+    torch._check(patches >= 1, lambda: f"patches is {patches}, expected at least 1")
+    if mean is None or std is None:
+        return
+    for name, values in (("mean", mean), ("std", std)):
+        torch._check(
+            values.dim() == 1 and values.shape[0] >= 1,
+            lambda name=name, values=values: f"{name} has shape {tuple(values.shape)}, expected (C,), one per channel",
+        )
+        _check_float(name, values)
+        _check_device(name, values, "adv", adv)
+    _check_shape("std", std, mean.shape, "like mean")
+    channels, row = mean.shape[0], math.prod(adv.shape[1:])
+    if patches == 1:
+        torch._check(
+            adv.shape[1] == channels,
+            lambda: (
+                f"mean has shape ({channels},), expected ({adv.shape[1]},): one per channel, dim 1 of adv. Flattened "
+                "patches and channels-last images pass patches, the number of runs of channels in a row"
+            ),
+        )
+    torch._check(
+        row % (patches * channels) == 0,
+        lambda: (
+            f"a row of adv has {row} elements, expected a multiple of patches * channels = {patches} * {channels}; "
+            "patches is the number of runs of all channels in a row"
+        ),
+    )
 
 
 def check_pgd_step(
@@ -96,37 +193,60 @@ def check_pgd_step(
     eps: Tensor,
     step: Tensor,
     active: Tensor | None = None,
-    *,
     model_input: Tensor | None = None,
+    velocity: Tensor | None = None,
+    decay: float = 1.0,
+    nonfinite: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    patches: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> None:
     _check_state(adv, clean, eps, lower, upper)
     _check_rows("step", step, adv)
-    for name, image in (("grad", grad), ("model_input", model_input)):
-        if image is not None:
-            _check_shape(name, image, adv.shape, "like adv")
-            _check_float(name, image)
-            _check_device(name, image, "adv", adv)
-    torch._check(
-        model_input is not adv,
-        lambda: "model_input and adv are the same tensor, so the state would be lost; allocate model_input apart",
-    )
+    _check_like("grad", grad, adv, _FLOAT_DTYPES)
     if active is not None:
-        _check_shape("active", active, (adv.shape[0],), "(one per row of adv)")
-        torch._check(active.dtype == torch.bool, lambda: f"active has dtype {active.dtype}, expected torch.bool")
-        _check_device("active", active, "adv", adv)
-    torch._check(
-        (mean is None) == (std is None),
-        lambda: f"got {'std' if mean is None else 'mean'} alone; pass mean and std together, or neither",
-    )
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None:
-            _check_shape(name, values, (adv.shape[1],), "(one per channel, dim 1 of adv)")
-            _check_float(name, values)
-            _check_device(name, values, "adv", adv)
+        _check_flags("active", active, adv)
+    if velocity is not None:
+        _check_like("velocity", velocity, adv, (adv.dtype,))
+    torch._check(0 <= decay < math.inf, lambda: f"decay is {decay}, expected a finite number of at least 0")
+    _check_pixels(adv, model_input, nonfinite, mean, std, patches)
+    _check_apart({"adv": adv, "grad": grad, "clean": clean, "model_input": model_input, "velocity": velocity})
+
+
+def check_apgd_step(
+    adv: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    top_adv: Tensor,
+    top_grad: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    momentum: float,
+    model_input: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    patches: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> None:
+    _check_state(adv, clean, eps, lower, upper)
+    _check_rows("step", step, adv)
+    for name, image in (("previous", previous), ("top_adv", top_adv)):
+        _check_like(name, image, adv, (adv.dtype,))
+    _check_like("grad", grad, adv, _FLOAT_DTYPES)
+    _check_like("top_grad", top_grad, adv, (grad.dtype,), "that of grad")
+    _check_flags("improved", improved, adv)
+    _check_flags("restart", restart, adv)
+    torch._check(0 <= momentum <= 1, lambda: f"momentum is {momentum}, expected a number from 0 to 1")
+    _check_pixels(adv, model_input, nonfinite, mean, std, patches)
+    images = {"adv": adv, "previous": previous, "grad": grad, "top_adv": top_adv, "top_grad": top_grad, "clean": clean}
+    _check_apart({**images, "model_input": model_input})
 
 
 def check_random_start(
@@ -140,6 +260,7 @@ def check_random_start(
     upper: float = 1.0,
 ) -> None:
     _check_state(adv, clean, eps, lower, upper)
+    _check_apart({"adv": adv, "clean": clean})
     _check_shape("sample_ids", sample_ids, (adv.shape[0],), "(one per row of adv)")
     torch._check(
         sample_ids.dtype == torch.int64, lambda: f"sample_ids has dtype {sample_ids.dtype}, expected torch.int64"
@@ -161,7 +282,7 @@ def check_cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> No
     _check_shape("grad", grad, image.shape[:2], "(one per sample and head)")
 
 
-def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> None:
+def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False) -> None:
     torch._check(query.dim() == 2, lambda: f"query has shape {tuple(query.shape)}, expected (N, D)")
     torch._check(
         keys.dim() == 2 and keys.shape[1] == query.shape[1],
@@ -177,21 +298,45 @@ def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -
 
 
 def check_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, log_sum_exp: Tensor
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
 ) -> None:
     check_info_nce(query, keys, labels, scale)
     _check_shape("grad", grad, (), "(the gradient of the 0-d loss)")
-    _check_shape("log_sum_exp", log_sum_exp, query.shape[:1], "(one per row of query, from info_nce)")
+    _check_shape("row_lse", row_lse, query.shape[:1], "(one per row of query, from info_nce)")
+    torch._check(
+        tuple(column_lse.shape) in ((0,), tuple(keys.shape[:1])),
+        lambda: (
+            f"column_lse has shape {tuple(column_lse.shape)}, expected ({keys.shape[0]},), or (0,) for one direction"
+        ),
+    )
+
+
+def check_sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> None:
+    check_info_nce(query, keys, labels, scale)
+    _check_shape("bias", bias, (), "(a 0-d tensor)")
+    _check_float("bias", bias)
+    _check_device("bias", bias, "query", query)
+
+
+def check_sigmoid_loss_backward(
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
+) -> None:
+    check_sigmoid_loss(query, keys, labels, scale, bias)
+    _check_shape("grad", grad, (), "(the gradient of the 0-d loss)")
 
 
 CHECKS: dict[str, Callable[..., None]] = {
     "pgd_linf_step_": check_pgd_step,
     "pgd_l2_step_": check_pgd_step,
+    "apgd_linf_step_": check_apgd_step,
+    "apgd_l2_step_": check_apgd_step,
     "random_start_": check_random_start,
     "cosine_heads": check_cosine_heads,
     "cosine_heads_backward": check_cosine_heads_backward,
     "info_nce": check_info_nce,
     "info_nce_backward": check_info_nce_backward,
+    "sigmoid_loss": check_sigmoid_loss,
+    "sigmoid_loss_backward": check_sigmoid_loss_backward,
 }
 
 
@@ -203,15 +348,32 @@ def _fake_cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> tu
     return image.new_empty(image.shape), text.new_empty(text.shape)
 
 
-def _fake_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query, keys, scale)
-    return query.new_empty((), dtype=dtype), query.new_empty(query.shape[:1], dtype=dtype)
+    columns = keys.shape[:1] if symmetric else (0,)
+    return (
+        query.new_empty((), dtype=dtype),
+        query.new_empty(query.shape[:1], dtype=dtype),
+        query.new_empty(columns, dtype=dtype),
+    )
 
 
 def _fake_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, log_sum_exp: Tensor
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(())
+
+
+def _fake_sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return query.new_empty((), dtype=compute_dtype(query, keys, scale, bias))
+
+
+def _fake_sigmoid_loss_backward(
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(()), bias.new_empty(())
 
 
 # Operators that are not named here write into their arguments and return nothing.
@@ -220,6 +382,8 @@ _FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "cosine_heads_backward": _fake_cosine_heads_backward,
     "info_nce": _fake_info_nce,
     "info_nce_backward": _fake_info_nce_backward,
+    "sigmoid_loss": _fake_sigmoid_loss,
+    "sigmoid_loss_backward": _fake_sigmoid_loss_backward,
 }
 
 

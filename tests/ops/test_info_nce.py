@@ -83,10 +83,10 @@ def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_CHUNK", 4096)
     rows, count, size = 300, 400, 8
     query, keys, labels, scale = make_inputs(rows, count, size)
-    _, log_sum_exp = reference.info_nce(query, keys, labels, scale)
+    _, *lse = reference.info_nce(query, keys, labels, scale, True)
     with LargestTensor() as largest:
-        reference.info_nce(query, keys, labels, scale)
-        reference.info_nce_backward(torch.tensor(1.0), query, keys, labels, scale, log_sum_exp)
+        reference.info_nce(query, keys, labels, scale, True)
+        reference.info_nce_backward(torch.tensor(1.0), query, keys, labels, scale, *lse)
     assert 0 < largest.elements <= 4096 < rows * count
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()), lambda nothing: nothing):
@@ -118,13 +118,14 @@ def test_non_contiguous_inputs_and_dtypes() -> None:
     assert [tensor.dtype for tensor in half] == [torch.float64, torch.bfloat16, torch.float32, torch.float64]
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_opcheck(symmetric: bool) -> None:
     query, keys, labels, scale = make_inputs(4, 6, 5)
-    loss, log_sum_exp = torch.ops.cmai_fast.info_nce(query, keys, labels, scale)
-    arguments = (torch.ones_like(loss), query, keys, labels, scale, log_sum_exp)
+    loss, *lse = torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric)
+    arguments = (torch.ones_like(loss), query, keys, labels, scale, *lse)
     torch.library.opcheck(torch.ops.cmai_fast.info_nce_backward.default, arguments)
     leaves = [tensor.clone().requires_grad_() for tensor in (query, keys, scale)]
-    torch.library.opcheck(torch.ops.cmai_fast.info_nce.default, (leaves[0], leaves[1], labels, leaves[2]))
+    torch.library.opcheck(torch.ops.cmai_fast.info_nce.default, (leaves[0], leaves[1], labels, leaves[2], symmetric))
 
 
 def test_second_derivative_is_refused() -> None:

@@ -22,18 +22,27 @@ SHAPES = [(1, 3, 1, 1), (3, 3, 7, 5), (2, 3, 32, 64), (5, 3, 3, 683), (2, 3, 65,
 Case = dict[str, Any]
 
 
-def make_case(shape: tuple[int, ...], norm: str, *, grad: torch.dtype = torch.float32, seed: int = 0) -> Case:
+def make_case(
+    shape: tuple[int, ...],
+    norm: str,
+    *,
+    grad: torch.dtype = torch.float32,
+    clean: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
     """A step whose rows end partly inside, partly outside of the ball, and whose pixels partly touch the box."""
     generator = torch.Generator().manual_seed(seed)
     rows, count = shape[0], torch.Size(shape[1:]).numel()
-    clean = torch.rand(shape, generator=generator).mul(1.2).sub(0.1).clamp(0, 1)
+    pixels = torch.rand(shape, generator=generator).mul(1.2).sub(0.1).clamp(0, 1)
+    if clean == torch.uint8:
+        pixels = (pixels * 255).round() / 255
     size = 0.05 if norm == "linf" else 0.05 * count**0.5
     eps = size * (0.5 + torch.rand(rows, generator=generator))
     noise = torch.rand(shape, generator=generator) * 2 - 1
     return {
-        "adv": (clean + 0.04 * noise).clamp(0, 1),
+        "adv": (pixels + 0.04 * noise).clamp(0, 1),
         "grad": (torch.randn(shape, generator=generator) * 1e-3).to(grad),
-        "clean": clean,
+        "clean": (pixels * 255).round().to(clean) if clean == torch.uint8 else pixels,
         "eps": eps,
         "step": eps * 2 * torch.rand(rows, generator=generator),
         "mean": torch.tensor(MEAN),
@@ -47,11 +56,14 @@ def norm_of(name: str) -> str:
 
 
 def in_float64(case: Case) -> Case:
-    return {key: value.double() if value.is_floating_point() else value for key, value in case.items()}
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.items()}
+    if wide["clean"].dtype == torch.uint8:
+        wide["clean"] = wide["clean"].double() / 255
+    return wide
 
 
 def clone(case: Case) -> Case:
-    return {key: value.clone() for key, value in case.items()}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in case.items()}
 
 
 def run(step: Any, case: Case) -> tuple[Tensor, Tensor]:
@@ -70,13 +82,14 @@ def assert_in_ball(name: str, adv: Tensor, clean: Tensor, eps: Tensor) -> None:
         assert (delta.norm(dim=1) <= eps.double() * (1 + 1e-6) + 2**-24 * delta.shape[1] ** 0.5).all()
 
 
-@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clean", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", STEPS)
 def test_error_is_at_most_twice_that_of_plain_pytorch(
-    name: str, shape: tuple[int, ...], grad: torch.dtype, device: torch.device
+    name: str, shape: tuple[int, ...], grad: torch.dtype, clean: torch.dtype, device: torch.device
 ) -> None:
-    case = {key: value.to(device) for key, value in make_case(shape, norm_of(name), grad=grad).items()}
+    case = {key: value.to(device) for key, value in make_case(shape, norm_of(name), grad=grad, clean=clean).items()}
     plain = getattr(reference, name)
     exact = run(plain, in_float64(case))
     for got, by_plain, right in zip(run(getattr(ops, name), case), run(plain, case), exact, strict=True):
@@ -85,11 +98,49 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(
         assert allowed < (1e-6 if got.dtype == torch.float32 else 0.02)
 
 
+def compiled(name: str) -> Any:
+    """The step by the compiled extension, which must carry the case."""
+
+    def step(**case: Any) -> None:
+        kernel = cpu.KERNELS[name](**case)
+        assert kernel is not None, "the extension does not carry this"
+        kernel(**case)
+
+    return step
+
+
+@pytest.mark.parametrize("clean", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linf_cpu_kernel_gives_the_very_bits_of_the_reference(shape: tuple[int, ...]) -> None:
-    case = make_case(shape, "linf")
-    for got, right in zip(run(cpu.pgd_linf_step_, case), run(reference.pgd_linf_step_, case), strict=True):
+def test_linf_cpu_kernel_gives_the_very_bits_of_the_reference(
+    shape: tuple[int, ...], grad: torch.dtype, clean: torch.dtype
+) -> None:
+    case = make_case(shape, "linf", grad=grad, clean=clean)
+    step = compiled("pgd_linf_step_")
+    for got, right in zip(run(step, case), run(reference.pgd_linf_step_, case), strict=True):
         assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_and_written_as_pytorch_does(dtype: torch.dtype) -> None:
+    """Every half as a gradient (by its L2 step); results that round to normal, subnormal, huge and infinite ones."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.abs() < 1e37].view(1, -1)
+    size = torch.tensor([float(every.double().norm())])  # so that a step moves by the gradient itself
+    clean = torch.zeros(every.shape)
+    case = {"adv": clean.clone(), "grad": every, "clean": clean, "eps": 2 * size, "step": size}
+    case |= {"lower": -float("inf"), "upper": float("inf")}
+    compiled("pgd_l2_step_")(**case)
+    torch.testing.assert_close(case["adv"], every.float(), rtol=1e-6, atol=0)
+
+    generator = torch.Generator().manual_seed(0)
+    adv = torch.rand((3, 5, 700), generator=generator) - 0.5
+    std = torch.tensor([1e-8, 1e-6, 1.0, 1e5, 1e7])
+    case = {"adv": adv, "grad": torch.zeros_like(adv), "clean": adv.clone(), "eps": torch.ones(3), "lower": -1.0}
+    case |= {"step": torch.ones(3), "mean": torch.zeros(5), "std": std, "model_input": torch.zeros(adv.shape).to(dtype)}
+    compiled("pgd_linf_step_")(**case)
+    assert torch.equal(case["model_input"], (adv / std[:, None]).to(dtype))
+    assert case["model_input"].isinf().any() == (dtype == torch.float16)
 
 
 def test_linf_by_hand() -> None:
@@ -235,6 +286,83 @@ def test_result_depends_neither_on_the_batch_nor_on_the_threads(name: str) -> No
     assert torch.equal(run(getattr(ops, name), case)[0], adv)
 
 
+# What stands for the images (2, 3, 6, 8) in memory: a view back onto images, and how many runs of channels a row has.
+LAYOUTS = {
+    "channels last": (lambda image: image.permute(0, 2, 3, 1), 48),
+    "patches of 2 x 4": (lambda image: image.view(2, 3, 3, 2, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 24), 6),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("implementation", [compiled, lambda name: getattr(reference, name)], ids=["cpu", "reference"])
+def test_layouts_of_the_same_images_give_the_same_step(implementation: Any, name: str, layout: str) -> None:
+    case = make_case((2, 3, 6, 8), norm_of(name))
+    right = run(getattr(reference, name), case)
+    arrange, patches = LAYOUTS[layout]
+    images = ("adv", "grad", "clean", "model_input")
+    moved = {key: arrange(value).contiguous() if key in images else value for key, value in case.items()}
+    right = [arrange(value) for value in right]
+    for got, expected in zip(run(implementation(name), {**moved, "patches": patches}), right, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
+def with_velocity(case: Case, seed: int = 1) -> Case:
+    velocity = torch.randn(case["adv"].shape, generator=torch.Generator().manual_seed(seed)) * 1e-3
+    return case | {"velocity": velocity, "decay": 0.9}
+
+
+@pytest.mark.parametrize("grad", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", STEPS)
+def test_momentum_is_that_of_mi_fgsm(name: str, shape: tuple[int, ...], grad: torch.dtype) -> None:
+    case = with_velocity(make_case(shape, norm_of(name), grad=grad))
+    case["grad"][0] *= 0  # a row without a gradient goes on along its velocity
+    pixels = case["grad"].double() / case["std"].double().view(3, 1, 1)
+    size = pixels.abs().flatten(1).sum(1).view(-1, 1, 1, 1)
+    velocity = 0.9 * case["velocity"].double() + torch.where(size > 0, pixels / size, 0)
+    plain = {key: value for key, value in case.items() if key not in ("velocity", "decay")}
+    # The step divides the gradient by std, which the velocity has behind it.
+    right = run(getattr(reference, name), {**plain, "grad": velocity * case["std"].double().view(3, 1, 1)})
+    for step in (getattr(ops, name), getattr(reference, name), compiled(name)):
+        after = clone(case)
+        step(**after)
+        torch.testing.assert_close(after["velocity"].double(), velocity, atol=1e-9, rtol=2e-6)
+        for got, expected in zip((after["adv"], after["model_input"]), right, strict=True):
+            tight = {"atol": 2e-6, "rtol": 0} if got.dtype == torch.float32 else {}
+            torch.testing.assert_close(got, expected, **tight)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_infinite_gradient_leaves_the_velocity_to_decay(name: str) -> None:
+    case = with_velocity(make_case((3, 3, 9, 9), norm_of(name)))
+    case["grad"][1, 0, 0, 0] = float("inf")
+    case["active"] = torch.tensor([True, True, False])
+    for step in (getattr(ops, name), getattr(reference, name), compiled(name)):
+        after = clone(case)
+        step(**after)
+        torch.testing.assert_close(after["velocity"][1], 0.9 * case["velocity"][1])
+        assert torch.equal(after["velocity"][2], case["velocity"][2])
+        assert after["adv"].isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_bad_gradients_are_counted(name: str, momentum: bool) -> None:
+    case = make_case((4, 3, 41, 53), norm_of(name))  # more than one block a row
+    case = with_velocity(case) if momentum else case
+    case["grad"][0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    case["grad"][0, 2, 40, 52] = float("nan")
+    case["grad"][2, 1, 7, 7] = float("inf")
+    case["grad"][3] = float("nan")
+    case["active"] = torch.tensor([True, True, True, False])
+    case["nonfinite"] = torch.tensor([100, 0, 0, 7])
+    for step in (getattr(ops, name), getattr(reference, name), compiled(name)):
+        after = clone(case)
+        step(**after)
+        assert after["nonfinite"].tolist() == [104, 0, 1, 7]
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_backward_through_overwritten_pixels_is_refused(name: str) -> None:
     case = make_case((1, 3, 4, 4), norm_of(name))
@@ -259,15 +387,25 @@ WRONG = [
     ("adv", torch.rand(2, 3, 4, 4).half(), "adv has dtype torch.float16"),
     ("adv", torch.rand(2), r"expected \(N, \.\.\.\)"),
     ("clean", torch.rand(2, 3, 4, 5), r"clean has shape \(2, 3, 4, 5\), expected \(2, 3, 4, 4\)"),
-    ("clean", torch.rand(2, 3, 4, 4).double(), "clean has dtype torch.float64"),
+    ("clean", torch.rand(2, 3, 4, 4).double(), "clean has dtype torch.float64, expected torch.float32 or torch.uint8"),
     ("grad", torch.ones(2, 3, 4, 4, dtype=torch.int64), "grad has dtype torch.int64"),
     ("eps", torch.tensor(0.1), r"eps has shape \(\)"),
     ("step", torch.rand(3), r"step has shape \(3,\), expected \(2,\)"),
     ("active", torch.ones(2), "active has dtype torch.float32"),
     ("mean", None, "got std alone"),
-    ("std", torch.rand(1), r"std has shape \(1,\), expected \(3,\)"),
+    ("std", torch.rand(1), r"std has shape \(1,\), expected \(3,\) like mean"),
     ("model_input", torch.rand(1, 3, 4, 4), "model_input has shape"),
     ("lower", 2.0, "pixel box is empty"),
+    (
+        "velocity",
+        torch.rand(2, 3, 4, 4).half(),
+        r"velocity has dtype torch.float16, expected torch.float32 \(like adv\)",
+    ),
+    ("decay", -1.0, "decay is -1.0, expected a finite number of at least 0"),
+    ("nonfinite", torch.zeros(2), "nonfinite has dtype torch.float32, expected torch.int64"),
+    ("patches", 0, "patches is 0, expected at least 1"),
+    ("patches", 5, r"a row of adv has 48 elements, expected a multiple of patches \* channels = 5 \* 3"),
+    ("clean", torch.zeros(2, 3, 4, 4, dtype=torch.int32), "clean has dtype torch.int32, expected torch.float32 or"),
 ]
 
 
@@ -280,10 +418,19 @@ def test_wrong_arguments_are_named(name: str, key: str, value: Any, message: str
         getattr(ops, name)(**case)
 
 
+def test_as_many_means_as_channels() -> None:
+    case = make_case((2, 3, 4, 4), "linf") | {"mean": torch.zeros(4), "std": torch.ones(4)}
+    with pytest.raises(RuntimeError, match=r"mean has shape \(4,\), expected \(3,\): one per channel, dim 1 of adv"):
+        ops.pgd_linf_step_(**case)
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_one_tensor_for_two_roles_is_refused(name: str) -> None:
     case = make_case((2, 3, 4, 4), norm_of(name))
     with pytest.raises(RuntimeError, match="adv and clean are the same tensor"):
         getattr(ops, name)(**{**case, "clean": case["adv"]})
-    with pytest.raises(RuntimeError, match="model_input and adv are the same tensor"):
+    with pytest.raises(RuntimeError, match="adv and model_input are the same tensor"):
         getattr(ops, name)(**{**case, "model_input": case["adv"]})
+    getattr(ops, name)(**{**case, "step": case["eps"]})  # both are only read
+    with pytest.raises(RuntimeError, match="grad and velocity are the same tensor"):
+        getattr(ops, name)(**{**case, "step": case["eps"], "velocity": case["grad"]})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast import ops
-from cmai_fast.ops import reference
+from cmai_fast.ops import cpu, reference
 
 NORMS = ["linf", "l2"]
 
@@ -77,6 +77,24 @@ def test_neighbours_in_element_sample_and_seed_are_independent(norm: str) -> Non
         assert correlation.abs() < 4.5 / math.sqrt(a.numel()), f"{name}: correlation {correlation:.4f}"
 
 
+@pytest.mark.parametrize("clean", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (3, 41, 53)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_cpu_kernel_gives_what_the_reference_gives(norm: str, shape: tuple[int, ...], clean: torch.dtype) -> None:
+    centre = (torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) * 255).round()
+    centre = centre.to(clean) if clean == torch.uint8 else centre / 255
+    results = []
+    for plan in (cpu.KERNELS["random_start_"], lambda *_: reference.random_start_):
+        adv = torch.full((3, *shape), float("nan"))
+        arguments = (adv, centre, torch.tensor([0.01, 0.2, 3.0]), torch.tensor([9, -1, 2**40]), -7, norm)
+        plan(*arguments)(*arguments)  # type: ignore[misc]
+        results.append(adv)
+    if norm == "linf":
+        assert torch.equal(*results)
+    else:
+        torch.testing.assert_close(*results, atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_does_not_depend_on_the_batch(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([7, 123_456_789_012, 0, -3])
@@ -138,7 +156,7 @@ def test_non_contiguous_and_empty(norm: str) -> None:
     right = noise(2, (4, 6), norm).view(2, 4, 6)
     buffer = torch.full((2, 4, 12), 5.0)
     ops.random_start_(buffer[..., ::2], torch.zeros(2, 4, 6), torch.ones(2), torch.arange(2), 0, norm, -9, 9)
-    assert torch.equal(buffer[..., ::2], right)
+    torch.testing.assert_close(buffer[..., ::2], right, atol=1e-6, rtol=0)
     assert (buffer[..., 1::2] == 5).all()
     assert noise(0, (3, 4), norm).shape == (0, 12)
 
