@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmai_fast.ops import cpu, reference
+from cmai_fast.ops import cpu, cuda, reference
 from cmai_fast.ops.schema import CHECKS, LIBRARY, SCHEMAS
 
 _READY = "ready"
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
 # The first that is ready and carries a call is taken.
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Signatures come from a model's few shapes, or from an attack whose batch shrinks; more than this is a leak.
@@ -61,8 +61,10 @@ def backends_for(device: str) -> tuple[str, ...]:
     wanted = chosen_backend()
     if wanted != "automatic":
         return () if wanted == "reference" else (wanted,)
-    report = backend_report()
-    names = [name for name in _AUTOMATIC.get(device, ()) if name in report]
+    # Only those: asking the CUDA backend starts the driver, and a process that has computed on the CPU alone could then
+    # not be forked into one that uses a GPU.
+    names = [name for name in _AUTOMATIC.get(device, ()) if name in _BACKENDS]
+    report = {name: _BACKENDS[name].unavailable() or _READY for name in names}
     ready = tuple(name for name in names if report[name] == _READY)
     if names and not ready:
         reasons = "; ".join(f"{name}: {report[name]}" for name in names)
