@@ -53,7 +53,7 @@ lint: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@if command -v clang-format >/dev/null; then clang-format -i csrc/*.cpp csrc/*.h; \
+	@if command -v clang-format >/dev/null; then clang-format -i csrc/*.cpp csrc/*.h csrc/*.cu; \
 	  else echo "clang-format is not installed: csrc/ is left as it is"; fi
 
 bench: $(STAMP)

@@ -152,7 +152,8 @@ __device__ inline void store_words(void* tensor, const Tile& tile, const Raw& ra
     if (position < tile.count) {
       Group group;
       pack(raw + i, group);
-      *reinterpret_cast<Group*>(to + static_cast<int64_t>(position) * kBytes) = group;
+      // An ordinary assignment has been taken apart into four by nvcc 13.0.
+      __stwb(reinterpret_cast<Group*>(to + static_cast<int64_t>(position) * kBytes), group);
     }
   }
 }

@@ -47,6 +47,7 @@ def _gather() -> dict[str, dict[str, str]]:
         },
         "devices": _devices(),
         "backends": _backends(),
+        "extension": _extension(),
         "models": {name: str(resolve(name)) for name in BUNDLED},
     }
 
@@ -64,8 +65,16 @@ def _devices() -> dict[str, str]:
     found = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         properties: Any = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
     return found
+
+
+def _extension() -> dict[str, str]:
+    """How the C++ and CUDA kernels were built; why one cannot run is said among the backends."""
+    from cmai_fast import ops
+
+    return ops.build_report() or {"built": "no"}
 
 
 def _backends() -> dict[str, str]:

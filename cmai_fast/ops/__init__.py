@@ -2,6 +2,7 @@
 
 from cmai_fast.ops import autograd as _autograd  # noqa: F401  (registers the gradient rules)
 from cmai_fast.ops.backend import backend_report, chosen_backend
+from cmai_fast.ops.cpu import build_report
 from cmai_fast.ops.operators import (
     apgd_l2_step_,
     apgd_linf_step_,
@@ -17,6 +18,7 @@ __all__ = [
     "apgd_l2_step_",
     "apgd_linf_step_",
     "backend_report",
+    "build_report",
     "chosen_backend",
     "cosine_heads",
     "info_nce",

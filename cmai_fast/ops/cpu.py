@@ -51,6 +51,11 @@ def unavailable() -> str | None:
     return _missing
 
 
+def build_report() -> dict[str, str]:
+    """How the compiled extension was built: compiler, flags, OpenMP, CUDA and its architectures; empty without one."""
+    return {} if _C is None else dict(_C.BUILD)
+
+
 def _launcher(name: str, layout: Any, device: torch.device, sums: bool) -> Callable[..., None]:
     native, threads = getattr(_C, name), torch.get_num_threads
     return lambda *arguments: native(layout, *arguments, threads())

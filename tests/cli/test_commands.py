@@ -143,6 +143,7 @@ def test_info_shows_versions_devices_and_backends(run):
     assert set(facts["versions"]) >= {"python", "torch", "transformers"} and "cpu" in facts["devices"]
     assert facts["backends"] == ops.backend_report() | {"in use": ops.chosen_backend()}
     assert set(facts["models"]) == set(models.BUNDLED)
+    assert facts["extension"] == ops.build_report() and set(facts["extension"]) >= {"compiler", "flags", "cuda"}
     shown = run("info").stdout
     assert all(value in shown for value in facts["versions"].values())
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -147,6 +148,32 @@ def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch: 
         warnings.simplefilter("error")
         assert torch.equal(step(), first)
     assert backend.backends_for("cpu") == ()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.skipif(cpu._C is None or cpu._C.BUILD["openmp"] != "yes", reason="built without OpenMP")
+def test_one_openmp_runtime_serves_pytorch_and_the_extension() -> None:
+    """In a process of its own: other packages of the tests bring theirs."""
+    code = """
+import torch
+def runtimes():
+    names = {line.split()[-1] for line in open("/proc/self/maps") if line.count("/")}
+    return {name for name in names if any(stem in name for stem in ("libgomp", "libomp", "libiomp"))}
+before = runtimes()
+from cmai_fast import ops
+torch.set_num_threads(2)
+adv = torch.zeros(2, 1 << 18)  # enough for several threads
+ops.pgd_linf_step_(adv, adv + 1, adv.clone(), torch.ones(2), torch.ones(2))
+assert (adv == 1).all()
+print(len(before), runtimes() == before)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["1", "True"], done.stdout
+    # Not even by name: the runtime of another PyTorch may have another one.
+    assert b"libgomp" not in Path(cpu._C.__file__).read_bytes()
 
 
 def test_every_operator_has_a_reference() -> None:
