@@ -68,7 +68,7 @@ def pgd(
                     objective, clean, threat, eps, sizes, decay, best, rows.to(clean.device), early_stop,
                     (seed + 1_000_003 * restart, sample_ids) if random_start else None,
                 )  # fmt: skip
-            return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
+            return best.result(objective.passes)
     finally:
         objective.passes = before + objective.passes
 
@@ -112,12 +112,12 @@ def _ascend(
                 velocity = None if velocity is None else velocity[going]
                 if not len(rows):
                     return
-        if velocity is not None:
-            # The L1 norm is that of the gradient in pixels; the step itself divides by std again where it matters.
-            norm = (grad / std[:, None, None]).abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
-            velocity.mul_(decay).add_(grad / norm.view(-1, *[1] * (grad.dim() - 1)))
-            grad = velocity
-        step(adv, grad, origin, radius, torch.full_like(radius, size), model_input=model_input, mean=mean, std=std)
+        bad = torch.zeros_like(rows)
+        step(
+            adv, grad, origin, radius, torch.full_like(radius, size), model_input=model_input, velocity=velocity,
+            decay=decay, nonfinite=bad, mean=mean, std=std,
+        )  # fmt: skip
+        best.nonfinite[rows] += bad
     with torch.no_grad():
         at = objective(model_input, rows)
     best.offer(adv, at, rows)
@@ -168,4 +168,5 @@ def mi_fgsm(
         first.fooled | more.fooled,
         torch.where(take, more.loss, first.loss),
         first.passes + more.passes,
+        first.nonfinite + more.nonfinite,
     )

@@ -20,21 +20,28 @@ class AttackResult:
         by its clean image, which is then `adv`.
     loss: (N,) alpha * L_task - beta * S_c at `adv`.
     passes: what it cost.
+    nonfinite: (N,) int64, NaN and infinite elements seen in the sample's gradients. They count as 0 and as +-1 under a
+        sign, and an L2 step stands still for them: such an attack says little about the model.
     """
 
     adv: Tensor
     fooled: Tensor
     loss: Tensor
     passes: Passes
+    nonfinite: Tensor
 
 
 class Best:
-    """Keeps, per row, the adversarial image that counts: one that fools before one that does not, then by loss."""
+    """Keeps, per row, the adversarial image that counts: one that fools before one that does not, then by loss.
+
+    It also adds up what the steps say of bad gradients: `nonfinite` (N,) int64.
+    """
 
     def __init__(self, clean: Tensor) -> None:
         self.adv = clean.clone()
         self.fooled = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.loss = torch.full((len(clean),), float("-inf"), dtype=clean.dtype, device=clean.device)
+        self.nonfinite = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
 
     def offer(self, adv: Tensor, at: Evaluation, rows: Tensor) -> None:
         """`adv` (n, ...) was evaluated as `at`; `rows` (n,) says which rows of the batch these are."""
@@ -45,6 +52,9 @@ class Best:
         self.adv[won] = adv[better]
         self.fooled[won] = fooled[better]
         self.loss[won] = loss[better]
+
+    def result(self, passes: Passes) -> AttackResult:
+        return AttackResult(self.adv, self.fooled, self.loss, passes, self.nonfinite)
 
 
 def prepare(

@@ -65,7 +65,7 @@ def _in_batch(image: Tensor, text: Tensor, scale: Tensor, same_text: Tensor | No
     """Mean of image -> text and text -> image InfoNCE of normalised (N, dim), 0-d."""
     own = torch.arange(len(image), device=image.device)
     if same_text is None:
-        return (ops.info_nce(image, text, own, scale) + ops.info_nce(text, image, own, scale)) / 2
+        return ops.info_nce(image, text, own, scale, symmetric=True)
     logits = scale * image @ text.T
     if same_text.shape != logits.shape:
         raise ValueError(f"same_text has shape {tuple(same_text.shape)}; expected {tuple(logits.shape)}")

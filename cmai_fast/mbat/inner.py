@@ -30,11 +30,13 @@ SOLVERS = ("pgd", "bridge", "fgsm")
 
 @dataclass
 class InnerResult:
-    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness`: cos(p used, p fresh) (N,) per refresh."""
+    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness`: cos(p used, p fresh) (N,) per refresh;
+    `nonfinite` (N,) int64: NaN and infinite elements in a sample's gradients, as in `AttackResult`."""
 
     adv: Tensor
     passes: Passes
     staleness: list[Tensor]
+    nonfinite: Tensor
 
 
 def refresh_steps(steps: int, refreshes: int) -> set[int]:
@@ -90,8 +92,8 @@ def maximise(
             p = None if bridge_gradient is None else objective.alpha * bridge_gradient.detach()
             if p is None and 0 not in renew:
                 p, _ = _refresh(objective, objective.space.to_model(clean))
-            adv, staleness = _ascend(objective, clean, threat, eps, sizes, renew, p, seed, sample_ids)
-            return InnerResult(adv, objective.passes, staleness)
+            adv, staleness, nonfinite = _ascend(objective, clean, threat, eps, sizes, renew, p, seed, sample_ids)
+            return InnerResult(adv, objective.passes, staleness, nonfinite)
     finally:
         objective.passes = outer_passes + objective.passes
 
@@ -106,10 +108,10 @@ def _ascend(
     p: Tensor | None,
     seed: int,
     sample_ids: Tensor,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     step = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
     mean, std = objective.space.mean.to(clean), objective.space.std.to(clean)
-    adv, staleness = torch.empty_like(clean), []
+    adv, staleness, nonfinite = torch.empty_like(clean), [], torch.zeros_like(sample_ids)
     ops.random_start_(adv, clean, eps, sample_ids, seed, threat.norm)
     model_input = objective.space.to_model(adv)
     for k, size in enumerate(sizes):
@@ -121,8 +123,11 @@ def _ascend(
         else:
             assert p is not None
             grad = _vision_gradient(objective, model_input, p)
-        step(adv, grad, clean, eps, torch.full_like(eps, size), model_input=model_input, mean=mean, std=std)
-    return adv, staleness
+        step(
+            adv, grad, clean, eps, torch.full_like(eps, size), model_input=model_input, nonfinite=nonfinite, mean=mean,
+            std=std,
+        )  # fmt: skip
+    return adv, staleness, nonfinite
 
 
 def _refresh(objective: Objective, model_input: Tensor) -> tuple[Tensor, Tensor]:

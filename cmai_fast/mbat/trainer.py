@@ -229,6 +229,7 @@ class MBATTrainer(Trainer):
             sample_ids=inputs.get("sample_ids"),
         )
         self.passes = self.passes + result.passes
+        self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
         return result.adv
 
     @property
