@@ -10,7 +10,7 @@ from torch import Tensor
 from cmai_fast.bridge import Bridge, frozen
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
-from cmai_fast.cmcv.loss import contrastive_loss, same_text
+from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
 
 
 def fit_heads(
@@ -45,7 +45,7 @@ def fit_heads(
                 heads.project_image(image),
                 heads.project_text(own),
                 None if other is None else heads.project_text(other),
-                same_text=same_text(text["input_ids"], text["attention_mask"]),
+                same_text=same_text(packed_text(text["input_ids"], text["attention_mask"])),
             )
             optimizer.zero_grad()
             loss.backward()

@@ -120,7 +120,7 @@ class ConsistencyHeads(nn.Module):
                 "interrupted; save the heads again"
             )
         try:
-            heads.load_state_dict(load(weights))
+            heads.load_state_dict(load(weights), assign=True)  # in the precision of the file
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit {RECORD} ({error}); save the heads again") from error
         return heads.eval(), threshold

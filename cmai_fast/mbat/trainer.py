@@ -17,7 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import Bridge, frozen, task_loss
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
@@ -40,6 +41,9 @@ class MBATTrainer(Trainer):
     Batches need `pixel_values`, `input_ids`, `attention_mask`, `labels`; `sample_ids` (N,) names samples for their
     random starts, `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the
     contrastive loss (`cmai_fast.data.VQACollator` makes them all).
+
+    Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
+    with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
 
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
@@ -83,12 +87,16 @@ class MBATTrainer(Trainer):
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_side)
         super().__init__(model=model, args=args, **kwargs)
-        if args.world_size > 1:
-            raise ValueError(f"world_size is {args.world_size}; MBATTrainer runs in one process for now")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"the model is to be sharded ({self.accelerator.distributed_type}); MBATTrainer runs in one process or "
+                "with a copy of the model in each (torchrun, accelerate launch without FSDP or DeepSpeed)"
+            )
         # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
         self.model_accepts_loss_kwargs = False
         if self.heads is not None:
             self.heads.to(args.device)
+            ranks.copy_from_first(self.heads.parameters())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
@@ -168,8 +176,11 @@ class MBATTrainer(Trainer):
         self._refuse_divergence("loss", float(total), {k: float(v) for k, v in parts.items()})
         if remainder.requires_grad:
             self.accelerator.backward(remainder)
+        if self.accelerator.sync_gradients:
+            trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
+            ranks.average_gradients([p for p in trained if p.requires_grad])
         if self.schedule is not None and adversarial is not None:
-            self.schedule.update(s_c)
+            self.schedule.update(ranks.gather(s_c))
             parts["beta"] = torch.tensor(self.schedule.beta)
         self._record(parts)
         return total * share
@@ -226,7 +237,7 @@ class MBATTrainer(Trainer):
             refreshes=args.refreshes,
             bridge_gradient=p,
             seed=args.seed + 7_919 * self.state.global_step,
-            sample_ids=inputs.get("sample_ids"),
+            sample_ids=inputs.get("sample_ids", ranks.row_numbers(len(text["labels"]))),
         )
         self.passes = self.passes + result.passes
         self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
@@ -248,18 +259,20 @@ class MBATTrainer(Trainer):
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
 
         The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
-        second pass of the language model for each wrong answer.
+        second pass of the language model for each wrong answer. Of several processes each computes the loss of the
+        whole batch: the samples of the others are negatives too.
         """
         assert self.heads is not None
         heads = self.heads
         grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
         with grad:
             t = heads.project_text(own)
-            t_wrong = None if wrong is None else heads.project_text(wrong)
-            same = same_text(text["input_ids"], text["attention_mask"])
+            t_wrong = None if wrong is None else ranks.gather(heads.project_text(wrong))
+            same = same_text(ranks.gather_ragged(packed_text(text["input_ids"], text["attention_mask"]), -1))
             views = [clean] if adversarial is None else [clean, adversarial]
             projected = [heads.project_image(v) for v in views]
-            losses = [contrastive_loss(heads, v, t, t_wrong, same_text=same) for v in projected]
+            every_t = ranks.gather(t)
+            losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
         return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
 
     def _count(self, **passes: int) -> None:
@@ -286,7 +299,8 @@ class MBATTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the parts of the loss averaged since the last one."""
         if "loss" in logs and self._steps_in_sums:
-            logs = {**logs, **{k: v / self._steps_in_sums for k, v in self._sums.items()}}
+            means = torch.tensor([v / self._steps_in_sums for v in self._sums.values()], device=self.args.device)
+            logs = {**logs, **dict(zip(self._sums, ranks.gather(means[None]).mean(0).tolist(), strict=True))}
             self._sums.clear()
             self._steps_in_sums = 0
         super().log(logs, start_time)
@@ -298,13 +312,17 @@ class MBATTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
         # Older checkpoints go when this one is whole, not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if not self.args.should_save:
+            return
         state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
         (folder / _STATE).write_text(json.dumps(state))
         for path in folder.rglob("*"):
