@@ -16,12 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import Bridge, frozen, task_loss
+from cmai_fast.bridge import Bridge, frozen, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.mbat.quantized import freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
@@ -86,7 +87,16 @@ class MBATTrainer(Trainer):
         self._steps_in_sums = 0
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_side)
-        super().__init__(model=model, args=args, **kwargs)
+        if is_quantized(model):
+            freeze_language_model(model)
+            unpack(model)  # for good: evaluation in mid-training would round the weights a little
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: nothing can be trained. A quantised "
+                "vision tower cannot be (see quantized_language_model); a frozen one is set free by requires_grad_()"
+            )
+        with trainable_in_part(model):
+            super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 f"the model is to be sharded ({self.accelerator.distributed_type}); MBATTrainer runs in one process or "
@@ -372,7 +382,10 @@ class MBATTrainer(Trainer):
             raise ValueError(
                 f"the weights in {folder} do not fit the model: {wrong}; resume with the model they are of"
             )
-        model.load_state_dict(saved.state_dict())
+        state, frozen_codes = saved.state_dict(), is_quantized(model)
+        if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
+            state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
+        model.load_state_dict(state, strict=not frozen_codes)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
