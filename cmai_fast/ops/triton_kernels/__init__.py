@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 # Operator: the module that carries it.
-_MODULES: dict[str, str] = {}
+_MODULES = {
+    "pgd_linf_step_": "pgd_step",
+    "pgd_l2_step_": "pgd_step",
+    "apgd_linf_step_": "apgd_step",
+    "apgd_l2_step_": "apgd_step",
+    "random_start_": "random_start",
+}
 
 
 def interpreted() -> bool:
