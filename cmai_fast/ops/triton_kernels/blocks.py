@@ -117,8 +117,8 @@ def row_sum(sums_ptr, row, partials, KIND: tl.constexpr, KINDS: tl.constexpr):
     lane = tl.arange(0, 256)
     total = tl.zeros([256], tl.float64)
     for first in range(0, partials, 256):
-        inside = first + lane < partials
-        total += tl.load(sums_ptr + (row * KINDS + KIND) * partials + first + lane, mask=inside, other=0.0)
+        at = (row * KINDS + KIND) * partials + first + lane
+        total += tl.load(sums_ptr + at, mask=first + lane < partials, other=0.0)
     return tl.sum(total)
 
 
