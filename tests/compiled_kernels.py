@@ -65,7 +65,7 @@ def _as_if_on(capability: int) -> Iterator[list[Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
-        patch.setattr(triton_kernels, "runs_on", lambda tensor: True)
+        patch.setattr(triton_kernels, "runs_on", lambda tensor: True)  # planners must look it up in its module
         driver.set_active(_Device(capability))
         try:
             yield compiled

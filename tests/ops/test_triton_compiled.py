@@ -128,6 +128,22 @@ def test_unaligned_rows_do_not_spill(name: str) -> None:
     assert binaries[-1].count("STG.E") > 0 and binaries[-1].count("STG.E.128") == 0
 
 
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_what_is_not_carried_is_left_to_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, case = case_of(name, (2, 3, 4, 4))
+    planner = triton_kernels.KERNELS[operator]
+    assert planner(**case) is None, "a tensor on the CPU, without the interpreter"
+    monkeypatch.setattr(triton_kernels, "runs_on", lambda tensor: True)
+    assert planner(**case) is not None
+    assert planner(**case | {"clean": case["clean"].mT}) is None
+    assert planner(**case | {"adv": case["adv"].double()}) is None
+    assert planner(**case | {key: case[key][:, :, :0] for key in ("adv", "clean")}) is None
+    if "grad" in case:
+        assert planner(**case | {"grad": case["grad"].double()}) is None
+        assert planner(**case | {"model_input": case["model_input"].double()}) is None
+        assert planner(**case | {"nonfinite": torch.zeros(4, dtype=torch.int64)[::2]}) is None
+
+
 def test_every_kernel_has_a_budget() -> None:
     kernels = {
         name

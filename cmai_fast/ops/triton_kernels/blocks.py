@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmai_fast.ops.triton_kernels import runs_on
+from cmai_fast.ops import triton_kernels
 
 # Four elements a thread for every dtype: with more for the narrow ones, values would change threads through shared
 # memory between a load of one width and a store of another.
@@ -209,7 +209,7 @@ def layout_of(
         or grad.dtype not in _CARRIED
         or model_input.dtype not in _CARRIED
         or not all(image.is_contiguous() for image in images)
-        or not runs_on(adv)
+        or not triton_kernels.runs_on(adv)
     ):
         return None
     rows, row = adv.shape[0], math.prod(adv.shape[1:])
