@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmai_fast.ops import cpu, reference
+from cmai_fast.ops import cpu, reference, triton_kernels
 from cmai_fast.ops.schema import CHECKS, LIBRARY, SCHEMAS
 
 _READY = "ready"
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_kernels}
 # The first that is ready and carries a call is taken.
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Signatures come from a model's few shapes, or from an attack whose batch shrinks; more than this is a leak.

@@ -5,6 +5,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from implementations import IMPLEMENTATIONS, IN_USE, INTERPRETED, KERNELS, Implementation
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process for Triton's interpreter, what tests other implementations would only run a second time."""
+    if INTERPRETED:
+        ours = {"in_use", "implementation", "kernel"}
+        other = [item for item in items if not ours & set(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in other]
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -18,3 +29,21 @@ def one_thread() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that is there."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=IN_USE, scope="session")
+def in_use(request: pytest.FixtureRequest) -> Implementation:
+    """The public operators, with the backend that the environment or the device chooses."""
+    return request.param
+
+
+@pytest.fixture(params=KERNELS, scope="session")
+def kernel(request: pytest.FixtureRequest) -> Implementation:
+    """Every backend's kernels: a call that they do not carry fails."""
+    return request.param
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, scope="session")
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    """The reference, the operators in use, and every backend's kernels."""
+    return request.param
