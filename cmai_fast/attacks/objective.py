@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen, is_right, patches_by_matmul, task_loss, unpacked
+from cmai_fast.bridge import Bridge, frozen, is_right, patches_by_matmul, recomputed, task_loss, unpacked
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.threat import PixelSpace
 
@@ -82,10 +82,10 @@ class Objective:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, and its patch
-        embedding quick at the pixels."""
+        """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, recomputing
+        where it does so in training, and its patch embedding quick at the pixels."""
         model = self.bridge.model
-        with unpacked(model), patches_by_matmul(model), frozen(model, self.heads):
+        with unpacked(model), recomputed(model), patches_by_matmul(model), frozen(model, self.heads):
             yield
 
     def text_projection(self) -> Tensor:

@@ -4,5 +4,16 @@ from cmai_fast.bridge.bridge import Bridge, is_right, task_loss
 from cmai_fast.bridge.frozen import frozen
 from cmai_fast.bridge.packed import unpack, unpacked
 from cmai_fast.bridge.patches import patches_by_matmul
+from cmai_fast.bridge.recompute import recomputed, set_recompute
 
-__all__ = ["Bridge", "frozen", "is_right", "patches_by_matmul", "task_loss", "unpack", "unpacked"]
+__all__ = [
+    "Bridge",
+    "frozen",
+    "is_right",
+    "patches_by_matmul",
+    "recomputed",
+    "set_recompute",
+    "task_loss",
+    "unpack",
+    "unpacked",
+]

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import Bridge, frozen, task_loss, unpack
+from cmai_fast.bridge import Bridge, frozen, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
@@ -95,6 +95,7 @@ class MBATTrainer(Trainer):
                 f"no parameter of {type(model).__name__} requires a gradient: nothing can be trained. A quantised "
                 "vision tower cannot be (see quantized_language_model); a frozen one is set free by requires_grad_()"
             )
+        set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
             super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
