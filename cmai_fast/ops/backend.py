@@ -23,8 +23,8 @@ from cmai_fast.ops.schema import CHECKS, LIBRARY, SCHEMAS
 
 _READY = "ready"
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_kernels}
-# The first that is ready and carries a call is taken.
-_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# By the device of a call's tensors: the first that is ready and carries the call is taken.
+_SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Signatures come from a model's few shapes, or from an attack whose batch shrinks; more than this is a leak.
 _MOST_PLANS = 4096
 
@@ -57,15 +57,26 @@ def chosen_backend() -> str:
 
 @functools.cache
 def backends_for(device: str) -> tuple[str, ...]:
-    """The backends that are tried in turn for tensors on a device of this type, before the reference."""
-    wanted = chosen_backend()
+    """The backends that are tried in turn for tensors on a device of this type, before the reference.
+
+    Raises:
+        RuntimeError: `CMAI_FAST_BACKEND` names one that does not serve this device.
+    """
+    wanted, report = chosen_backend(), backend_report()
+    served = [name for name in _SERVES.get(device, ()) if name in report]
+    if wanted == "triton" and triton_kernels.interpreted():
+        served.append("triton")
+    if wanted == "reference":
+        return ()
     if wanted != "automatic":
-        return () if wanted == "reference" else (wanted,)
-    report = backend_report()
-    names = [name for name in _AUTOMATIC.get(device, ()) if name in report]
-    ready = tuple(name for name in names if report[name] == _READY)
-    if names and not ready:
-        reasons = "; ".join(f"{name}: {report[name]}" for name in names)
+        if wanted not in served:
+            raise RuntimeError(
+                f"CMAI_FAST_BACKEND={wanted} cannot be had for tensors on {device}; unset it, or move the tensors"
+            )
+        return (wanted,)
+    ready = tuple(name for name in served if report[name] == _READY)
+    if served and not ready:
+        reasons = "; ".join(f"{name}: {report[name]}" for name in served)
         warnings.warn(f"cmai_fast runs its slower reference operators on {device} ({reasons})", RuntimeWarning, 3)
     return ready
 

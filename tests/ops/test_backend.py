@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmai_fast import ops
-from cmai_fast.ops import backend, cpu, reference
+from cmai_fast.ops import backend, cpu, reference, triton_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,16 @@ def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch: 
         warnings.simplefilter("error")
         assert torch.equal(step(), first)
     assert backend.backends_for("cpu") == ()
+
+
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cuda"), ("triton", "cpu")])
+def test_an_explicit_backend_does_not_take_tensors_of_another_device(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMAI_FAST_BACKEND", name)
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
+    with pytest.raises(RuntimeError, match=f"CMAI_FAST_BACKEND={name} cannot be had for tensors on {device}; unset"):
+        backend.backends_for(device)
 
 
 def test_every_operator_has_a_reference() -> None:
