@@ -463,8 +463,9 @@ def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bia
     keys, scale, bias = keys.to(dtype), scale.to(dtype), bias.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = scale * (query[chunk].to(dtype) @ keys.T) + bias
-        # -log sigmoid(-l) = softplus(l), and -log sigmoid(l) = softplus(l) - l.
-        loss += torch.nn.functional.softplus(logits).sum() - _own(logits, labels[chunk]).sum()
+        # -log sigmoid(-l) = softplus(l). The own logit changes its sign first: softplus(l) - l loses what is small.
+        logits.scatter_(1, labels[chunk, None], -_own(logits, labels[chunk])[:, None])
+        loss += torch.nn.functional.softplus(logits).sum()
     return loss / rows
 
 

@@ -160,8 +160,8 @@ def _plan_sigmoid_loss_backward(
                     blocks.a, blocks.b, blocks.d, blocks.out, precision(query.dtype),
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
-        grad_scale, grad_bias = sums.sum(1)
-        return grad_query, grad_keys, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
+        # Apart: two results of an operator may not share memory.
+        return grad_query, grad_keys, sums[0].sum().to(scale.dtype), sums[1].sum().to(bias.dtype)
 
     return kernel
 
