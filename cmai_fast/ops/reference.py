@@ -362,7 +362,7 @@ def cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> tuple[Te
     return grad_image.to(image.dtype), grad_text.to(text.dtype)
 
 
-def _check_labels(labels: Tensor, count: int) -> None:
+def check_labels(labels: Tensor, count: int) -> None:
     # On a GPU the comparison would wait for the device; there indexing has its own assertion.
     if labels.device.type == "cpu" and labels.numel():
         low, high = int(labels.min()), int(labels.max())
@@ -386,7 +386,7 @@ def info_nce(
     loss = query.new_zeros((), dtype=dtype)
     if rows == 0:
         return loss, row_lse, column_lse
-    _check_labels(labels, count)
+    check_labels(labels, count)
     keys, scale = keys.to(dtype), scale.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = scale * (query[chunk].to(dtype) @ keys.T)
@@ -459,12 +459,13 @@ def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bia
     loss = query.new_zeros((), dtype=dtype)
     if rows == 0:
         return loss
-    _check_labels(labels, count)
+    check_labels(labels, count)
     keys, scale, bias = keys.to(dtype), scale.to(dtype), bias.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = scale * (query[chunk].to(dtype) @ keys.T) + bias
-        # -log sigmoid(-l) = softplus(l), and -log sigmoid(l) = softplus(l) - l.
-        loss += torch.nn.functional.softplus(logits).sum() - _own(logits, labels[chunk]).sum()
+        # -log sigmoid(-l) = softplus(l). The own logit changes its sign first: softplus(l) - l loses what is small.
+        logits.scatter_(1, labels[chunk, None], -_own(logits, labels[chunk])[:, None])
+        loss += torch.nn.functional.softplus(logits).sum()
     return loss / rows
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from cmai_fast.ops import backend
 from implementations import IMPLEMENTATIONS, IN_USE, INTERPRETED, KERNELS, Implementation
 
 
@@ -47,3 +48,15 @@ def kernel(request: pytest.FixtureRequest) -> Implementation:
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     """The reference, the operators in use, and every backend's kernels."""
     return request.param
+
+
+@pytest.fixture
+def carried(in_use: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's kernels are in use, a call that they leave to the reference fails."""
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is left to the reference")
+
+    if INTERPRETED or in_use.device == "cuda":
+        backend.forget_choices()
+        monkeypatch.setattr(backend, "_from_reference", refuse)

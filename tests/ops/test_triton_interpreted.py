@@ -14,7 +14,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["test_pgd_step", "test_apgd_step", "test_random_start"])
+@pytest.mark.parametrize(
+    "name", ["test_pgd_step", "test_apgd_step", "test_random_start", "test_cosine_heads", "test_info_nce"]
+)
 def test_kernels_in_the_interpreter(name: str, request: pytest.FixtureRequest) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CMAI_FAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

@@ -25,6 +25,12 @@ _MODULES = {
     "apgd_linf_step_": "apgd_step",
     "apgd_l2_step_": "apgd_step",
     "random_start_": "random_start",
+    "cosine_heads": "cosine_heads",
+    "cosine_heads_backward": "cosine_heads",
+    "info_nce": "info_nce",
+    "info_nce_backward": "info_nce",
+    "sigmoid_loss": "sigmoid_loss",
+    "sigmoid_loss_backward": "sigmoid_loss",
 }
 
 
