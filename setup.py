@@ -1,38 +1,150 @@
 """Builds the compiled extension `cmai_fast._C`; everything else about the package is in pyproject.toml.
 
 The extension needs a C++17 compiler and pybind11, neither PyTorch nor CUDA. Without a compiler the package installs all
-the same, runs its reference operators, and says so at their first use.
+the same, runs its reference operators, and says so at their first use. Where nvcc is found (CUDA_HOME, PATH,
+/usr/local/cuda), the CUDA kernels come in too. Environment variables:
+
+    CMAI_FAST_CUDA=0|1              0: without CUDA; 1: a missing or failing nvcc is an error
+    CMAI_FAST_CUDA_ARCHS="80;90"    the architectures, and PTX of the last; without it those of ARCHS that nvcc knows
+    MAX_JOBS                        how many compilers run at once; without it one a core
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from pybind11.setup_helpers import build_ext as pybind11_build_ext
 from setuptools import setup
-from setuptools.errors import CCompilerError, ExecError
+from setuptools.errors import CCompilerError, ExecError, OptionError, SetupError
 
 # No -march: a wheel runs on other machines than the one that built it; kernels choose their instructions as they load.
 # No contraction: a fused multiply-add rounds differently, and results should not depend on the processor.
 # No trapping: nobody reads the floating-point exception flags, and GCC vectorises no comparison that might raise one.
 _UNIX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd"]
+_NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false"]
+ARCHS = ("80", "90", "100")
+
+ParallelCompile("MAX_JOBS").install()
+
+
+class Nvcc:
+    """The CUDA compiler that was found and what it is asked to build for."""
+
+    def __init__(self) -> None:
+        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+        folders = [os.path.join(home, "bin") for home in homes if home]
+        path = os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+        program = shutil.which("nvcc", path=path)
+        if program is None:
+            raise SetupError("nvcc was not found in CUDA_HOME, PATH or /usr/local/cuda")
+        self.program = program
+        release = re.search(r"release ([\d.]+)", self._ask("--version"))
+        self.version = release[1] if release else "of unknown version"
+        wanted = [arch for arch in re.split(r"[;, ]+", os.environ.get("CMAI_FAST_CUDA_ARCHS", "")) if arch]
+        known = set(re.findall(r"compute_(\w+)", self._ask("--list-gpu-arch")))
+        if unknown := {arch for arch in wanted if arch.rstrip("af") not in known}:
+            raise OptionError(
+                f"CMAI_FAST_CUDA_ARCHS names {', '.join(sorted(unknown))}; nvcc {self.version} knows {sorted(known)}"
+            )
+        self.archs = wanted or [arch for arch in ARCHS if arch in known]
+        # nvcc may be a script that calls the real one elsewhere: its plan says where that one's libraries are.
+        plan = subprocess.run([program, "--dryrun", "probe.cu"], capture_output=True, text=True, check=True).stderr
+        libraries = re.search(r"LIBRARIES=(.*)", plan)
+        self.libraries = shlex.split(libraries[1]) if libraries else []
+
+    def _ask(self, option: str) -> str:
+        return subprocess.run([self.program, option], capture_output=True, text=True, check=True).stdout
+
+    def command(self, source: str, target: str) -> list[str]:
+        newest = self.archs[-1]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        options = [*_NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, "-Icsrc"]
+        return [self.program, *options, "-c", source, "-o", target]
 
 
 class build_ext(pybind11_build_ext):
-    """Adds the optimisation flags of the compiler in use, and OpenMP where it compiles and links."""
+    """Adds the optimisation flags of the compiler in use, OpenMP where it compiles and links, CUDA where nvcc is."""
 
     def build_extensions(self) -> None:
         unix = self.compiler.compiler_type == "unix"
         flags = _UNIX_FLAGS if unix else ["/O2"]
+        # No -fopenmp for the linker: the extension must come to the one OpenMP runtime that PyTorch has loaded,
+        # whatever its name, and not bring a second with a thread pool of its own.
         openmp = ["-fopenmp"] if unix and sys.platform != "darwin" and self._has_openmp() else []
-        for extension in self.extensions:
-            extension.extra_compile_args += flags + openmp
-            extension.extra_link_args += openmp
+        (extension,) = self.extensions
+        extension.extra_compile_args += flags + openmp
+        wanted = os.environ.get("CMAI_FAST_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SetupError(f"CMAI_FAST_CUDA is {wanted!r}, expected 0 or 1, or nothing: CUDA if nvcc is there")
+        # setuptools looks at the sources alone, and would keep what was built with another wish.
+        self.force = self.force or any(name in os.environ for name in ("CMAI_FAST_CUDA", "CMAI_FAST_CUDA_ARCHS"))
+        missing = "CMAI_FAST_CUDA=0 at build" if wanted == "0" else self._build_with_cuda(extension)
+        if missing is None:
+            return
+        if wanted == "1":
+            raise SetupError(
+                f"CMAI_FAST_CUDA=1, but {missing}. Install the CUDA toolkit, or name it by CUDA_HOME; CMAI_FAST_CUDA=0 "
+                "builds without"
+            )
+        self._describe(extension, f"none: {missing}", "")
         super().build_extensions()
+
+    def _build_with_cuda(self, extension: Pybind11Extension) -> str | None:
+        """None, or why that was not possible, with the extension as it was."""
+        try:
+            nvcc = Nvcc()
+        except (SetupError, OSError, subprocess.CalledProcessError) as error:
+            return str(error)
+        before = {
+            name: getattr(extension, name) for name in ("sources", "define_macros", "extra_link_args", "optional")
+        }
+        extension.sources = [*before["sources"], *sorted(glob("csrc/*.cu")), "csrc/cuda_bindings.cpp"]
+        extension.define_macros = [*before["define_macros"], ("CMAI_FAST_WITH_CUDA", None)]
+        # Its symbols stay inside: PyTorch has a CUDA runtime of its own.
+        cudart = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        extension.extra_link_args = [*before["extra_link_args"], *nvcc.libraries, *cudart]
+        extension.optional = False  # else setuptools would swallow the failure
+        self._describe(extension, nvcc.version, ";".join(nvcc.archs))
+        by_cpp = self.compiler._compile
+
+        def compile_one(target: str, source: str, suffix: str, *rest: object) -> None:
+            if suffix == ".cu":
+                self.spawn(nvcc.command(source, target))
+            else:
+                by_cpp(target, source, suffix, *rest)
+
+        self.compiler.src_extensions.append(".cu")
+        self.compiler._compile = compile_one
+        try:
+            super().build_extensions()
+        except (CCompilerError, ExecError) as error:
+            vars(extension).update(before)
+            self.warn(f"cmai_fast is built without its CUDA kernels: {error}")
+            return f"nvcc {nvcc.version} or the linker failed"
+        finally:
+            self.compiler._compile = by_cpp
+        return None
+
+    def _describe(self, extension: Pybind11Extension, cuda: str, archs: str) -> None:
+        """What `cmai-fast info` shows of this build."""
+        quoted = {
+            "CMAI_FAST_FLAGS": shlex.join(extension.extra_compile_args),
+            "CMAI_FAST_CUDA": cuda,
+            "CMAI_FAST_CUDA_ARCHS": archs,
+            "CMAI_FAST_CUDA_FLAGS": shlex.join(_NVCC_FLAGS) if archs else "",
+        }
+        for name, text in quoted.items():
+            escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+            extension.define_macros.append((name, f'"{escaped}"'))
 
     def _has_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -51,8 +163,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "cmai_fast._C",
-            sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            sources=sorted(set(glob("csrc/*.cpp")) - {"csrc/cuda_bindings.cpp"}),
+            depends=sorted(glob("csrc/*.h") + glob("csrc/*.cu") + ["csrc/cuda_bindings.cpp"]),
             include_dirs=["csrc"],
             cxx_std=17,
             optional=True,

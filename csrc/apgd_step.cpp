@@ -103,7 +103,7 @@ void apgd_l2_step(const ApgdStep& args, int threads) {
 
   std::vector<Move> moves(layout.rows);
   for (int64_t row = 0; row < layout.rows; ++row) {
-    moves[row] = plan_move(&sums[row * per_row], per_row, args.eps[row], args.step[row]);
+    moves[row] = plan_move(total(&sums[row * per_row], per_row), args.eps[row], args.step[row]);
   }
 
   for_each_block(layout, nullptr, threads, [&](const Block& block) {
@@ -116,8 +116,8 @@ void apgd_l2_step(const ApgdStep& args, int threads) {
       load_pixel_gradient(layout, from, args.std, block, nullptr, grad);
     }
     const float* clean = load(args.clean, layout.clean, block, clean_buffer);
-    sums[block.index].dd = l2_mix(args.adv + block.offset, args.previous + block.offset, grad, clean, block.count,
-                                  move, args.momentum, args.carry, layout.lower, layout.upper);
+    sums[block.index].dd = l2_mix(args.adv + block.offset, args.previous + block.offset, grad, clean, block.count, move,
+                                  args.momentum, args.carry, layout.lower, layout.upper);
   });
 
   std::vector<double> shrinks(layout.rows);

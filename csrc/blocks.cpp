@@ -1,6 +1,5 @@
 #include "blocks.h"
 
-#include <cmath>
 #include <cstring>
 
 namespace cmai_fast {
@@ -29,7 +28,8 @@ CMAI_FAST_CLONES void narrow_bf16(const float* in, uint16_t* out, int64_t count)
   }
 }
 
-// Shifting the bits of a half into place leaves its exponent 112 too low, also for subnormal numbers; a product mends it.
+// Shifting the bits of a half into place leaves its exponent 112 too low, also for subnormal numbers; a product mends
+// it.
 CMAI_FAST_CLONES void widen_fp16(const uint16_t* in, float* out, int64_t count) {
   const float scale = from_bits((127 + 112) << 23);
   for (int64_t i = 0; i < count; ++i) {
@@ -118,8 +118,8 @@ void load_pixel_gradient(const Layout& layout, const void* grad, const float* st
   });
 }
 
-void write_model_input(const Layout& layout, const float* image, const float* mean, const float* std,
-                       void* model_input, const Block& block) {
+void write_model_input(const Layout& layout, const float* image, const float* mean, const float* std, void* model_input,
+                       const Block& block) {
   if (model_input == nullptr) return;
   float buffer[kBlock];
   const bool narrow = layout.model_input != Type::kFloat32;
@@ -152,21 +152,14 @@ CMAI_FAST_CLONES Sums l2_sums(const float* adv, const float* grad, const float* 
   return {gg, dg, dd};
 }
 
-double shrink_to(double squared_norm, float eps) {
-  const double norm = std::sqrt(std::max(0.0, squared_norm));
-  return norm > eps ? eps / norm : 1.0;
-}
-
-Move plan_move(const Sums* of_blocks, int64_t count, float eps, float step) {
+Sums total(const Sums* of_blocks, int64_t count) {
   Sums row;
   for (int64_t i = 0; i < count; ++i) {
     row.gg += of_blocks[i].gg;
     row.dg += of_blocks[i].dg;
     row.dd += of_blocks[i].dd;
   }
-  const bool moves = row.gg > 0 && std::isfinite(row.gg);
-  const double along = moves ? step / std::sqrt(row.gg) : 0.0;
-  return {along, shrink_to(moves ? row.dd + 2 * along * row.dg + along * along * row.gg : row.dd, eps)};
+  return row;
 }
 
 }  // namespace cmai_fast

@@ -1,9 +1,11 @@
-// How the CPU kernels walk a batch: blocks of one row that fit the first-level cache, in float32 whatever the tensors are.
+// How the CPU kernels walk a batch: blocks of one row that fit the first-level cache, in float32 whatever the tensors
+// are.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "scalar.h"
 #include "step.h"
 
 // One binary for every x86-64 machine: the loader picks the AVX2 build of a kernel where the processor has it.
@@ -64,29 +66,10 @@ void load_pixel_gradient(const Layout& layout, const void* grad, const float* st
                          int64_t* nonfinite, float* buffer);
 
 // Writes (image - mean) / std of the block to `model_input`, rounded to nearest even; nothing where that is null.
-void write_model_input(const Layout& layout, const float* image, const float* mean, const float* std,
-                       void* model_input, const Block& block);
-
-// Both comparisons are false for NaN, which so stays where it is instead of becoming a bound.
-inline float clamp(float x, float low, float high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
-}
-
-inline float sign(float x) { return x > 0 ? 1.0f : (x < 0 ? -1.0f : 0.0f); }
-
-// The sums that give an L2 step its length and its projection.
-struct Sums {
-  double gg = 0, dg = 0, dd = 0;
-};
-
-// How far an L2 step goes along the gradient, and the factor back onto the ball.
-struct Move {
-  double along, shrink;
-};
+void write_model_input(const Layout& layout, const float* image, const float* mean, const float* std, void* model_input,
+                       const Block& block);
 
 Sums l2_sums(const float* adv, const float* grad, const float* clean, int64_t count);
-Move plan_move(const Sums* of_blocks, int64_t count, float eps, float step);
-double shrink_to(double squared_norm, float eps);
+Sums total(const Sums* of_blocks, int64_t count);
 
 }  // namespace cmai_fast

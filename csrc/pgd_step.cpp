@@ -15,9 +15,8 @@ CMAI_FAST_CLONES void linf_block(float* adv, const float* grad, const float* cle
   }
 }
 
-// `shrink` is 1 for a row inside the ball, which then is not rounded through `clean`.
-CMAI_FAST_CLONES void l2_block(float* adv, const float* grad, const float* clean, int64_t count, Move move,
-                               float lower, float upper) {
+CMAI_FAST_CLONES void l2_block(float* adv, const float* grad, const float* clean, int64_t count, Move move, float lower,
+                               float upper) {
   if (move.shrink < 1) {
     for (int64_t i = 0; i < count; ++i) {
       const double delta = static_cast<double>(adv[i]) - clean[i] + move.along * grad[i];
@@ -54,7 +53,7 @@ void update_velocity(const PgdStep& args, int threads) {
   for (int64_t row = 0; row < layout.rows; ++row) {
     double norm = 0;
     for (int64_t i = 0; i < per_row; ++i) norm += sums[row * per_row + i];
-    factors[row] = norm > 0 && std::isfinite(norm) ? 1 / norm : 0.0;
+    factors[row] = inverse_norm(norm);
   }
   for_each_block(layout, args.active, threads, [&](const Block& block) {
     float buffer[kBlock];
@@ -105,7 +104,7 @@ void pgd_l2_step(const PgdStep& args, int threads) {
 
   std::vector<Move> moves(layout.rows);
   for (int64_t row = 0; row < layout.rows; ++row) {
-    moves[row] = plan_move(&sums[row * per_row], per_row, args.eps[row], args.step[row]);
+    moves[row] = plan_move(total(&sums[row * per_row], per_row), args.eps[row], args.step[row]);
   }
 
   for_each_block(layout, args.active, threads, [&](const Block& block) {

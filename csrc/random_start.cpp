@@ -8,24 +8,12 @@
 namespace cmai_fast {
 namespace {
 
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
-
-inline uint64_t mix(uint64_t bits) {
-  bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9;
-  bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB;
-  return bits ^ (bits >> 31);
-}
-
 inline uint64_t start_of(const RandomStart& args, int64_t row) {
-  return mix(mix(static_cast<uint64_t>(args.seed) + kGolden) ^ mix(static_cast<uint64_t>(args.sample_ids[row])));
+  return start_of_sample(args.seed, args.sample_ids[row]);
 }
-
-// In (0, 1], from the upper half of the bits.
-inline float upper_uniform(uint64_t bits) { return (static_cast<float>(bits >> 32) + 0.5f) * 0x1p-32f; }
 
 inline float gaussian(uint64_t bits) {
-  const float turn = static_cast<float>(bits & 0xffffffff) * 0x1p-32f;
-  return std::sqrt(-2 * std::log(upper_uniform(bits))) * std::cos(6.2831853071795865f * turn);
+  return std::sqrt(-2 * std::log(upper_uniform(bits))) * std::cos(6.2831853071795865f * lower_uniform(bits));
 }
 
 }  // namespace
@@ -40,9 +28,7 @@ void random_start_linf(const RandomStart& args, int threads) {
     uint64_t counter = start_of(args, block.row) + static_cast<uint64_t>(block.start) * kGolden;
     for (int64_t i = 0; i < block.count; ++i) {
       counter += kGolden;
-      // An odd integer below 2^24 in absolute value: exact in float32.
-      const int32_t odd = static_cast<int32_t>(mix(counter) >> 40 << 1) + 1 - (1 << 24);
-      adv[i] = clamp(clean[i] + static_cast<float>(odd) * 0x1p-24f * eps, layout.lower, layout.upper);
+      adv[i] = clamp(clean[i] + symmetric_uniform(mix(counter)) * eps, layout.lower, layout.upper);
     }
   });
 }
@@ -67,10 +53,8 @@ void random_start_l2(const RandomStart& args, int threads) {
   for (int64_t row = 0; row < layout.rows; ++row) {
     double squared = 0;
     for (int64_t i = 0; i < per_row; ++i) squared += sums[row * per_row + i];
-    // The element after the last is the row's own: the radius, uniform in the volume.
     const uint64_t own = mix(start_of(args, row) + static_cast<uint64_t>(row_size + 1) * kGolden);
-    const double radius = args.eps[row] * std::pow(static_cast<double>(upper_uniform(own)), 1.0 / row_size);
-    factors[row] = static_cast<float>(radius / std::max(std::sqrt(squared), 1e-12));
+    factors[row] = ball_factor(squared, own, row_size, args.eps[row]);
   }
 
   for_each_block(layout, nullptr, threads, [&](const Block& block) {

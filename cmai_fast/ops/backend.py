@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmai_fast.ops import cpu, reference, triton_kernels
+from cmai_fast.ops import cpu, cuda, reference, triton_kernels
 from cmai_fast.ops.schema import CHECKS, LIBRARY, SCHEMAS
 
 _READY = "ready"
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_kernels}
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton_kernels}
 # By the device of a call's tensors: the first that is ready and carries the call is taken.
 _SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Signatures come from a model's few shapes, or from an attack whose batch shrinks; more than this is a leak.
@@ -62,8 +62,7 @@ def backends_for(device: str) -> tuple[str, ...]:
     Raises:
         RuntimeError: `CMAI_FAST_BACKEND` names one that does not serve this device.
     """
-    wanted, report = chosen_backend(), backend_report()
-    served = [name for name in _SERVES.get(device, ()) if name in report]
+    wanted, served = chosen_backend(), list(_SERVES.get(device, ()))
     if wanted == "triton" and triton_kernels.interpreted():
         served.append("triton")
     if wanted == "reference":
@@ -74,9 +73,12 @@ def backends_for(device: str) -> tuple[str, ...]:
                 f"CMAI_FAST_BACKEND={wanted} cannot be had for tensors on {device}; unset it, or move the tensors"
             )
         return (wanted,)
+    # Only those: asking the CUDA backend starts the driver, and a process that has computed on the CPU alone could then
+    # not be forked into one that uses a GPU.
+    report = {name: _BACKENDS[name].unavailable() or _READY for name in served}
     ready = tuple(name for name in served if report[name] == _READY)
     if served and not ready:
-        reasons = "; ".join(f"{name}: {report[name]}" for name in served)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in report.items())
         warnings.warn(f"cmai_fast runs its slower reference operators on {device} ({reasons})", RuntimeWarning, 3)
     return ready
 

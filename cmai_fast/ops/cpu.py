@@ -8,6 +8,7 @@ what is mutated it would be wrong.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 from collections.abc import Callable
@@ -16,20 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+def _load() -> Any:
+    """The extension, which takes OpenMP from the runtime that PyTorch has loaded (see setup.py)."""
+    try:
+        return importlib.import_module("cmai_fast._C")
+    except ImportError as error:
+        if "undefined symbol: GOMP_" not in str(error) and "undefined symbol: omp_" not in str(error):
+            raise
+        # This PyTorch has no OpenMP runtime, or hides it.
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
+        return importlib.import_module("cmai_fast._C")
+
+
 _C: Any = None
 _missing: str | None = None
 try:
-    _C = importlib.import_module("cmai_fast._C")
-except ImportError as error:
+    _C = _load()
+except (ImportError, OSError) as error:
     _missing = f"the compiled extension cmai_fast._C does not load ({error}); reinstall with a C++ compiler present"
 
 # The numbers are those of cmai_fast::Type in csrc/step.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
+# (kernel's name, layout, device, whether it adds up rows) -> the kernel, called with all the rest of a step; or None
+# where it does not carry the layout or the device.
+Launcher = Callable[[str, Any, torch.device, bool], Callable[..., None] | None]
+
+
 def unavailable() -> str | None:
     """Why this backend cannot run, or None."""
     return _missing
+
+
+def _launcher(name: str, layout: Any, device: torch.device, sums: bool) -> Callable[..., None]:
+    native, threads = getattr(_C, name), torch.get_num_threads
+    return lambda *arguments: native(layout, *arguments, threads())
 
 
 def layout_of(
@@ -77,7 +101,9 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _plan_pgd(native: str) -> Callable[..., Callable[..., None] | None]:
+def _plan_pgd(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., None] | None]:
+    """The planner of the kernel `name` for tensors on `device`."""
+
     def planner(
         adv: Tensor,
         grad: Tensor,
@@ -95,6 +121,8 @@ def _plan_pgd(native: str) -> Callable[..., Callable[..., None] | None]:
         lower: float = 0.0,
         upper: float = 1.0,
     ) -> Callable[..., None] | None:
+        if adv.device.type != device:
+            return None
         if any(values is not None and not values.is_contiguous() for values in (active, nonfinite)):
             return None
         layout = layout_of(
@@ -103,7 +131,10 @@ def _plan_pgd(native: str) -> Callable[..., Callable[..., None] | None]:
         )  # fmt: skip
         if layout is None:
             return None
-        run, threads, wrote = getattr(_C, native), torch.get_num_threads, torch.autograd.graph.increment_version
+        run = launcher(name, layout, adv.device, velocity is not None or "l2" in name)
+        if run is None:
+            return None
+        wrote = torch.autograd.graph.increment_version
         ready = all(
             values is None or (values.dtype == torch.float32 and values.is_contiguous())
             for values in (eps, step, mean, std)
@@ -129,9 +160,8 @@ def _plan_pgd(native: str) -> Callable[..., Callable[..., None] | None]:
             if not ready:  # the names keep the copies alive while the kernel reads them
                 eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
             run(
-                layout, adv.data_ptr(), grad.data_ptr(), clean.data_ptr(), eps.data_ptr(), step.data_ptr(),
-                _pointer(active), _pointer(model_input), _pointer(velocity), _pointer(nonfinite), _pointer(mean),
-                _pointer(std), decay, threads(),
+                adv.data_ptr(), grad.data_ptr(), clean.data_ptr(), eps.data_ptr(), step.data_ptr(), _pointer(active),
+                _pointer(model_input), _pointer(velocity), _pointer(nonfinite), _pointer(mean), _pointer(std), decay,
             )  # fmt: skip
             # PyTorch has not seen the writes; without this a backward through the old values would be silently wrong.
             wrote([image for image in (adv, model_input, velocity, nonfinite) if image is not None])
@@ -141,7 +171,9 @@ def _plan_pgd(native: str) -> Callable[..., Callable[..., None] | None]:
     return planner
 
 
-def _plan_apgd(native: str) -> Callable[..., Callable[..., None] | None]:
+def _plan_apgd(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., None] | None]:
+    """The planner of the kernel `name` for tensors on `device`."""
+
     def planner(
         adv: Tensor,
         previous: Tensor,
@@ -162,7 +194,7 @@ def _plan_apgd(native: str) -> Callable[..., Callable[..., None] | None]:
         lower: float = 0.0,
         upper: float = 1.0,
     ) -> Callable[..., None] | None:
-        if nonfinite is not None and not nonfinite.is_contiguous():
+        if adv.device.type != device or (nonfinite is not None and not nonfinite.is_contiguous()):
             return None
         layout = layout_of(
             adv, clean, grad=grad, model_input=model_input, others=(previous, top_adv, top_grad), mean=mean,
@@ -170,7 +202,9 @@ def _plan_apgd(native: str) -> Callable[..., Callable[..., None] | None]:
         )  # fmt: skip
         if layout is None:
             return None
-        run = getattr(_C, native)
+        run = launcher(name, layout, adv.device, "l2" in name)
+        if run is None:
+            return None
 
         def kernel(
             adv: Tensor,
@@ -195,10 +229,9 @@ def _plan_apgd(native: str) -> Callable[..., Callable[..., None] | None]:
             eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
             improved, restart = improved.contiguous(), restart.contiguous()
             run(
-                layout, adv.data_ptr(), previous.data_ptr(), grad.data_ptr(), top_adv.data_ptr(), top_grad.data_ptr(),
+                adv.data_ptr(), previous.data_ptr(), grad.data_ptr(), top_adv.data_ptr(), top_grad.data_ptr(),
                 clean.data_ptr(), eps.data_ptr(), step.data_ptr(), improved.data_ptr(), restart.data_ptr(),
                 _pointer(model_input), _pointer(nonfinite), _pointer(mean), _pointer(std), momentum,
-                torch.get_num_threads(),
             )  # fmt: skip
             written = (adv, previous, top_adv, top_grad, model_input, nonfinite)
             torch.autograd.graph.increment_version([image for image in written if image is not None])
@@ -208,22 +241,10 @@ def _plan_apgd(native: str) -> Callable[..., Callable[..., None] | None]:
     return planner
 
 
-def _plan_random_start(
-    adv: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    sample_ids: Tensor,
-    seed: int,
-    norm: str,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> Callable[..., None] | None:
-    layout = layout_of(adv, clean, lower=lower, upper=upper)
-    if layout is None:
-        return None
-    run = _C.random_start_linf if norm == "linf" else _C.random_start_l2
+def _plan_random_start(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., None] | None]:
+    """The planner of the kernels `name`_linf and `name`_l2 for tensors on `device`."""
 
-    def kernel(
+    def planner(
         adv: Tensor,
         clean: Tensor,
         eps: Tensor,
@@ -232,21 +253,42 @@ def _plan_random_start(
         norm: str,
         lower: float = 0.0,
         upper: float = 1.0,
-    ) -> None:
-        eps, sample_ids = eps.float().contiguous(), sample_ids.contiguous()
-        run(
-            layout, adv.data_ptr(), clean.data_ptr(), eps.data_ptr(), sample_ids.data_ptr(), seed,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        torch.autograd.graph.increment_version([adv])
+    ) -> Callable[..., None] | None:
+        layout = layout_of(adv, clean, lower=lower, upper=upper) if adv.device.type == device else None
+        if layout is None:
+            return None
+        run = launcher(f"{name}_{norm}", layout, adv.device, norm == "l2")
+        if run is None:
+            return None
 
-    return kernel
+        def kernel(
+            adv: Tensor,
+            clean: Tensor,
+            eps: Tensor,
+            sample_ids: Tensor,
+            seed: int,
+            norm: str,
+            lower: float = 0.0,
+            upper: float = 1.0,
+        ) -> None:
+            eps, sample_ids = eps.float().contiguous(), sample_ids.contiguous()
+            run(adv.data_ptr(), clean.data_ptr(), eps.data_ptr(), sample_ids.data_ptr(), seed)
+            torch.autograd.graph.increment_version([adv])
+
+        return kernel
+
+    return planner
 
 
-KERNELS: dict[str, Callable[..., Callable[..., Any] | None]] = {
-    "pgd_linf_step_": _plan_pgd("pgd_linf_step"),
-    "pgd_l2_step_": _plan_pgd("pgd_l2_step"),
-    "apgd_linf_step_": _plan_apgd("apgd_linf_step"),
-    "apgd_l2_step_": _plan_apgd("apgd_l2_step"),
-    "random_start_": _plan_random_start,
-}
+def planners(launcher: Launcher, device: str, prefix: str = "") -> dict[str, Callable[..., Callable[..., Any] | None]]:
+    """For each operator the planner of its kernel, whose name in the extension starts with `prefix`."""
+    return {
+        "pgd_linf_step_": _plan_pgd(prefix + "pgd_linf_step", launcher, device),
+        "pgd_l2_step_": _plan_pgd(prefix + "pgd_l2_step", launcher, device),
+        "apgd_linf_step_": _plan_apgd(prefix + "apgd_linf_step", launcher, device),
+        "apgd_l2_step_": _plan_apgd(prefix + "apgd_l2_step", launcher, device),
+        "random_start_": _plan_random_start(prefix + "random_start", launcher, device),
+    }
+
+
+KERNELS = planners(_launcher, "cpu")

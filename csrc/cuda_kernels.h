@@ -1,0 +1,31 @@
+// The CUDA kernels of the compiled extension, for callers that know nothing of CUDA. Shapes, dtypes and layout were
+// checked by the caller; all addresses are on `device`, and nothing waits or allocates, so that CUDA graphs can record
+// it. Throws std::runtime_error with CUDA's own message.
+#pragma once
+
+#include <string>
+
+#include "step.h"
+
+namespace cmai_fast::cuda {
+
+using Address = std::uintptr_t;
+
+// Doubles that a step asks for as `scratch`, other than pgd_linf_step without velocity, apgd_linf_step and
+// random_start_linf, which need none.
+int64_t scratch_size(const Layout& layout);
+
+// Whether one launch reaches all of a batch, and 32 bits the channels of a row.
+bool carries(const Layout& layout);
+
+void pgd_linf_step(const PgdStep& args, Address scratch, int device, Address stream);
+void pgd_l2_step(const PgdStep& args, Address scratch, int device, Address stream);
+void apgd_linf_step(const ApgdStep& args, Address scratch, int device, Address stream);
+void apgd_l2_step(const ApgdStep& args, Address scratch, int device, Address stream);
+void random_start_linf(const RandomStart& args, Address scratch, int device, Address stream);
+void random_start_l2(const RandomStart& args, Address scratch, int device, Address stream);
+
+// Empty if a CUDA device can be used, or CUDA's reason why none can.
+std::string no_device();
+
+}  // namespace cmai_fast::cuda
