@@ -113,7 +113,7 @@ def test_explicit_reference_does_not_touch_the_extension(monkeypatch: pytest.Mon
     ("name", "reason"),
     [
         ("cpu", "CMAI_FAST_BACKEND=cpu cannot be had: no compiler was there. Unset it, or choose one of: reference"),
-        ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu, triton"),
+        ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu, cuda, triton"),
     ],
 )
 def test_a_backend_that_cannot_be_had_raises(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
