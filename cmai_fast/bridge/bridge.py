@@ -110,6 +110,10 @@ class Bridge:
         images = rows if images_per_row is None else runs(images_per_row, rows)
         return {k: v[images if k in _PER_IMAGE else rows] for k, v in inputs.items()}
 
+    def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tells the texts of two rows apart: tokens (N, L), and which of them count."""
+        return batch["input_ids"], batch["attention_mask"]
+
     def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """How many tokens of h_v belong to each row (N,), the others being padding; None where all have the same."""
         counts = (batch["input_ids"] == self.model.config.image_token_id).sum(1)

@@ -56,6 +56,9 @@ class DualBridge(Bridge):
         """The labels of `rows`; the texts belong to all of them."""
         return {k: v[rows] if k == "labels" else v for k, v in inputs.items()}
 
+    def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch["labels"][:, None], torch.ones_like(batch["labels"][:, None])
+
     def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         return None
 

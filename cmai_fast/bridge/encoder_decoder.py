@@ -52,6 +52,10 @@ class EncoderDecoderBridge(Bridge):
     def vision_parameters(self) -> list[nn.Parameter]:
         return list(self.model.encoder.parameters())
 
+    def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = self._packed(batch["labels"])
+        return targets, targets != IGNORE
+
     def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         return None
 
