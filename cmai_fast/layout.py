@@ -53,23 +53,26 @@ class Layout:
         pixel_attention_mask: torch.Tensor | None = None,
     ) -> None:
         device, shape = pixel_values.device, tuple(pixel_values.shape)
-        self.patches, self.grids, self.tiles = None, image_grid_thw, 0
+        self.patches: Patches | None = None
+        self.grids, self.tiles = image_grid_thw, 0
         if pixel_values.dim() == 2:
             if image_grid_thw is None or patches is None:
                 raise ValueError(
-                    f"pixel_values have shape {shape}, which are flattened patches; these need image_grid_thw in the batch "
-                    "and patch_size, temporal_patch_size and merge_size of the processor (PixelSpace.from_processor)"
+                    f"pixel_values have shape {shape}: flattened patches, which need image_grid_thw in the batch, and "
+                    "patch_size, temporal_patch_size and merge_size of the processor (PixelSpace.from_processor)"
                 )
             self.patches, self.channels = patches, shape[1] // (patches.temporal * patches.size**2)
             if self.channels * patches.temporal * patches.size**2 != shape[1]:
                 raise ValueError(f"patches have {shape[1]} values; expected channels * {patches}")
             if (image_grid_thw[:, 0] != 1).any():
-                raise ValueError(f"image_grid_thw is {image_grid_thw.tolist()}; expected images, whose first number is 1")
+                raise ValueError(
+                    f"image_grid_thw is {image_grid_thw.tolist()}; expected images, whose first number is 1"
+                )
             units_per_image = image_grid_thw.prod(1).to(device)
             if int(units_per_image.sum()) != len(pixel_values):
                 raise ValueError(
-                    f"image_grid_thw {image_grid_thw.tolist()} makes {int(units_per_image.sum())} patches, pixel_values "
-                    f"have {len(pixel_values)}; give the two that the processor made together"
+                    f"image_grid_thw {image_grid_thw.tolist()} makes {int(units_per_image.sum())} patches, "
+                    f"pixel_values have {len(pixel_values)}; give the two that the processor made together"
                 )
         elif pixel_values.dim() == 5:
             self.tiles = shape[1]
@@ -122,7 +125,9 @@ class Layout:
             size, temporal, _ = self.patches
             copies = pixel_values.reshape(len(pixel_values), self.channels, temporal, size, size)
             if not torch.equal(copies, copies[:, :, :1].expand_as(copies)):
-                raise ValueError("temporal copies of a patch differ: these are frames of a video, and only images are read")
+                raise ValueError(
+                    "temporal copies of a patch differ: these are frames of a video, and only images are read"
+                )
             units = copies[:, :, 0]
         elif self.tiles:
             units = pixel_values[self._tile_is_real(self.units_per_image)]

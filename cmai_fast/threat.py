@@ -103,7 +103,10 @@ class PixelSpace:
         return cls(mean, std, patches)
 
     def to_model(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (N, C, H, W), or units (N, U, C, h, w) of a `Layout`, in [0, 1] to the model's input space, differentiable, same dtype."""
+        """Pixels (N, C, H, W), or units (N, U, C, h, w) of a `Layout`, from [0, 1] to the model's input space.
+
+        Differentiable, same dtype; a layout's `pack` then makes the family's own `pixel_values`.
+        """
         mean, std = self.like(pixels)
         return (pixels - mean) / std
 

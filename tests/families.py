@@ -1,4 +1,4 @@
-"""Every supported family as the smallest random-weight model that is real, with its own image processor, built offline."""
+"""Every supported family: the smallest random-weight model that is real, and its own image processor, built offline."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sample(seed: int, prompt: int, answer: int, *sizes: tuple[int, int]) -> Samp
     return Sample(pictures, tuple(words[:prompt]), tuple(words[prompt:]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """`build()` gives the model, `processor` its image processor; `sizes` are of the pictures of the three samples."""
 
@@ -65,7 +65,8 @@ class Family:
     build: Callable[[], Any]
     processor: Any
     sizes: Sequence[Sequence[tuple[int, int]]] = (((SIZE, SIZE),), ((SIZE, SIZE),), ((SIZE, SIZE),))
-    by_sample: bool = False  # the processor takes nested lists and pads images by sample
+    nested: bool = False  # the processor takes a list of pictures a sample
+    by_sample: bool = False  # and pads images by sample
     extra: Callable[[dict[str, Any], Sequence[Sample]], dict[str, Any]] = field(default=lambda batch, samples: {})
     kind: str = "generative"
     single: bool = False  # a sample is one image, always
@@ -74,20 +75,31 @@ class Family:
         return _random_weights(self.build)
 
     def samples(self) -> list[Sample]:
-        """Three, of different lengths."""
-        return [sample(i, 3 + 2 * i, 1 + i % 2, *sizes) for i, sizes in enumerate(self.sizes)]
+        """Three, of different lengths, with responses that the model itself gives."""
+        return _answered(self)
+
+    def own_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits (N, L', V) and targets (N, L') by the model's own forward, without the bridge."""
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        if self.kind == "dual":
+            return model(**inputs).logits_per_image[:, None], batch["labels"][:, None]
+        if self.kind == "encoder-decoder":
+            return model(**batch).logits, batch["labels"]
+        return model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
 
     def batch(self, model: Any, samples: Sequence[Sample], side: str = "left") -> dict[str, Any]:
         """What the model's own forward takes, with labels."""
         nested = [list(s.pictures) for s in samples]
-        images = nested if self.by_sample else [p for own in nested for p in own]
+        images = nested if self.nested else [p for own in nested for p in own]
         batch = dict(self.processor(images=images, return_tensors="pt"))
         batch = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("num_crops", "num_patches")}
         if self.kind == "dual":
             texts = _pad([[START, *s.prompt, *s.answer, END] for s in samples], [1] * len(samples), "right")
-            return {**batch, **texts, "labels": torch.arange(len(samples))}
+            with torch.no_grad():
+                own = model(**batch, **{k: v for k, v in texts.items() if k != "labels"}).logits_per_image
+            return {**batch, **texts, "labels": own.argmax(1)}
         if self.kind == "encoder-decoder":
-            rows = [[*s.answer, *s.prompt, END] for s in samples]
+            rows = [[*s.prompt, *s.answer] for s in samples]
             return {**batch, "labels": _pad(rows, [len(r) for r in rows], side)["labels"]}
         return {**batch, **self.extra(batch, samples), **self._text(model, batch, samples, side)}
 
@@ -138,7 +150,25 @@ def _random_weights(build: Callable[[], Any]) -> Any:
         for p in model.parameters():
             if p.dim() > 1:
                 p.data.normal_(0, p[0].numel() ** -0.5)
+        if head := model.get_output_embeddings():
+            head.weight.data[:10] = 0  # no answer is a special token
     return model
+
+
+@functools.cache
+def _answered(family: Family) -> list[Sample]:
+    model, found = family.model(), []
+    for i, sizes in enumerate(family.sizes):
+        s = sample(i, 3 + 2 * i, 1 + i % 2, *sizes)
+        if family.kind == "encoder-decoder":
+            s = Sample(s.pictures, (), (*s.prompt, *s.answer))
+        for k in range(len(s.answer) if family.kind != "dual" else 0):
+            with torch.no_grad():
+                logits, targets = family.own_forward(model, family.batch(model, [s], side="right"))
+            token = int(logits[0][targets[0] != -100][k].argmax())
+            s = Sample(s.pictures, s.prompt, (*s.answer[:k], token, *s.answer[k + 1 :]))
+        found.append(s)
+    return found
 
 
 def _siglip(**kwargs: Any) -> Any:
@@ -337,7 +367,7 @@ _SPLITS = {
 
 _SEVERAL = (((SIZE, SIZE),), ((SIZE, SIZE), (SIZE, SIZE)), ((SIZE, SIZE),))
 _SIZES = (((40, 60),), ((64, 32), (32, 32)), ((33, 64),))
-_GRIDS = (((32, 48),), ((64, 32), (32, 32)), ((48, 64),))
+_GRIDS = (((32, 48),), ((64, 32), (32, 32)), ((48, 48),))
 
 
 def _instruction(batch: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
@@ -350,7 +380,9 @@ FAMILIES = [
     Family(
         "LLaVA-NeXT",
         _llava_next,
-        tf.LlavaNextImageProcessorPil(**_TILED, size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
+        tf.LlavaNextImageProcessorPil(
+            **_TILED, size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+        ),
         _SIZES,
     ),
     Family(
@@ -358,13 +390,13 @@ FAMILIES = [
         _llava_onevision,
         tf.LlavaOnevisionImageProcessorPil(**_TILED, size={"height": SIZE, "width": SIZE}),
         _SIZES,
-        extra=lambda batch, samples: {"batch_num_images": torch.tensor([len(s.pictures) for s in samples])},
+        nested=True,
     ),
     Family("Qwen2-VL", _qwen2_vl, _QWEN_PIL, _GRIDS),
     Family("Qwen2.5-VL", _qwen2_5_vl, _QWEN_PIL, _GRIDS),
     Family("Qwen3-VL", _qwen3_vl, _QWEN_PIL, _GRIDS),
-    Family("SmolVLM", _smolvlm, tf.SmolVLMImageProcessorPil(**_SPLITS), _SIZES, by_sample=True),
-    Family("Idefics3", _idefics3, tf.Idefics3ImageProcessorPil(**_SPLITS), _SIZES, by_sample=True),
+    Family("SmolVLM", _smolvlm, tf.SmolVLMImageProcessorPil(**_SPLITS), _SIZES, nested=True, by_sample=True),
+    Family("Idefics3", _idefics3, tf.Idefics3ImageProcessorPil(**_SPLITS), _SIZES, nested=True, by_sample=True),
     Family("PaliGemma", _paligemma, tf.SiglipImageProcessorPil(**_SQUARE), _SEVERAL),
     Family("Gemma 3", _gemma3, tf.Gemma3ImageProcessorPil(**_SQUARE), _SEVERAL),
     Family("InternVL", _internvl, tf.GotOcr2ImageProcessorPil(**_SQUARE), _SEVERAL),

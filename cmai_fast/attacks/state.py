@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from cmai_fast.threat import ThreatModel, check_pixels
 class AttackResult:
     """Adversarial images of a batch.
 
-    adv: (N, C, H, W), or units of the objective's layout, float32 (float64 where `clean` was) in [0, 1], inside the ball.
+    adv: like `clean`, (N, C, H, W) or units of a `Layout`, float32 (float64 where it was) in [0, 1], inside the ball.
     fooled: (N,) bool: the model's response to `adv` is not the label. A sample that was wrong when untouched is fooled
         by its clean image, which is then `adv`.
     loss: (N,) alpha * L_task - beta * S_c at `adv`.
@@ -84,7 +83,14 @@ def prepare(
 
 
 def random_start(
-    objective: Objective, adv: Tensor, clean: Tensor, eps: Tensor, sample_ids: Tensor, rows: Tensor, seed: int, norm: str
+    objective: Objective,
+    adv: Tensor,
+    clean: Tensor,
+    eps: Tensor,
+    sample_ids: Tensor,
+    rows: Tensor,
+    seed: int,
+    norm: str,
 ) -> None:
     """`ops.random_start_` for `rows` (n,) of the batch, on the pixels that belong to them.
 

@@ -21,7 +21,14 @@ from cmai_fast.layout import runs
 IGNORE = -100
 _PER_IMAGE = ("image_sizes", "image_grid_thw")
 # What `fuse` decides itself, or what stands for the same as something else in the batch.
-_NOT_FROM_BATCH = {"pixel_values", "mm_encoder_outputs", "position_ids", "inputs_embeds", "past_key_values", "use_cache"}
+_NOT_FROM_BATCH = {
+    "pixel_values",
+    "mm_encoder_outputs",
+    "position_ids",
+    "inputs_embeds",
+    "past_key_values",
+    "use_cache",
+}
 
 
 class Bridge:
@@ -60,8 +67,8 @@ class Bridge:
             )
         if not getattr(config, "use_decoder_only_language_model", True):
             raise ValueError(
-                f"{type(model).__name__} cannot be bridged: its language model is an encoder-decoder, which reads labels "
-                "of another length than input_ids. Use a checkpoint with a decoder-only one (OPT, Vicuna)"
+                f"{type(model).__name__} cannot be bridged: its language model is an encoder-decoder, whose labels "
+                "have another length than input_ids. Use a checkpoint with a decoder-only one (OPT, Vicuna)"
             )
         self.model: Any = model
         text = config.get_text_config()
@@ -73,7 +80,7 @@ class Bridge:
         self.text_dim: int = text.hidden_size
         self.image_size: int | None = getattr(vision, "image_size", None)
         self.context: int | None = getattr(text, "max_position_embeddings", None)
-        encoder = inspect.signature(model.get_image_features).parameters
+        encoder = inspect.signature(self.model.get_image_features).parameters  # type: ignore[arg-type]  # a method
         self.image_keys = ("input_ids", *(k for k in encoder if k not in ("pixel_values", "kwargs")))
         self.text_keys = (*self.needs, *(k for k in forward if k not in {*_NOT_FROM_BATCH, *self.needs, "kwargs"}))
 
@@ -82,6 +89,10 @@ class Bridge:
         """The language model without its head."""
         decoder = self.model.get_decoder()
         return getattr(decoder, "base_model", decoder)
+
+    @property
+    def _reads_both_ways(self) -> bool:
+        return bool(getattr(self.text_model.config, "use_bidirectional_attention", False))
 
     @property
     def vision_side(self) -> list[nn.Module]:
@@ -208,6 +219,9 @@ class Bridge:
         length = int(keep.sum(1).max())
         order = keep.to(torch.int8).sort(dim=1, stable=True).indices[:, -length:]
         ids, mask, targets = (t.gather(1, order) for t in (input_ids, keep, labels))
+        if self._reads_both_ways:
+            # A column of padding: without any, its attention leaves the causal mask out and reads the answer ahead.
+            ids, mask, targets = (F.pad(t, (1, 0)) for t in (ids, mask, targets))
         hidden = self.text_model(
             input_ids=ids, attention_mask=mask.long(), position_ids=_positions(mask), use_cache=False
         ).last_hidden_state
@@ -225,20 +239,25 @@ class Bridge:
         """F: h_v and the text to next-token logits where there are labels.
 
         `text_inputs` is what else the family's forward takes: `token_type_ids`, `mm_token_type_ids`, `image_grid_thw`,
-        ... Returns logits (N, L', vocabulary) and targets (N, L'), -100 where a row has no target. L' counts the columns
-        in which any row has a label: logits of the others are never computed.
+        ... Returns logits (N, L', vocabulary) and targets (N, L'), -100 where a row has no target. L' counts the
+        columns in which any row has a label: logits of the others are never computed.
 
         Raises:
             ValueError: a row without labels, a sequence longer than the model's context, or not as many image tokens as
                 features.
         """
         _check_labels(labels)
+        if self._reads_both_ways and "token_type_ids" in self.text_keys and "token_type_ids" not in text_inputs:
+            raise ValueError(
+                f"the batch has no token_type_ids; {type(self.model).__name__} needs them (0: prompt and image, 1: "
+                "response), or it reads the response before it gives it. Its processor makes them"
+            )
         if self.context is not None and input_ids.shape[1] > self.context:
             raise ValueError(
                 f"a sample has {input_ids.shape[1]} tokens with its labels, the model's context is {self.context}; "
                 "shorten the text or use a model with a longer context"
             )
-        body = self._body
+        body: Any = self._body
         rotary = hasattr(body, "get_rope_index")  # positions in time, height and width, which the model counts itself
         deltas = getattr(body, "rope_deltas", None)
         columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
@@ -261,13 +280,15 @@ class Bridge:
     def _crossing(self, image_features: torch.Tensor, input_ids: torch.Tensor) -> _Crossing:
         """What `get_image_features` gave, made again from h_v."""
         counts = (input_ids == self.model.config.image_token_id).sum(1)
-        real = torch.arange(image_features.shape[1], device=counts.device) < counts[:, None]
-        # Padding is zero; features that no token stands for are not.
-        if len(counts) != len(image_features) or counts.max() > real.shape[1] or image_features[~real].any():
+        place = torch.arange(image_features.shape[1], device=counts.device)
+        real = place < counts[:, None]
+        # Padding is zero, features are not (but a caller may blank a whole sample).
+        used = (image_features.detach().any(-1) * (place + 1)).amax(1) if len(place) else counts * 0
+        if len(counts) != len(image_features) or bool(((used != counts) & (used > 0)).any()):
             raise ValueError(
                 f"h_v has {len(image_features)} rows of up to {real.shape[1]} tokens, and input_ids hold "
-                f"{_several(counts.tolist())} image tokens (id {self.model.config.image_token_id}) a sample; expected as "
-                "many tokens as features. Make text and images in one call of the model's own processor"
+                f"{_several(counts.tolist())} image tokens (id {self.model.config.image_token_id}) a sample; expected "
+                "as many tokens as features. Make text and images in one call of the model's own processor"
             )
         first, *deep = image_features[real].chunk(1 + self._deep, dim=-1)
         return _Crossing(_Packed([first]), [[d] for d in deep])
@@ -284,7 +305,7 @@ class _Crossing(ModelOutput):
 
 
 class _Packed(list):
-    """One tensor (tokens, width). Families either concatenate a list of images or move one tensor of them to a device."""
+    """One tensor (tokens, width): some families concatenate a list of images, others move one tensor to a device."""
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self[0][None].to(*args, **kwargs)

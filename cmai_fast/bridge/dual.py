@@ -15,15 +15,15 @@ from cmai_fast.bridge.bridge import Bridge
 class DualBridge(Bridge):
     """The three-part view of a model with `get_image_features`, `get_text_features` and `logit_scale`.
 
-    Such a model has no language-model loss. L_task is what zero-shot classification and attacks on CLIP use (TeCoA, Mao
-    et al. 2023, eq. 3; Robust CLIP, Schlarmann et al. 2024): the cross-entropy of each image against a fixed set of K
+    Such a model has no language-model loss. L_task is that of zero-shot classification and of attacks on CLIP (TeCoA,
+    Mao et al. 2023; Robust CLIP, Schlarmann et al. 2024): the cross-entropy of each image against a fixed set of K
     texts, `labels` (N,) being the place of the right one. Class prompts and the captions of the batch itself
     (`labels = arange(N)`, the image-to-text half of CLIP's own loss) are the two usual sets. SigLIP's bias cancels in
     it, and its verdict is that of the highest score.
 
-    A batch holds `pixel_values` (N, 3, H, W), `labels` (N,), and the texts as `input_ids` and `attention_mask` (K, L) or,
-    so that a fixed set is read once and not at every step of an attack, as `text_embeds` (K, text_dim) from
-    `encode_texts`. h_v is (N, 1, image_dim), before normalisation.
+    A batch holds `pixel_values` (N, 3, H, W), `labels` (N,), and the texts: `input_ids` and `attention_mask` (K, L), or
+    `text_embeds` (K, text_dim) from `encode_texts`, so that a fixed set is read once and not at every step of an
+    attack. h_v is (N, 1, image_dim), before normalisation.
     """
 
     needs = ("labels",)

@@ -29,8 +29,8 @@ class EncoderDecoderBridge(Bridge):
         for name in ("decoder_start_token_id", "pad_token_id"):
             if getattr(config, name, None) is None:
                 raise ValueError(
-                    f"{type(model).__name__} cannot be bridged: its config has no {name}, so labels cannot be turned into "
-                    "the decoder's input; set it"
+                    f"{type(model).__name__} cannot be bridged: its config has no {name}, so labels cannot be turned "
+                    "into the decoder's input; set it"
                 )
         self.model: Any = model
         self.image_dim: int = config.encoder.hidden_size
@@ -95,5 +95,7 @@ class EncoderDecoderBridge(Bridge):
         own = labels != IGNORE
         longest = int(own.sum(1).max())
         if self.context is not None and longest > self.context:
-            raise ValueError(f"a sample has {longest} labels, the decoder's context is {self.context}; shorten the text")
+            raise ValueError(
+                f"a sample has {longest} labels, the decoder's context is {self.context}; shorten the text"
+            )
         return labels.gather(1, (~own).to(torch.int8).sort(dim=1, stable=True).indices)[:, :longest]
