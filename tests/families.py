@@ -304,6 +304,7 @@ def _internvl() -> Any:
 _QFORMER = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "encoder_hidden_size": WIDTH, "vocab_size": VOCABULARY, "cross_attention_frequency": 1,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 
 
@@ -311,6 +312,7 @@ def _blip2() -> Any:
     text = tf.OPTConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=256, word_embed_proj_dim=WIDTH, pad_token_id=PAD,
+        dropout=0.0,
     )  # fmt: skip
     return tf.Blip2ForConditionalGeneration(
         tf.Blip2Config(
@@ -339,7 +341,7 @@ def _vit_gpt2() -> Any:
     encoder = tf.ViTConfig(**VISION)
     decoder = tf.GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=2, n_head=2, bos_token_id=START,
-        eos_token_id=END, pad_token_id=PAD,
+        eos_token_id=END, pad_token_id=PAD, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id = START, PAD
