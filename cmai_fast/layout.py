@@ -77,8 +77,7 @@ class Layout:
         elif pixel_values.dim() == 5:
             self.tiles = shape[1]
             there = pixel_values.detach().flatten(2).any(-1)
-            # At least one, as the models do: a black frame of mean 0 is still a frame.
-            units_per_image = (there * torch.arange(1, shape[1] + 1, device=device)).amax(1).clamp_min(1)
+            units_per_image = (there * torch.arange(1, shape[1] + 1, device=device)).amax(1)
         elif pixel_values.dim() == 4:
             units_per_image = torch.ones(len(pixel_values), dtype=torch.int64, device=device)
         else:
@@ -174,8 +173,7 @@ class Layout:
         for row, own in enumerate(pictures):
             parts = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in own]
             if self.patches is not None:
-                parts = [self._cut(p, g) for p, g in zip(parts, self._grids_of(row), strict=True)]
-                packed.append(torch.cat(parts))
+                packed += [self._cut(p, g) for p, g in zip(parts, self._grids_of(row), strict=True)]
             elif parts:
                 packed.append(torch.stack(parts))
         units = torch.cat(packed).to(self.real.device).float() / 255

@@ -108,7 +108,7 @@ class Family:
         rows = []
         for s in samples:
             row = [START]
-            for _ in s.pictures[:1] if self.by_sample else s.pictures:
+            for _ in (0,) if self.by_sample else s.pictures:
                 row += [IMAGE] * next(runs) + [SEPARATOR]
             rows.append([*row, *s.prompt, *s.answer])
         text = _pad(rows, [len(s.answer) for s in samples], side)

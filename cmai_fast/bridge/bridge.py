@@ -28,6 +28,7 @@ _NOT_FROM_BATCH = {
     "inputs_embeds",
     "past_key_values",
     "use_cache",
+    "logits_to_keep",
 }
 
 

@@ -361,6 +361,22 @@ def test_the_adapter_is_chosen_by_what_a_model_offers():
     assert {f.name: type(bridge_of(f.model())) for f in FAMILIES} == {f.name: kinds[f.kind] for f in FAMILIES}
 
 
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "Qwen3-VL", "SmolVLM", "Gemma 3"])
+def test_a_sample_without_an_image_stays_as_it_is(name):
+    family = by_name(name)
+    model, samples = family.model(), family.samples()
+    batch = family.batch(model, [samples[0], dataclasses.replace(samples[1], pictures=()), samples[2]])
+    objective = Objective(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
+    clean = objective.pixels()
+    result = ATTACKS["pgd"](objective, clean, L2, steps=3)
+    with torch.no_grad():
+        text_only = objective(objective.space.to_model(clean)).loss[1]
+    assert torch.equal(result.adv[1], clean[1]) and not torch.equal(result.adv[2], clean[2])
+    torch.testing.assert_close(result.loss[1], text_only, rtol=1e-4, atol=1e-5)
+    again = objective.from_pictures(objective.pictures(clean))
+    assert torch.equal(again, clean)
+
+
 def test_losses_are_summed_and_never_averaged():
     """Twice the same samples: each has the gradient that it has in a batch of its own."""
     for name in ("Qwen3-VL", "CLIP"):
