@@ -248,11 +248,14 @@ class Bridge:
                 features.
         """
         _check_labels(labels)
-        if self._reads_both_ways and "token_type_ids" in self.text_keys and "token_type_ids" not in text_inputs:
-            raise ValueError(
-                f"the batch has no token_type_ids; {type(self.model).__name__} needs them (0: prompt and image, 1: "
-                "response), or it reads the response before it gives it. Its processor makes them"
-            )
+        if self._reads_both_ways and "token_type_ids" in self.text_keys:
+            kinds = text_inputs.get("token_type_ids")
+            if kinds is None or bool((kinds[labels != IGNORE] == 0).any()):
+                what = "has no token_type_ids" if kinds is None else "has labels where token_type_ids is 0"
+                raise ValueError(
+                    f"the batch {what}; {type(self.model).__name__} reads ahead where they are 0 (prompt and image), and "
+                    "must not in the response, where they are 1. Give the response to its processor as suffix"
+                )
         if self.context is not None and input_ids.shape[1] > self.context:
             raise ValueError(
                 f"a sample has {input_ids.shape[1]} tokens with its labels, the model's context is {self.context}; "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 from cmai_fast.attacks import ATTACKS, Objective
@@ -277,7 +278,9 @@ def test_images_that_cannot_be_shared_out_are_named():
 def test_a_model_that_reads_both_ways_must_be_told_what_the_response_is():
     objective = objective_of(by_name("PaliGemma"))
     features = objective.encode(objective.space.to_model(objective.pixels()))
-    del objective.batch["token_type_ids"]
+    kinds = objective.batch.pop("token_type_ids")
+    with pytest.raises(ValueError, match="has labels where token_type_ids is 0"):
+        objective.bridge.fuse(features, **objective.batch, token_type_ids=0 * kinds)
     with pytest.raises(ValueError, match="the batch has no token_type_ids"):
         objective.bridge.fuse(features, **objective.batch)
 
@@ -350,6 +353,13 @@ def test_a_model_is_refused_by_the_piece_it_lacks():
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="its config has no decoder_start_token_id"):
         bridge_of(model)
+    with torch.device("meta"):
+        small = {"num_hidden_layers": 1, "cross_attention_layers": [0]}
+        mllama = tf.MllamaForConditionalGeneration(
+            tf.MllamaConfig(text_config=tf.models.mllama.MllamaTextConfig(**small))
+        )
+    with pytest.raises(ValueError, match=r"no get_image_features, no forward\(mm_encoder_outputs=\.\.\.\)"):
+        bridge_of(mllama)
     blip = copy.deepcopy(by_name("BLIP-2").model())
     blip.config.use_decoder_only_language_model = False
     with pytest.raises(ValueError, match="its language model is an encoder-decoder"):
