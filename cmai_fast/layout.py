@@ -123,7 +123,7 @@ class Layout:
         if self.patches is not None:
             size, temporal, _ = self.patches
             copies = pixel_values.reshape(len(pixel_values), self.channels, temporal, size, size)
-            if not torch.equal(copies, copies[:, :, :1].expand_as(copies)):
+            if ((copies != copies[:, :, :1]) & copies.isfinite()).any():
                 raise ValueError(
                     "temporal copies of a patch differ: these are frames of a video, and only images are read"
                 )
@@ -134,9 +134,19 @@ class Layout:
         padded[self.real] = units
         return padded
 
+    def check(self, units: torch.Tensor, rows: int | None = None) -> None:
+        """Raises ValueError where these are no units of this batch, or of that many rows of it."""
+        expected = (len(self.real) if rows is None else rows, self.real.shape[1])
+        if units.dim() != 5 or tuple(units.shape[:2]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(units.shape)}; this batch has samples of up to {expected[1]} images, tiles "
+                f"or patches, ({expected[0]}, {expected[1]}, C, h, w). Take them from Objective.pixels()"
+            )
+
     def pack(self, units: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Units (n, U, C, h, w) of `rows` (None: all), in the model's input space, to their `pixel_values`."""
         real = self.real if rows is None else self.real[rows]
+        self.check(units, len(real))
         if self.mask is not None:
             units = self.only(units, rows)
         own = units[real]

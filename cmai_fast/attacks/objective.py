@@ -95,10 +95,12 @@ class Objective:
     def layout(self) -> Layout | None:
         """Where each sample's pixels lie in the batch's `pixel_values`; None: a sample is one image (C, H, W)."""
         values = self._pixel_values
-        if values is None or values.dim() not in (2, 4, 5):
+        if values is None:
             return None
+        if values.dim() not in (2, 4, 5):
+            return Layout(values)  # which says what is wrong
         images = None
-        if values.dim() != 5 or "image_sizes" in self._image:  # else (N, images, ...), by sample already
+        if values.dim() != 5 or "image_sizes" in self.bridge.image_keys:  # else (N, images, ...), by sample already
             images = self.bridge.images_per_row(values, **self._image)
             if values.dim() == 4 and bool((images == 1).all()):
                 return None

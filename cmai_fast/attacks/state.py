@@ -69,11 +69,8 @@ def prepare(
     # A copy made outside inference mode, so that attacks also work on tensors that were created in it. Rounding may
     # have left a pixel at 1.0000001, which an untouched sample would otherwise give back.
     clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32)).clamp(0, 1).contiguous()
-    if objective.layout is not None and clean.shape[:2] != objective.layout.real.shape:
-        raise ValueError(
-            f"images have shape {tuple(clean.shape)}; this batch has samples of up to {objective.layout.real.shape[1]} "
-            "images, tiles or patches, (N, U, C, h, w). Take them from Objective.pixels()"
-        )
+    if objective.layout is not None and len(clean):
+        objective.layout.check(clean)
     if sample_ids is None:
         sample_ids = torch.arange(len(clean), device=clean.device)
     elif sample_ids.shape != (len(clean),):

@@ -82,6 +82,7 @@ class Bridge:
         self.image_size: int | None = getattr(vision, "image_size", None)
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         encoder = inspect.signature(self.model.get_image_features).parameters  # type: ignore[arg-type]  # a method
+        self._required = [k for k, p in encoder.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         self.image_keys = ("input_ids", *(k for k in encoder if k not in ("pixel_values", "kwargs")))
         self.text_keys = (*self.needs, *(k for k in forward if k not in {*_NOT_FROM_BATCH, *self.needs, "kwargs"}))
 
@@ -198,6 +199,12 @@ class Bridge:
 
     def _encode(self, pixel_values: torch.Tensor, **image_inputs: Any) -> list[torch.Tensor]:
         """Features (T_i, image_dim) of each image."""
+        required = ["image_grid_thw"] if pixel_values.dim() == 2 else self._required
+        if missing := [k for k in required if k != "pixel_values" and image_inputs.get(k) is None]:
+            raise ValueError(
+                f"the batch has no {', no '.join(missing)}, which {type(self.model).__name__} needs to read images; "
+                "pass on all that its processor makes"
+            )
         output = self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **image_inputs)
         deep = getattr(output, "deepstack_features", None) or ()
         return [torch.cat(parts, -1) if deep else parts[0] for parts in zip(output.pooler_output, *deep, strict=True)]
@@ -253,8 +260,8 @@ class Bridge:
             if kinds is None or bool((kinds[labels != IGNORE] == 0).any()):
                 what = "has no token_type_ids" if kinds is None else "has labels where token_type_ids is 0"
                 raise ValueError(
-                    f"the batch {what}; {type(self.model).__name__} reads ahead where they are 0 (prompt and image), and "
-                    "must not in the response, where they are 1. Give the response to its processor as suffix"
+                    f"the batch {what}; {type(self.model).__name__} reads ahead where they are 0 (prompt and image), "
+                    "and must not in the response, where they are 1. Give the response to its processor as suffix"
                 )
         if self.context is not None and input_ids.shape[1] > self.context:
             raise ValueError(

@@ -263,6 +263,50 @@ def test_pixels_of_another_form_are_refused():
     objective = objective_of(by_name("Qwen2-VL"))
     with pytest.raises(ValueError, match=r"Take them from Objective.pixels\(\)"):
         maximise(objective, torch.rand(3, 3, 32, 32), LINF, "pgd", steps=1)
+    with pytest.raises(ValueError, match=r"images have shape \(2, 48, 3, 8, 8\); .* \(3, 48, C, h, w\)"):
+        objective.inputs(objective.pixels()[:2])
+    for name in ("LLaVA", "CLIP"):
+        family = by_name(name)
+        batch = {**family.batch(family.model(), family.samples()), "pixel_values": torch.zeros(3, 32, 32)}
+        with pytest.raises(ValueError, match="expected images, tiles or flattened patches"):
+            Objective(bridge_of(family.model()), objective.space, batch).pixels()
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [("LLaVA-NeXT", "image_sizes"), ("Qwen3-VL", "image_grid_thw"), ("InstructBLIP", "qformer_input_ids")],
+)
+def test_a_key_that_the_processor_made_and_the_batch_lost_is_named(name, key):
+    family = by_name(name)
+    batch = family.batch(family.model(), family.samples())
+    del batch[key]
+    objective = Objective(bridge_of(family.model()), PixelSpace.from_processor(family.processor), batch)
+    with pytest.raises(ValueError, match=f"the batch has no {key}, which {type(family.model()).__name__} needs"):
+        maximise(objective, objective.pixels(), LINF, "pgd", steps=1)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "Qwen2-VL", "SmolVLM", "CLIP"])
+def test_pixel_values_that_are_no_images_are_named(name):
+    family = by_name(name)
+    batch = family.batch(family.model(), family.samples())
+    for values, said in (
+        (batch["pixel_values"] * torch.nan, "holds NaN or infinite pixels"),
+        (batch["pixel_values"] * 255, "not normalised by this mean and std"),
+    ):
+        bad = Objective(
+            bridge_of(family.model()), PixelSpace.from_processor(family.processor), {**batch, "pixel_values": values}
+        )
+        with pytest.raises(ValueError, match=said):
+            bad.pixels()
+
+
+@every_family
+def test_half_precision_models_are_attacked_in_float32(family):
+    objective = objective_of(family, model=copy.deepcopy(family.model()).bfloat16())
+    clean = objective.pixels()
+    for solver in ("pgd", "bridge"):
+        adv = maximise(objective, clean, LINF, solver, steps=2, refreshes=1).adv
+        assert adv.dtype == torch.float32 and 0 < (adv - clean).abs().max() <= LINF.eps * (1 + 1e-6)
 
 
 def test_images_that_cannot_be_shared_out_are_named():
