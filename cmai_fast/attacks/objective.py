@@ -145,6 +145,8 @@ class Objective:
 
     def encode(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
         """h_v of images in the model's input space that belong to `rows` (n,) of the batch (None: all)."""
+        if self.layout is None and set(self._image) <= {"input_ids"}:
+            return self.bridge.encode_image(model_input)  # one image a sample: nothing to share out
         return self.bridge.encode_image(self._pack(model_input, rows), **self.rows(self._image, rows))
 
     @contextmanager

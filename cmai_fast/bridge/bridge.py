@@ -293,9 +293,11 @@ class Bridge:
         counts = (input_ids == self.model.config.image_token_id).sum(1)
         place = torch.arange(image_features.shape[1], device=counts.device)
         real = place < counts[:, None]
-        # Padding is zero, features are not (but a caller may blank a whole sample).
+        # Padding is zero and features are not, so a token too many shows in a row with padding, too. A row without any
+        # may hold zeros, and so may a whole sample: a caller may blank them.
         used = (image_features.detach().any(-1) * (place + 1)).amax(1) if len(place) else counts * 0
-        if len(counts) != len(image_features) or bool(((used != counts) & (used > 0)).any()):
+        wrong = (used > counts) | (counts > len(place)) | ((used > 0) & (used < counts) & (counts < len(place)))
+        if len(counts) != len(image_features) or bool(wrong.any()):
             raise ValueError(
                 f"h_v has {len(image_features)} rows of up to {real.shape[1]} tokens, and input_ids hold "
                 f"{_several(counts.tolist())} image tokens (id {self.model.config.image_token_id}) a sample; expected "

@@ -233,6 +233,17 @@ def test_an_image_token_too_few_or_too_many_is_named(family):
             bridge.fuse(features, **{**text, "input_ids": ids})
 
 
+def test_features_may_be_blanked():
+    objective = objective_of(by_name("Gemma 3"))
+    with torch.no_grad():
+        features = objective.encode(objective.space.to_model(objective.pixels()))
+        plain = task_loss(*objective.bridge.fuse(features, **objective.batch))
+        features[0] = 0
+        features[1, -1] = 0
+        blanked = task_loss(*objective.bridge.fuse(features, **objective.batch))
+    assert ((blanked - plain).abs() > 1e-4).tolist() == [True, True, False]
+
+
 @every_family
 def test_a_sample_without_a_target_is_named(family):
     objective = objective_of(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ from cmai_fast.mbat import MBATConfig, MBATTrainer
 from families import FAMILIES, Family
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+
+
+@pytest.fixture(autouse=True)
+def _own_randomness() -> Iterator[None]:
+    with torch.random.fork_rng():  # a Trainer seeds the global generator
+        yield
 
 
 class Samples(Dataset):
