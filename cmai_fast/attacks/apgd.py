@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.attacks.objective import Objective, Passes
-from cmai_fast.attacks.state import AttackResult, Best, prepare
+from cmai_fast.attacks.state import AttackResult, Best, geometry, prepare, random_start
 from cmai_fast.threat import ThreatModel
 
 _MOMENTUM = 0.75
@@ -80,10 +80,10 @@ class _Run:
     ) -> None:
         self.objective, self.best, self.early_stop = objective, best, early_stop
         self.step = ops.apgd_linf_step_ if threat.norm == "linf" else ops.apgd_l2_step_
-        self.mean, self.std = objective.space.mean.to(clean), objective.space.std.to(clean)
+        self.space = geometry(objective, clean)
         self.rows, self.clean, self.eps = rows, clean[rows], eps[rows]
         self.adv = torch.empty_like(self.clean)
-        ops.random_start_(self.adv, self.clean, self.eps, sample_ids[rows], seed, threat.norm)
+        random_start(objective, self.adv, self.clean, self.eps, sample_ids[rows], rows, seed, threat.norm)
         self.previous = self.adv.clone()
         self.model_input = objective.space.to_model(self.adv)
         self.size = 2 * self.eps
@@ -106,7 +106,7 @@ class _Run:
             return
         keep = self.right
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name not in ("mean", "std"):
+            if isinstance(value, Tensor):
                 setattr(self, name, value[keep])
 
     def ascend(self, steps: int) -> None:
@@ -119,7 +119,7 @@ class _Run:
             self.step(
                 self.adv, self.previous, self.grad, self.top_adv, self.top_grad, self.clean, self.eps, self.size,
                 self.improved, self.restart, _MOMENTUM if k else 1.0, model_input=self.model_input, nonfinite=bad,
-                mean=self.mean, std=self.std,
+                **self.space,
             )  # fmt: skip
             self.best.nonfinite[self.rows] += bad
             self.previous, self.adv = self.adv, self.previous

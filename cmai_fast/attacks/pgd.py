@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.attacks.objective import Objective, Passes
-from cmai_fast.attacks.state import AttackResult, Best, prepare
+from cmai_fast.attacks.state import AttackResult, Best, geometry, prepare, random_start
 from cmai_fast.threat import ThreatModel
 
 
@@ -29,7 +29,7 @@ def pgd(
 
     Args:
         objective: what is maximised.
-        clean: (N, C, H, W) pixels in [0, 1].
+        clean: (N, C, H, W) pixels in [0, 1], or what `objective.pixels` gives.
         threat: the ball.
         steps: gradient steps a restart; 0 tries the random start alone.
         step_size: of every step, in the [0, 1] pixel range; None: falling linearly from 2 * eps to 0. On
@@ -92,11 +92,11 @@ def _ascend(
 ) -> None:
     """One restart over `rows`; what it finds goes to `best`. The batch holds only rows that are not yet fooled."""
     step = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
-    mean, std = objective.space.mean.to(clean), objective.space.std.to(clean)
+    space = geometry(objective, clean)
     origin = clean[rows]
     adv = origin.clone()
     if start is not None:
-        ops.random_start_(adv, origin, eps[rows], start[1][rows], start[0], threat.norm)
+        random_start(objective, adv, origin, eps[rows], start[1][rows], rows, start[0], threat.norm)
     model_input = objective.space.to_model(adv)
     velocity = torch.zeros_like(adv) if decay else None
     radius = eps[rows]
@@ -115,7 +115,7 @@ def _ascend(
         bad = torch.zeros_like(rows)
         step(
             adv, grad, origin, radius, torch.full_like(radius, size), model_input=model_input, velocity=velocity,
-            decay=decay, nonfinite=bad, mean=mean, std=std,
+            decay=decay, nonfinite=bad, **space,
         )  # fmt: skip
         best.nonfinite[rows] += bad
     with torch.no_grad():
@@ -164,7 +164,7 @@ def mi_fgsm(
     )  # fmt: skip
     take = (more.fooled & ~first.fooled) | ((more.fooled == first.fooled) & (more.loss > first.loss))
     return AttackResult(
-        torch.where(take.view(-1, 1, 1, 1), more.adv, first.adv),
+        torch.where(take.view(-1, *[1] * (more.adv.dim() - 1)), more.adv, first.adv),
         first.fooled | more.fooled,
         torch.where(take, more.loss, first.loss),
         first.passes + more.passes,

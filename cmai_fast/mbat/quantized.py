@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
+from cmai_fast.bridge import Bridge, bridge_of
+
 
 def quantized_language_model(
     folder: str | Path, bits: int = 4, compute_dtype: torch.dtype = torch.bfloat16
@@ -33,7 +35,7 @@ def quantized_language_model(
 
     Raises:
         ImportError: bitsandbytes is not installed.
-        ValueError: `bits` is neither 4 nor 8, or the model has no language model of its own.
+        ValueError: `bits` is neither 4 nor 8, or the model cannot be bridged.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits}; expected 4 or 8")
@@ -55,9 +57,7 @@ def quantized_language_model(
 
 def _outside_language_model(model: Any) -> list[str]:
     """The names of the largest modules that hold nothing of the language model."""
-    language = getattr(getattr(model, "model", None), "language_model", None)
-    if language is None:
-        raise ValueError(f"{type(model).__name__} has no model.language_model, so there is no part of it to quantise")
+    language = bridge_of(model).text_model
 
     def outside(name: str, module: nn.Module) -> Iterator[str]:
         if module is language:
@@ -76,9 +76,9 @@ def is_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def freeze_language_model(model: Any) -> None:
-    """Sets its parameters and those of the output layer to stay as they are: norms and embeddings too."""
-    parts = (model.model.language_model, model.get_output_embeddings())
+def freeze_language_model(bridge: Bridge) -> None:
+    """Its parameters and those of the output layer stay as they are: norms and embeddings too."""
+    parts = (bridge.text_model, bridge.model.get_output_embeddings())
     for p in (p for part in parts if part is not None for p in part.parameters()):
         p.requires_grad_(False)
 

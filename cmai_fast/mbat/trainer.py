@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import Bridge, frozen, set_recompute, task_loss, unpack
+from cmai_fast.bridge import bridge_of, frozen, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
@@ -33,15 +33,16 @@ class MBATTrainer(Trainer):
     """Drop-in for `Trainer`: the same arguments, plus `heads`.
 
     Args:
-        model: as for `Trainer`; one that `Bridge` supports.
+        model: as for `Trainer`; one that `bridge_of` supports.
         args: an `MBATConfig`.
         processing_class: the model's processor; its mean and std turn `eps` into the model's input space.
         heads: consistency heads to go on with; None makes new ones when beta or gamma needs them.
         Everything else is `Trainer`'s own.
 
-    Batches need `pixel_values`, `input_ids`, `attention_mask`, `labels`; `sample_ids` (N,) names samples for their
-    random starts, `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the
-    contrastive loss (`cmai_fast.data.VQACollator` makes them all).
+    Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
+    `attention_mask`, `labels` and what else its family needs. `sample_ids` (N,) names samples for their random starts,
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the contrastive loss
+    (`cmai_fast.data.VQACollator` makes them all).
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
     with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
@@ -70,7 +71,7 @@ class MBATTrainer(Trainer):
             raise ValueError("model is None; MBATTrainer needs the model itself, not model_init")
         if args.muon and ((kwargs.get("optimizers") or [None])[0] or kwargs.get("optimizer_cls_and_kwargs")):
             raise ValueError("muon is set and an optimizer is given; expected one of the two")
-        self.bridge = Bridge(model)
+        self.bridge = bridge_of(model)
         self.space = PixelSpace.from_processor(processor)
         if heads is None and (args.beta or args.gamma or args.arm):
             with torch.random.fork_rng():
@@ -86,9 +87,9 @@ class MBATTrainer(Trainer):
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
         if args.trainable == "vision":
-            _train_only(model, self.bridge.vision_side)
+            _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
-            freeze_language_model(model)
+            freeze_language_model(self.bridge)
             unpack(model)  # for good: evaluation in mid-training would round the weights a little
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
@@ -156,11 +157,11 @@ class MBATTrainer(Trainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        text = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
+        image, text = self.bridge.inputs(inputs)
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
         args = self.args
         with self.compute_loss_context_manager():
-            features = self.bridge.encode_image(inputs["pixel_values"])
+            features = self.bridge.encode_image(inputs["pixel_values"], **image)
             leaf = features.detach().requires_grad_()
             loss_clean, p = self._clean_branch(leaf, text, share)
             parts = {"loss_clean": loss_clean}
@@ -170,8 +171,10 @@ class MBATTrainer(Trainer):
             adversarial = None
             own, wrong = self._read_texts(inputs, text)
             if args.inner != "none":
-                adv = self._attack(inputs, text, p, own)
-                adversarial = self.bridge.encode_image(self.space.to_model(adv).to(features.dtype))
+                heads = self.heads if self.beta else None
+                objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, own)
+                adv = self._attack(objective, inputs.get("sample_ids"), p)
+                adversarial = objective.encode(self.space.to_model(adv).to(features.dtype))
                 loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
                 self._count(full_forward=1, full_backward=1)
                 remainder = remainder + share * args.lam * loss_adv
@@ -231,16 +234,13 @@ class MBATTrainer(Trainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
-    def _attack(
-        self, inputs: dict[str, Tensor], text: dict[str, Tensor], p: Tensor | None, text_features: Tensor | None = None
-    ) -> Tensor:
-        """Adversarial images (N, C, H, W) in [0, 1], made on the model as it is now, in evaluation mode."""
+    def _attack(self, objective: Objective, sample_ids: Tensor | None, p: Tensor | None) -> Tensor:
+        """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
+        evaluation mode."""
         args = self.args
-        heads = self.heads if self.beta else None
-        objective = Objective(self.bridge, self.space, text, args.alpha, self.beta, heads, text_features)
         result = maximise(
             objective,
-            self.space.to_pixels(inputs["pixel_values"]),
+            objective.pixels(),
             ThreatModel(args.threat.norm, args.eps * self._eps_share()),
             args.inner,
             steps=args.inner_steps,
@@ -248,7 +248,7 @@ class MBATTrainer(Trainer):
             refreshes=args.refreshes,
             bridge_gradient=p,
             seed=args.seed + 7_919 * self.state.global_step,
-            sample_ids=inputs.get("sample_ids", ranks.row_numbers(len(text["labels"]))),
+            sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
         )
         self.passes = self.passes + result.passes
         self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
@@ -279,9 +279,10 @@ class MBATTrainer(Trainer):
         with grad:
             t = heads.project_text(own)
             t_wrong = None if wrong is None else ranks.gather(heads.project_text(wrong))
-            same = same_text(ranks.gather_ragged(packed_text(text["input_ids"], text["attention_mask"]), -1))
+            same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
+            tokens = self.bridge.image_tokens(text)
             views = [clean] if adversarial is None else [clean, adversarial]
-            projected = [heads.project_image(v) for v in views]
+            projected = [heads.project_image(v, tokens) for v in views]
             every_t = ranks.gather(t)
             losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
         return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
@@ -395,8 +396,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
-def _train_only(model: nn.Module, parts: list[nn.Module]) -> None:
-    keep = {p for part in parts for p in part.parameters()}
+def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    keep = set(parameters)
     for p in model.parameters():
         p.requires_grad_(p in keep)
 

@@ -296,6 +296,7 @@ def test_result_does_not_depend_on_the_threads(name: str) -> None:
 # What stands for the images (2, 3, 6, 8) in memory: a view back onto images, and how many runs of channels a row has.
 LAYOUTS = {
     "channels last": (lambda image: image.permute(0, 2, 3, 1), 48),
+    "one unit a row": (lambda image: image.unsqueeze(1), 1),
     "patches of 2 x 4": (lambda image: image.view(2, 3, 3, 2, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 24), 6),
 }
 
