@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cmai_fast.evaluation.experiment import training_batches
 from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
@@ -13,18 +14,23 @@ from cmai_fast.evaluation.subject import Subject
 from cmai_fast.mbat import MBATConfig
 
 SOLVERS: dict[str, dict[str, Any]] = {
+    "bridge R = 0": {"inner": "bridge", "refreshes": 0},
+    "bridge R = 1": {"inner": "bridge", "refreshes": 1},
+    "pgd K = 10": {"inner": "pgd"},
+    "one step": {"inner": "fgsm"},
     "clean": CLEAN_STEP,
-    "fgsm": {"inner": "fgsm"},
-    "bridge-r0": {"inner": "bridge", "refreshes": 0},
-    "bridge-r1": {"inner": "bridge", "refreshes": 1},
-    "pgd-10": {"inner": "pgd"},
 }
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_training_step(benchmark, tmp_path: Path, solver: str) -> None:
-    benchmark.group = "training step, easyvqa-llava, batch 64"
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_training_step(side_by_side, device: torch.device, tmp_path: Path) -> None:
     subject = Subject.load("easyvqa-llava")
     batch = next(training_batches(subject, "easyvqa", 64, 0))
-    _, step = stepper(subject, MBATConfig(output_dir=str(tmp_path), report_to="none"), SOLVERS[solver])
-    benchmark.pedantic(step, args=(batch,), rounds=5, warmup_rounds=1)
+    args = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=device.type == "cpu")
+    steps = {name: stepper(subject, args, changes)[1] for name, changes in SOLVERS.items()}
+    side_by_side(
+        "training step, easyvqa-llava, batch 64",
+        {name: lambda step=step: step(batch) for name, step in steps.items()},
+        device=device,
+        rounds=5,
+    )

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from cmai_fast.arm import ARMSchedule, Decision, Guard
     from cmai_fast.bridge import Bridge
     from cmai_fast.cmcv import ConsistencyHeads
-    from cmai_fast.mbat import MBATConfig, MBATTrainer
+    from cmai_fast.mbat import MBATConfig, MBATTrainer, quantized_language_model
     from cmai_fast.threat import PixelSpace, ThreatModel, parse_eps
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "ThreatModel",
     "__version__",
     "parse_eps",
+    "quantized_language_model",
 ]
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "PixelSpace": "cmai_fast.threat",
     "ThreatModel": "cmai_fast.threat",
     "parse_eps": "cmai_fast.threat",
+    "quantized_language_model": "cmai_fast.mbat",
 }
 
 

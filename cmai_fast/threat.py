@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from cmai_fast.layout import Patches
+
 NORMS = ("linf", "l2")
 
 
@@ -68,19 +70,21 @@ class PixelSpace:
 
     Args:
         mean, std: the processor's, one value a channel, in the [0, 1] range.
+        patches: how the processor flattens images, where it does (Qwen-VL).
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], patches: Patches | None = None) -> None:
         if len(mean) != len(std) or len(mean) == 0:
             raise ValueError(f"mean has {len(mean)} channels and std {len(std)}; expected the same number, at least 1")
         if min(std) <= 0:
             raise ValueError(f"std is {list(std)}; every channel's must be above 0")
         self.mean = torch.tensor(mean, dtype=torch.float32)
         self.std = torch.tensor(std, dtype=torch.float32)
+        self.patches = patches
 
     @classmethod
     def from_processor(cls, processor: Any) -> PixelSpace:
-        """Reads mean and std from a processor or an image processor of `transformers`."""
+        """Reads mean, std and patches from a processor or an image processor of `transformers`."""
         images = getattr(processor, "image_processor", processor)
         mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
         if not getattr(images, "do_normalize", True):
@@ -93,15 +97,21 @@ class PixelSpace:
         scale = getattr(images, "rescale_factor", 1 / 255) if getattr(images, "do_rescale", True) else 1.0
         if abs(scale * 255 - 1) > 1e-6:
             raise ValueError(f"rescale_factor is {scale}; only 1/255, which maps 8-bit images to [0, 1], is supported")
-        return cls(mean, std)
+        patches = None
+        if (temporal := getattr(images, "temporal_patch_size", None)) is not None:
+            patches = Patches(images.patch_size, temporal, getattr(images, "merge_size", 1))
+        return cls(mean, std, patches)
 
     def to_model(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (N, C, H, W) in [0, 1] to the model's input space, differentiable, same dtype."""
+        """Pixels (N, C, H, W), or units (N, U, C, h, w) of a `Layout`, from [0, 1] to the model's input space.
+
+        Differentiable, same dtype; a layout's `pack` then makes the family's own `pixel_values`.
+        """
         mean, std = self.like(pixels)
         return (pixels - mean) / std
 
     def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalised `pixel_values` (N, C, H, W) back to [0, 1]; at least float32.
+        """Normalised `pixel_values` (N, C, H, W), or units of a `Layout`, back to [0, 1]; at least float32.
 
         8-bit images come back on the k/255 grid exactly as float32 gives it, so that "untouched" means equal.
 
@@ -119,7 +129,7 @@ class PixelSpace:
 
     def like(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """mean and std shaped (C, 1, 1), with the dtype and device of `pixels`."""
-        if pixels.dim() != 4 or pixels.shape[1] != len(self.mean):
+        if pixels.dim() not in (4, 5) or pixels.shape[-3] != len(self.mean):
             raise ValueError(
                 f"images have shape {tuple(pixels.shape)}; expected (N, {len(self.mean)}, height, width) for a "
                 f"processor with {len(self.mean)} channels"

@@ -174,7 +174,7 @@ __device__ inline void load(const void* tensor, Type type, const Tile& tile, Raw
   }
 }
 
-#ifdef __CUDACC__  // tests/ops/emulation runs the kernels on the host, and brings its own of these
+#ifdef __CUDACC__  // tests/cuda_emulation runs the kernels on the host, and brings its own of these
 
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t as_bits(float value) { return __float_as_uint(value); }

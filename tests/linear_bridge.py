@@ -6,17 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from cmai_fast.attacks import Objective
+from cmai_fast.bridge import Bridge
 from cmai_fast.threat import PixelSpace
 
 SHAPE = (3, 4, 4)
 SPACE = PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
 
 
-class LinearBridge:
+class LinearBridge(Bridge):
     """Logits (0, <w, x_model> + bias); the label is class 0, so that the loss rises with <w, x_model>."""
 
+    image_keys, text_keys = (), Bridge.needs
+
     def __init__(self, dtype: torch.dtype = torch.float64, bias: float = -8.0) -> None:
-        self.model = nn.Linear(48, 2, dtype=dtype)
+        self.model: nn.Linear = nn.Linear(48, 2, dtype=dtype)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             self.model.weight.zero_()
@@ -25,6 +28,9 @@ class LinearBridge:
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.flatten(1).unsqueeze(1)
+
+    def image_tokens(self, batch: object) -> None:
+        return None
 
     def fuse(
         self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor

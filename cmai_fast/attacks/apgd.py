@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.attacks.objective import Objective, Passes
-from cmai_fast.attacks.state import AttackResult, Best, prepare
+from cmai_fast.attacks.state import AttackResult, Best, geometry, prepare, random_start
 from cmai_fast.threat import ThreatModel
 
 _MOMENTUM = 0.75
@@ -58,7 +58,7 @@ def apgd(
                     break
                 start = seed + 1_000_003 * restart
                 _Run(objective, clean, threat, eps, sample_ids, best, rows, early_stop, start).ascend(steps)
-            return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
+            return best.result(objective.passes)
     finally:
         objective.passes = before + objective.passes
 
@@ -79,23 +79,25 @@ class _Run:
         seed: int,
     ) -> None:
         self.objective, self.best, self.early_stop = objective, best, early_stop
-        self.project = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
-        self.mean, self.std = objective.space.mean.to(clean), objective.space.std.to(clean)
+        self.step = ops.apgd_linf_step_ if threat.norm == "linf" else ops.apgd_l2_step_
+        self.space = geometry(objective, clean)
         self.rows, self.clean, self.eps = rows, clean[rows], eps[rows]
         self.adv = torch.empty_like(self.clean)
-        ops.random_start_(self.adv, self.clean, self.eps, sample_ids[rows], seed, threat.norm)
+        random_start(objective, self.adv, self.clean, self.eps, sample_ids[rows], rows, seed, threat.norm)
         self.previous = self.adv.clone()
+        self.model_input = objective.space.to_model(self.adv)
         self.size = 2 * self.eps
         self.evaluate()
-        n = len(rows)
-        self.top_adv, self.top_grad, self.top_loss = self.adv.clone(), self.grad.clone(), self.loss.clone()
-        self.rises = torch.zeros(n, device=clean.device)
-        self.top_at_check = self.top_loss.clone()
-        self.halved_at_check = torch.zeros(n, dtype=torch.bool, device=clean.device)
+        # What the next step does first: the point it starts from is a row's best so far, or the row goes back there.
+        self.improved, self.restart = torch.ones_like(self.right), torch.zeros_like(self.right)
+        self.top_adv, self.top_grad = torch.empty_like(self.adv), torch.empty_like(self.grad)
+        self.top_loss, self.top_at_check = self.loss, self.loss
+        self.rises = torch.zeros_like(self.loss)
+        self.halved_at_check = torch.zeros_like(self.right)
 
     def evaluate(self) -> None:
         """Loss, gradient and verdict at `adv`; what fools goes to `best`."""
-        self.grad, at = self.objective.gradient(self.objective.space.to_model(self.adv), self.rows)
+        self.grad, at = self.objective.gradient(self.model_input, self.rows)
         self.loss, self.right = at.loss.to(self.adv), at.right
         self.best.offer(self.adv, at, self.rows)
 
@@ -104,7 +106,7 @@ class _Run:
             return
         keep = self.right
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name not in ("mean", "std"):
+            if isinstance(value, Tensor):
                 setattr(self, name, value[keep])
 
     def ascend(self, steps: int) -> None:
@@ -113,21 +115,20 @@ class _Run:
         for k in range(steps):
             if not len(self.rows):
                 return
-            momentum = _MOMENTUM if k else 1.0
-            step = self.adv.clone()
-            self.project(step, self.grad, self.clean, self.eps, self.size, mean=self.mean, std=self.std)
-            following = self.adv + momentum * (step - self.adv) + (1 - momentum) * (self.adv - self.previous)
-            # The combination may leave the ball: projecting is a step of size 0.
-            self.project(
-                following, self.grad, self.clean, self.eps, torch.zeros_like(self.size), mean=self.mean, std=self.std
-            )
-            self.previous, self.adv = self.adv, following
+            bad = torch.zeros_like(self.rows)
+            self.step(
+                self.adv, self.previous, self.grad, self.top_adv, self.top_grad, self.clean, self.eps, self.size,
+                self.improved, self.restart, _MOMENTUM if k else 1.0, model_input=self.model_input, nonfinite=bad,
+                **self.space,
+            )  # fmt: skip
+            self.best.nonfinite[self.rows] += bad
+            self.previous, self.adv = self.adv, self.previous
             old_loss = self.loss
             self.evaluate()
             self.rises += (self.loss > old_loss).to(self.rises)
-            better = self.loss > self.top_loss
-            self.top_adv[better], self.top_grad[better] = self.adv[better], self.grad[better]
-            self.top_loss = torch.where(better, self.loss, self.top_loss)
+            self.improved = self.loss > self.top_loss
+            self.restart = torch.zeros_like(self.improved)
+            self.top_loss = torch.where(self.improved, self.loss, self.top_loss)
             if k + 1 in checks:
                 self.halve(k + 1 - last_check)
                 last_check = k + 1
@@ -138,8 +139,7 @@ class _Run:
         stuck = self.rises < _RHO * steps
         stuck |= ~self.halved_at_check & (self.top_at_check >= self.top_loss)
         self.size = torch.where(stuck, self.size / 2, self.size)
-        self.adv[stuck], self.grad[stuck], self.loss[stuck] = (
-            self.top_adv[stuck], self.top_grad[stuck], self.top_loss[stuck],
-        )  # fmt: skip
-        self.halved_at_check, self.top_at_check = stuck, self.top_loss.clone()
-        self.rises.zero_()
+        self.loss = torch.where(stuck, self.top_loss, self.loss)
+        self.restart = self.halved_at_check = stuck
+        self.top_at_check = self.top_loss
+        self.rises = torch.zeros_like(self.loss)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen, is_right, patches_by_matmul, task_loss
+from cmai_fast.bridge import Bridge, frozen, is_right, patches_by_matmul, recomputed, task_loss, unpacked
 from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.layout import Layout
 from cmai_fast.threat import PixelSpace
 
 TEXT_KEYS = ("input_ids", "attention_mask", "labels")
@@ -43,10 +46,15 @@ class Evaluation:
 class Objective:
     """alpha * L_task - beta * S_c of images in the model's input space, for a batch of texts and labels.
 
+    Images come as the attack moves them: (N, C, H, W) where a sample is one image, units (N, U, C, h, w) of `layout`
+    where it is several, tiles or patches. `pixels` gives those of the batch, and `inputs` turns attacked ones into what
+    the model's own forward takes.
+
     Args:
-        bridge: of the model under attack.
+        bridge: of the model under attack, from `bridge_of`.
         space: pixels in [0, 1] to the model's input.
-        batch: `input_ids`, `attention_mask`, `labels` (N, L); other keys are ignored.
+        batch: what the model's own forward takes; at least `bridge.needs` (for a generative model `input_ids`,
+            `attention_mask`, `labels`, each (N, L)). Keys that it does not take are ignored.
         alpha, beta: weights; beta != 0 needs `heads`.
         heads: consistency heads. S_c is that of the true response, whose text side no image perturbation moves: it is
             computed once.
@@ -66,24 +74,87 @@ class Objective:
     passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
-        missing = [k for k in TEXT_KEYS if k not in self.batch]
+        needs = self.bridge.needs
+        missing = [k for k in needs if k not in self.batch]
         if missing:
-            raise ValueError(f"the batch has no {', no '.join(missing)}; an attack needs {', '.join(TEXT_KEYS)}")
+            raise ValueError(f"the batch has no {', no '.join(missing)}; an attack needs {', '.join(needs)}")
         if self.beta and self.heads is None:
             raise ValueError(f"beta is {self.beta}, but there are no consistency heads; give heads or set beta to 0")
-        self.batch = {k: self.batch[k] for k in TEXT_KEYS}
-        if len({v.shape for v in self.batch.values()}) > 1:
-            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in self.batch.items())
+        self._pixel_values = self.batch.get("pixel_values")
+        self._image, self.batch = self.bridge.inputs(self.batch)
+        if needs == TEXT_KEYS and len({self.batch[k].shape for k in needs}) > 1:
+            shapes = ", ".join(f"{k} {tuple(self.batch[k].shape)}" for k in needs)
             raise ValueError(f"the batch has {shapes}; expected one shape (N, L) for all three")
         self._text: Tensor | None = None
+        self._tokens = self.bridge.image_tokens(self.batch)
 
     def __len__(self) -> int:
-        return len(self.batch["input_ids"])
+        return len(self.batch["labels"])
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Where each sample's pixels lie in the batch's `pixel_values`; None: a sample is one image (C, H, W)."""
+        values = self._pixel_values
+        if values is None:
+            return None
+        if values.dim() not in (2, 4, 5):
+            return Layout(values)  # which says what is wrong
+        images = None
+        if values.dim() != 5 or "image_sizes" in self.bridge.image_keys:  # else (N, images, ...), by sample already
+            images = self.bridge.images_per_row(values, **self._image)
+            if values.dim() == 4 and bool((images == 1).all()):
+                return None
+        return Layout(
+            values,
+            images,
+            image_grid_thw=self._image.get("image_grid_thw"),
+            patches=self.space.patches,
+            pixel_attention_mask=self._image.get("pixel_attention_mask"),
+        )
+
+    def pixels(self) -> Tensor:
+        """The batch's own images in [0, 1], as attacks take them; at least float32."""
+        if self._pixel_values is None:
+            raise ValueError("the batch has no pixel_values; expected those that the model's processor made")
+        if self.layout is None:
+            return self.space.to_pixels(self._pixel_values)
+        return self.layout.only(self.space.to_pixels(self.layout.unpack(self._pixel_values)))
+
+    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The batch as the model's own forward takes it, with these images in [0, 1] in place of its own."""
+        return {**self._image, **self.batch, "pixel_values": self._pack(self.space.to_model(pixels))}
+
+    def pictures(self, pixels: Tensor) -> list[list[np.ndarray]]:
+        """Images in [0, 1] as 8-bit pictures (H, W, C), for each sample those of its images (or their tiles)."""
+        layout = Layout(pixels) if self.layout is None else self.layout
+        return layout.images(pixels.unsqueeze(1) if self.layout is None else pixels)
+
+    def from_pictures(self, pictures: Sequence[Sequence[np.ndarray]]) -> Tensor:
+        """The reverse of `pictures`: images in [0, 1], as attacks take them."""
+        if self.layout is not None:
+            return self.layout.from_images(pictures)
+        return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for (p,) in pictures])
+
+    def _pack(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
+        return model_input if self.layout is None else self.layout.pack(model_input, rows)
+
+    def rows(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Mapping[str, Tensor]:
+        if rows is None:
+            return inputs
+        return self.bridge.select(inputs, rows, None if self.layout is None else self.layout.images_per_row)
+
+    def encode(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
+        """h_v of images in the model's input space that belong to `rows` (n,) of the batch (None: all)."""
+        if self.layout is None and set(self._image) <= {"input_ids"}:
+            return self.bridge.encode_image(model_input)  # one image a sample: nothing to share out
+        return self.bridge.encode_image(self._pack(model_input, rows), **self.rows(self._image, rows))
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Context in which the model is lent to an attack: frozen, and its patch embedding quick at the pixels."""
-        with patches_by_matmul(self.bridge.model), frozen(self.bridge.model, self.heads):
+        """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, recomputing
+        where it does so in training, and its patch embedding quick at the pixels."""
+        model = self.bridge.model
+        with unpacked(model), recomputed(model), patches_by_matmul(model), frozen(model, self.heads):
             yield
 
     def text_projection(self) -> Tensor:
@@ -101,13 +172,15 @@ class Objective:
         """S_c (n,) of h_v (n, T, image_dim) against the texts of `rows`."""
         assert self.heads is not None
         text = self.text_projection()
-        return self.heads.score(self.heads.project_image(image_features), text if rows is None else text[rows])
+        tokens = self._tokens
+        if rows is not None:
+            text, tokens = text[rows], None if tokens is None else tokens[rows]
+        return self.heads.score(self.heads.project_image(image_features, tokens), text)
 
     def __call__(self, model_input: Tensor, rows: Tensor | None = None) -> Evaluation:
         """Normalised images (n, C, H, W) belonging to `rows` (n,) of the batch (None: all), differentiable."""
-        features = self.bridge.encode_image(model_input)
-        batch = self.batch if rows is None else {k: v[rows] for k, v in self.batch.items()}
-        logits, targets = self.bridge.fuse(features, **batch)
+        features = self.encode(model_input, rows)
+        logits, targets = self.bridge.fuse(features, **self.rows(self.batch, rows))
         self.passes.full_forward += 1
         loss = self.alpha * task_loss(logits, targets)
         score = None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.attacks.objective import Objective, Passes
-from cmai_fast.attacks.state import AttackResult, Best, prepare
+from cmai_fast.attacks.state import AttackResult, Best, geometry, prepare, random_start
 from cmai_fast.threat import ThreatModel
 
 
@@ -29,7 +29,7 @@ def pgd(
 
     Args:
         objective: what is maximised.
-        clean: (N, C, H, W) pixels in [0, 1].
+        clean: (N, C, H, W) pixels in [0, 1], or what `objective.pixels` gives.
         threat: the ball.
         steps: gradient steps a restart; 0 tries the random start alone.
         step_size: of every step, in the [0, 1] pixel range; None: falling linearly from 2 * eps to 0. On
@@ -68,7 +68,7 @@ def pgd(
                     objective, clean, threat, eps, sizes, decay, best, rows.to(clean.device), early_stop,
                     (seed + 1_000_003 * restart, sample_ids) if random_start else None,
                 )  # fmt: skip
-            return AttackResult(best.adv, best.fooled, best.loss, objective.passes)
+            return best.result(objective.passes)
     finally:
         objective.passes = before + objective.passes
 
@@ -92,11 +92,11 @@ def _ascend(
 ) -> None:
     """One restart over `rows`; what it finds goes to `best`. The batch holds only rows that are not yet fooled."""
     step = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
-    mean, std = objective.space.mean.to(clean), objective.space.std.to(clean)
+    space = geometry(objective, clean)
     origin = clean[rows]
     adv = origin.clone()
     if start is not None:
-        ops.random_start_(adv, origin, eps[rows], start[1][rows], start[0], threat.norm)
+        random_start(objective, adv, origin, eps[rows], start[1][rows], rows, start[0], threat.norm)
     model_input = objective.space.to_model(adv)
     velocity = torch.zeros_like(adv) if decay else None
     radius = eps[rows]
@@ -112,12 +112,12 @@ def _ascend(
                 velocity = None if velocity is None else velocity[going]
                 if not len(rows):
                     return
-        if velocity is not None:
-            # The L1 norm is that of the gradient in pixels; the step itself divides by std again where it matters.
-            norm = (grad / std[:, None, None]).abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
-            velocity.mul_(decay).add_(grad / norm.view(-1, *[1] * (grad.dim() - 1)))
-            grad = velocity
-        step(adv, grad, origin, radius, torch.full_like(radius, size), model_input=model_input, mean=mean, std=std)
+        bad = torch.zeros_like(rows)
+        step(
+            adv, grad, origin, radius, torch.full_like(radius, size), model_input=model_input, velocity=velocity,
+            decay=decay, nonfinite=bad, **space,
+        )  # fmt: skip
+        best.nonfinite[rows] += bad
     with torch.no_grad():
         at = objective(model_input, rows)
     best.offer(adv, at, rows)
@@ -164,8 +164,9 @@ def mi_fgsm(
     )  # fmt: skip
     take = (more.fooled & ~first.fooled) | ((more.fooled == first.fooled) & (more.loss > first.loss))
     return AttackResult(
-        torch.where(take.view(-1, 1, 1, 1), more.adv, first.adv),
+        torch.where(take.view(-1, *[1] * (more.adv.dim() - 1)), more.adv, first.adv),
         first.fooled | more.fooled,
         torch.where(take, more.loss, first.loss),
         first.passes + more.passes,
+        first.nonfinite + more.nonfinite,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from cmai_fast.bridge import Bridge, frozen
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
-from cmai_fast.cmcv.loss import contrastive_loss, same_text
+from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
 
 
 def fit_heads(
@@ -34,18 +34,18 @@ def fit_heads(
         heads.train()
         for step in range(steps):
             batch = next(batches)
-            text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+            images, text = bridge.inputs(batch)
             wrong = {k: batch[f"negative_{k}"] for k in text if f"negative_{k}" in batch}
             with torch.no_grad():
-                image = bridge.encode_image(batch["pixel_values"])
+                image = bridge.encode_image(batch["pixel_values"], **images)
                 own = bridge.encode_text(**text)
                 other = bridge.encode_text(**wrong) if wrong else None
             loss = contrastive_loss(
                 heads,
-                heads.project_image(image),
+                heads.project_image(image, bridge.image_tokens(text)),
                 heads.project_text(own),
                 None if other is None else heads.project_text(other),
-                same_text=same_text(text["input_ids"], text["attention_mask"]),
+                same_text=same_text(packed_text(*bridge.own_texts(text))),
             )
             optimizer.zero_grad()
             loss.backward()

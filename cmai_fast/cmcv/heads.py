@@ -53,10 +53,17 @@ class ConsistencyHeads(nn.Module):
         """1 / temperature, 0-d, at most 100; differentiable."""
         return self.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
 
-    def project_image(self, image_features: Tensor) -> Tensor:
-        """h_v (N, T, image_dim), any float dtype -> (N, dim) in the heads' dtype, not normalised."""
+    def project_image(self, image_features: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """h_v (N, T, image_dim), any float dtype -> (N, dim) in the heads' dtype, not normalised.
+
+        `tokens` (N,), as `Bridge.image_tokens`: how many of each row's T count, the others being padding; None: all.
+        """
         self._check(image_features, 3, "image_dim", "(N, T, image_dim)")
-        return self.image_out(self.image_tokens(image_features.to(self.logit_scale.dtype)).mean(1))
+        hidden = self.image_tokens(image_features.to(self.logit_scale.dtype))
+        if tokens is None:
+            return self.image_out(hidden.mean(1))
+        real = torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]
+        return self.image_out((hidden * real[:, :, None]).sum(1) / tokens[:, None].clamp_min(1))
 
     def project_text(self, text_features: Tensor) -> Tensor:
         """h_t (N, text_dim), any float dtype -> (N, dim) in the heads' dtype, not normalised."""
@@ -120,7 +127,7 @@ class ConsistencyHeads(nn.Module):
                 "interrupted; save the heads again"
             )
         try:
-            heads.load_state_dict(load(weights))
+            heads.load_state_dict(load(weights), assign=True)  # in the precision of the file
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit {RECORD} ({error}); save the heads again") from error
         return heads.eval(), threshold

@@ -12,10 +12,15 @@ from cmai_fast.cmcv.heads import ConsistencyHeads
 _IN_BATCH_SHARE = 0.2
 
 
-def same_text(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(N, N) bool: rows whose unmasked tokens are the same. input_ids, attention_mask: (N, L), padded on one side."""
-    ids = torch.where(attention_mask.bool(), input_ids, -1)
-    return (ids[:, None] == ids[None]).all(-1)
+def packed_text(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(N, L) int64: the unmasked tokens of each row, then -1. input_ids, attention_mask: (N, L), padded anywhere."""
+    kept, order = attention_mask.bool().sort(dim=1, descending=True, stable=True)
+    return torch.where(kept, input_ids.gather(1, order), -1)
+
+
+def same_text(packed: Tensor) -> Tensor:
+    """(N, N) bool: rows that hold the same text; packed: (N, L) from `packed_text`."""
+    return (packed[:, None] == packed[None]).all(-1)
 
 
 def contrastive_loss(
@@ -65,7 +70,7 @@ def _in_batch(image: Tensor, text: Tensor, scale: Tensor, same_text: Tensor | No
     """Mean of image -> text and text -> image InfoNCE of normalised (N, dim), 0-d."""
     own = torch.arange(len(image), device=image.device)
     if same_text is None:
-        return (ops.info_nce(image, text, own, scale) + ops.info_nce(text, image, own, scale)) / 2
+        return ops.info_nce(image, text, own, scale, symmetric=True)
     logits = scale * image @ text.T
     if same_text.shape != logits.shape:
         raise ValueError(f"same_text has shape {tuple(same_text.shape)}; expected {tuple(logits.shape)}")

@@ -22,8 +22,8 @@ CLEAN_STEP: dict[str, Any] = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm":
 class SavedActivations:
     """Peak bytes that autograd holds for a backward pass, parameters not counted. Use as a context; then read `peak`.
 
-    A tensor saved by several operations is counted once. On the CPU PyTorch keeps no record of peak memory, and this is
-    what recomputation, frozen weights and batch size act on.
+    A tensor saved by several operations is counted once; what `recompute="selective"` keeps is not seen. On the CPU
+    PyTorch keeps no record of peak memory, and this is what recomputation, frozen weights and batch size act on.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -52,13 +52,14 @@ class AttackSpec:
 
 @dataclass
 class Attacked:
-    """What an attack did to all samples: images (N, C, H, W) in [0, 1], verdicts (N,) bool, price."""
+    """What an attack did to all samples: images (N, C, H, W) in [0, 1], verdicts (N,) bool, price, bad gradients."""
 
     adv: Tensor
     right: np.ndarray
     right_8bit: np.ndarray
     passes: Passes
     seconds: float
+    nonfinite: int = 0
 
 
 @dataclass
@@ -92,7 +93,7 @@ def run_attack(
     progress: bool = False,
 ) -> Attacked:
     """One attack on all samples. Verdicts are also given for the images rounded to 8 bits inside the ball."""
-    start, passes = time.perf_counter(), Passes()
+    start, passes, nonfinite = time.perf_counter(), Passes(), 0
     adv, right, right_8bit = [], [], []
     what = f"{spec.key} at {_eps_text(threat)}"
     for _, batch, clean in batches(subject, samples, batch_size, what, progress):
@@ -101,12 +102,12 @@ def run_attack(
             sample_ids=batch["sample_ids"],
         )  # fmt: skip
         passes = passes + result.passes
+        nonfinite += int(result.nonfinite.sum())
         adv.append(result.adv)
         right.append(~result.fooled)
         right_8bit.append(subject.right(round_to_8bit(result.adv, clean, threat), batch))
-    return Attacked(
-        torch.cat(adv), torch.cat(right).numpy(), torch.cat(right_8bit).numpy(), passes, time.perf_counter() - start
-    )
+    verdicts = torch.cat(right).numpy(), torch.cat(right_8bit).numpy()
+    return Attacked(torch.cat(adv), *verdicts, passes, time.perf_counter() - start, nonfinite)
 
 
 def measure(
@@ -190,6 +191,7 @@ def _attack_record(attacked: Attacked, clean_right: np.ndarray, spec: AttackSpec
         passes = attacked.passes
         record |= {"name": spec.name, "steps": spec.steps, "restarts": spec.restarts}
         record["passes"] = {"forward": passes.full_forward, "backward": passes.full_backward}
+        record["nonfinite_gradients"] = attacked.nonfinite
     return record
 
 

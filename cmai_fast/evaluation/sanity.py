@@ -41,6 +41,7 @@ def sanity_checks(
         checks.append(_more_steps(record, threat))
     if threat.norm == "linf":
         checks.append(_large_eps(subject, few, batch_size, seed, progress))
+    checks.append(_finite_gradients(record))
     checks.append(_noise(subject, samples, measured, threat, batch_size, seed))
     checks.append(_rounding(record))
     if "transfer" in record["attacks"]:
@@ -85,6 +86,12 @@ def _large_eps(subject: Subject, samples: Sequence[Sample], batch_size: int, see
             standing = [s for s, right in zip(standing, attacked.right, strict=True) if right]
     share, names = len(standing) / len(samples), " and ".join(spec.key for spec in specs)
     return _check("nothing survives eps 128/255", share <= 0.05, detail=f"{share:.1%} under {names}, n {len(samples)}")
+
+
+def _finite_gradients(record: dict[str, Any]) -> Check:
+    """A step takes NaN for 0 and stops at infinity: an attack on such gradients is no attack."""
+    bad = sum(attack.get("nonfinite_gradients", 0) for attack in record["attacks"].values())
+    return _check("gradients are finite", bad == 0, detail=f"{bad:,} NaN or infinite elements")
 
 
 def _noise(

@@ -2,6 +2,15 @@
 
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import SOLVERS, InnerResult, maximise
+from cmai_fast.mbat.quantized import quantized_language_model
 from cmai_fast.mbat.trainer import MBATTrainer, last_checkpoint
 
-__all__ = ["SOLVERS", "InnerResult", "MBATConfig", "MBATTrainer", "last_checkpoint", "maximise"]
+__all__ = [
+    "SOLVERS",
+    "InnerResult",
+    "MBATConfig",
+    "MBATTrainer",
+    "last_checkpoint",
+    "maximise",
+    "quantized_language_model",
+]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from cmai_fast.bridge.recompute import MODES
 from cmai_fast.mbat.inner import SOLVERS, refresh_steps
 from cmai_fast.threat import ThreatModel
 
@@ -42,6 +43,10 @@ class MBATConfig(TrainingArguments):
     muon: bool = field(
         default=False, metadata={"help": "Train hidden matrices by Muon, the rest by AdamW; `optim` is not used."}
     )
+    recompute: str = field(
+        default="none",
+        metadata={"help": "Activations computed again instead of kept: none, encoder, selective or full."},
+    )
     heads_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the consistency heads."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Collators of image-text data need them all."})
 
@@ -63,6 +68,8 @@ class MBATConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite weight of at least 0")
+        if self.recompute not in MODES:
+            raise ValueError(f"recompute is {self.recompute!r}; expected one of {', '.join(MODES)}")
         if self.trainable not in ("all", "vision"):
             raise ValueError(f"trainable is {self.trainable!r}; expected all or vision")
         if self.fp16:

@@ -21,7 +21,7 @@ from torch import Tensor
 from cmai_fast import ops
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.attacks.pgd import step_sizes
-from cmai_fast.attacks.state import prepare
+from cmai_fast.attacks.state import geometry, prepare, random_start
 from cmai_fast.bridge import task_loss
 from cmai_fast.threat import ThreatModel
 
@@ -30,11 +30,13 @@ SOLVERS = ("pgd", "bridge", "fgsm")
 
 @dataclass
 class InnerResult:
-    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness`: cos(p used, p fresh) (N,) per refresh."""
+    """`adv` (N, C, H, W) in [0, 1]; `passes` of the model; `staleness`: cos(p used, p fresh) (N,) per refresh;
+    `nonfinite` (N,) int64: NaN and infinite elements in a sample's gradients, as in `AttackResult`."""
 
     adv: Tensor
     passes: Passes
     staleness: list[Tensor]
+    nonfinite: Tensor
 
 
 def refresh_steps(steps: int, refreshes: int) -> set[int]:
@@ -61,7 +63,7 @@ def maximise(
 
     Args:
         objective: alpha * L_task - beta * S_c of the batch.
-        clean: (N, C, H, W) pixels in [0, 1].
+        clean: (N, C, H, W) pixels in [0, 1], or what `objective.pixels` gives.
         threat: the ball.
         solver: `pgd` (exact), `bridge`, or `fgsm` (one step from a random start, Wong et al. 2020).
         steps: K.
@@ -90,8 +92,8 @@ def maximise(
             p = None if bridge_gradient is None else objective.alpha * bridge_gradient.detach()
             if p is None and 0 not in renew:
                 p, _ = _refresh(objective, objective.space.to_model(clean))
-            adv, staleness = _ascend(objective, clean, threat, eps, sizes, renew, p, seed, sample_ids)
-            return InnerResult(adv, objective.passes, staleness)
+            adv, staleness, nonfinite = _ascend(objective, clean, threat, eps, sizes, renew, p, seed, sample_ids)
+            return InnerResult(adv, objective.passes, staleness, nonfinite)
     finally:
         objective.passes = outer_passes + objective.passes
 
@@ -106,11 +108,11 @@ def _ascend(
     p: Tensor | None,
     seed: int,
     sample_ids: Tensor,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     step = ops.pgd_linf_step_ if threat.norm == "linf" else ops.pgd_l2_step_
-    mean, std = objective.space.mean.to(clean), objective.space.std.to(clean)
-    adv, staleness = torch.empty_like(clean), []
-    ops.random_start_(adv, clean, eps, sample_ids, seed, threat.norm)
+    space = geometry(objective, clean)
+    adv, staleness, nonfinite = torch.empty_like(clean), [], torch.zeros_like(sample_ids)
+    random_start(objective, adv, clean, eps, sample_ids, torch.arange(len(clean)), seed, threat.norm)
     model_input = objective.space.to_model(adv)
     for k, size in enumerate(sizes):
         if k in renew:
@@ -121,14 +123,17 @@ def _ascend(
         else:
             assert p is not None
             grad = _vision_gradient(objective, model_input, p)
-        step(adv, grad, clean, eps, torch.full_like(eps, size), model_input=model_input, mean=mean, std=std)
-    return adv, staleness
+        step(
+            adv, grad, clean, eps, torch.full_like(eps, size), model_input=model_input, nonfinite=nonfinite,
+            **space,
+        )  # fmt: skip
+    return adv, staleness, nonfinite
 
 
 def _refresh(objective: Objective, model_input: Tensor) -> tuple[Tensor, Tensor]:
     """A full pass at `model_input`: p = d(alpha * L_task)/d h_v, and the exact gradient at the pixels."""
     leaf = model_input.detach().clone().requires_grad_()
-    features = objective.bridge.encode_image(leaf)
+    features = objective.encode(leaf)
     logits, targets = objective.bridge.fuse(features, **objective.batch)
     # Stops at the bridge, so the graph of the vision side stays for the second half.
     (p,) = torch.autograd.grad(objective.alpha * task_loss(logits, targets).sum(), features)
@@ -147,7 +152,7 @@ def _vision_gradient(objective: Objective, model_input: Tensor, p: Tensor) -> Te
     norm = p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
     p = objective.alpha * p / norm.clamp_min(torch.finfo(p.dtype).tiny)
     leaf = model_input.detach().clone().requires_grad_()
-    features = objective.bridge.encode_image(leaf)
+    features = objective.encode(leaf)
     objective.passes.vision_forward += 1
     objective.passes.vision_backward += 1
     return _pull_back(objective, features, leaf, p)

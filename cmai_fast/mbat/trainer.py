@@ -16,11 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import Bridge, frozen, task_loss
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
+from cmai_fast.bridge import bridge_of, frozen, set_recompute, task_loss, unpack
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.mbat.quantized import freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
@@ -31,15 +33,19 @@ class MBATTrainer(Trainer):
     """Drop-in for `Trainer`: the same arguments, plus `heads`.
 
     Args:
-        model: as for `Trainer`; one that `Bridge` supports.
+        model: as for `Trainer`; one that `bridge_of` supports.
         args: an `MBATConfig`.
         processing_class: the model's processor; its mean and std turn `eps` into the model's input space.
         heads: consistency heads to go on with; None makes new ones when beta or gamma needs them.
         Everything else is `Trainer`'s own.
 
-    Batches need `pixel_values`, `input_ids`, `attention_mask`, `labels`; `sample_ids` (N,) names samples for their
-    random starts, `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the
-    contrastive loss (`cmai_fast.data.VQACollator` makes them all).
+    Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
+    `attention_mask`, `labels` and what else its family needs. `sample_ids` (N,) names samples for their random starts,
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the contrastive loss
+    (`cmai_fast.data.VQACollator` makes them all).
+
+    Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
+    with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
 
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
@@ -65,7 +71,7 @@ class MBATTrainer(Trainer):
             raise ValueError("model is None; MBATTrainer needs the model itself, not model_init")
         if args.muon and ((kwargs.get("optimizers") or [None])[0] or kwargs.get("optimizer_cls_and_kwargs")):
             raise ValueError("muon is set and an optimizer is given; expected one of the two")
-        self.bridge = Bridge(model)
+        self.bridge = bridge_of(model)
         self.space = PixelSpace.from_processor(processor)
         if heads is None and (args.beta or args.gamma or args.arm):
             with torch.random.fork_rng():
@@ -81,14 +87,28 @@ class MBATTrainer(Trainer):
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
         if args.trainable == "vision":
-            _train_only(model, self.bridge.vision_side)
-        super().__init__(model=model, args=args, **kwargs)
-        if args.world_size > 1:
-            raise ValueError(f"world_size is {args.world_size}; MBATTrainer runs in one process for now")
+            _train_only(model, self.bridge.vision_parameters)
+        if is_quantized(model):
+            freeze_language_model(self.bridge)
+            unpack(model)  # for good: evaluation in mid-training would round the weights a little
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: nothing can be trained. A quantised "
+                "vision tower cannot be (see quantized_language_model); a frozen one is set free by requires_grad_()"
+            )
+        set_recompute(model, self.bridge.vision_side, args.recompute)
+        with trainable_in_part(model):
+            super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"the model is to be sharded ({self.accelerator.distributed_type}); MBATTrainer runs in one process or "
+                "with a copy of the model in each (torchrun, accelerate launch without FSDP or DeepSpeed)"
+            )
         # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
         self.model_accepts_loss_kwargs = False
         if self.heads is not None:
             self.heads.to(args.device)
+            ranks.copy_from_first(self.heads.parameters())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
@@ -137,11 +157,11 @@ class MBATTrainer(Trainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        text = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
+        image, text = self.bridge.inputs(inputs)
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
         args = self.args
         with self.compute_loss_context_manager():
-            features = self.bridge.encode_image(inputs["pixel_values"])
+            features = self.bridge.encode_image(inputs["pixel_values"], **image)
             leaf = features.detach().requires_grad_()
             loss_clean, p = self._clean_branch(leaf, text, share)
             parts = {"loss_clean": loss_clean}
@@ -151,8 +171,10 @@ class MBATTrainer(Trainer):
             adversarial = None
             own, wrong = self._read_texts(inputs, text)
             if args.inner != "none":
-                adv = self._attack(inputs, text, p, own)
-                adversarial = self.bridge.encode_image(self.space.to_model(adv).to(features.dtype))
+                heads = self.heads if self.beta else None
+                objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, own)
+                adv = self._attack(objective, inputs.get("sample_ids"), p)
+                adversarial = objective.encode(self.space.to_model(adv).to(features.dtype))
                 loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
                 self._count(full_forward=1, full_backward=1)
                 remainder = remainder + share * args.lam * loss_adv
@@ -168,8 +190,11 @@ class MBATTrainer(Trainer):
         self._refuse_divergence("loss", float(total), {k: float(v) for k, v in parts.items()})
         if remainder.requires_grad:
             self.accelerator.backward(remainder)
+        if self.accelerator.sync_gradients:
+            trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
+            ranks.average_gradients([p for p in trained if p.requires_grad])
         if self.schedule is not None and adversarial is not None:
-            self.schedule.update(s_c)
+            self.schedule.update(ranks.gather(s_c))
             parts["beta"] = torch.tensor(self.schedule.beta)
         self._record(parts)
         return total * share
@@ -209,16 +234,13 @@ class MBATTrainer(Trainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
-    def _attack(
-        self, inputs: dict[str, Tensor], text: dict[str, Tensor], p: Tensor | None, text_features: Tensor | None = None
-    ) -> Tensor:
-        """Adversarial images (N, C, H, W) in [0, 1], made on the model as it is now, in evaluation mode."""
+    def _attack(self, objective: Objective, sample_ids: Tensor | None, p: Tensor | None) -> Tensor:
+        """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
+        evaluation mode."""
         args = self.args
-        heads = self.heads if self.beta else None
-        objective = Objective(self.bridge, self.space, text, args.alpha, self.beta, heads, text_features)
         result = maximise(
             objective,
-            self.space.to_pixels(inputs["pixel_values"]),
+            objective.pixels(),
             ThreatModel(args.threat.norm, args.eps * self._eps_share()),
             args.inner,
             steps=args.inner_steps,
@@ -226,9 +248,10 @@ class MBATTrainer(Trainer):
             refreshes=args.refreshes,
             bridge_gradient=p,
             seed=args.seed + 7_919 * self.state.global_step,
-            sample_ids=inputs.get("sample_ids"),
+            sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
         )
         self.passes = self.passes + result.passes
+        self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
         return result.adv
 
     @property
@@ -247,18 +270,21 @@ class MBATTrainer(Trainer):
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
 
         The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
-        second pass of the language model for each wrong answer.
+        second pass of the language model for each wrong answer. Of several processes each computes the loss of the
+        whole batch: the samples of the others are negatives too.
         """
         assert self.heads is not None
         heads = self.heads
         grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
         with grad:
             t = heads.project_text(own)
-            t_wrong = None if wrong is None else heads.project_text(wrong)
-            same = same_text(text["input_ids"], text["attention_mask"])
+            t_wrong = None if wrong is None else ranks.gather(heads.project_text(wrong))
+            same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
+            tokens = self.bridge.image_tokens(text)
             views = [clean] if adversarial is None else [clean, adversarial]
-            projected = [heads.project_image(v) for v in views]
-            losses = [contrastive_loss(heads, v, t, t_wrong, same_text=same) for v in projected]
+            projected = [heads.project_image(v, tokens) for v in views]
+            every_t = ranks.gather(t)
+            losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
         return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
 
     def _count(self, **passes: int) -> None:
@@ -285,7 +311,8 @@ class MBATTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the parts of the loss averaged since the last one."""
         if "loss" in logs and self._steps_in_sums:
-            logs = {**logs, **{k: v / self._steps_in_sums for k, v in self._sums.items()}}
+            means = torch.tensor([v / self._steps_in_sums for v in self._sums.values()], device=self.args.device)
+            logs = {**logs, **dict(zip(self._sums, ranks.gather(means[None]).mean(0).tolist(), strict=True))}
             self._sums.clear()
             self._steps_in_sums = 0
         super().log(logs, start_time)
@@ -297,13 +324,17 @@ class MBATTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
         # Older checkpoints go when this one is whole, not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if not self.args.should_save:
+            return
         state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
         (folder / _STATE).write_text(json.dumps(state))
         for path in folder.rglob("*"):
@@ -353,7 +384,10 @@ class MBATTrainer(Trainer):
             raise ValueError(
                 f"the weights in {folder} do not fit the model: {wrong}; resume with the model they are of"
             )
-        model.load_state_dict(saved.state_dict())
+        state, frozen_codes = saved.state_dict(), is_quantized(model)
+        if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
+            state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
+        model.load_state_dict(state, strict=not frozen_codes)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -362,8 +396,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
-def _train_only(model: nn.Module, parts: list[nn.Module]) -> None:
-    keep = {p for part in parts for p in part.parameters()}
+def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    keep = set(parameters)
     for p in model.parameters():
         p.requires_grad_(p in keep)
 

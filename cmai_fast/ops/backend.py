@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmai_fast.ops import cpu, cuda, reference
+from cmai_fast.ops import cpu, cuda, reference, triton_kernels
 from cmai_fast.ops.schema import CHECKS, LIBRARY, SCHEMAS
 
 _READY = "ready"
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
-# The first that is ready and carries a call is taken.
-_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton_kernels}
+# By the device of a call's tensors: the first that is ready and carries the call is taken.
+_SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Signatures come from a model's few shapes, or from an attack whose batch shrinks; more than this is a leak.
 _MOST_PLANS = 4096
 
@@ -57,17 +57,28 @@ def chosen_backend() -> str:
 
 @functools.cache
 def backends_for(device: str) -> tuple[str, ...]:
-    """The backends that are tried in turn for tensors on a device of this type, before the reference."""
-    wanted = chosen_backend()
+    """The backends that are tried in turn for tensors on a device of this type, before the reference.
+
+    Raises:
+        RuntimeError: `CMAI_FAST_BACKEND` names one that does not serve this device.
+    """
+    wanted, served = chosen_backend(), list(_SERVES.get(device, ()))
+    if wanted == "triton" and triton_kernels.interpreted():
+        served.append("triton")
+    if wanted == "reference":
+        return ()
     if wanted != "automatic":
-        return () if wanted == "reference" else (wanted,)
+        if wanted not in served:
+            raise RuntimeError(
+                f"CMAI_FAST_BACKEND={wanted} cannot be had for tensors on {device}; unset it, or move the tensors"
+            )
+        return (wanted,)
     # Only those: asking the CUDA backend starts the driver, and a process that has computed on the CPU alone could then
     # not be forked into one that uses a GPU.
-    names = [name for name in _AUTOMATIC.get(device, ()) if name in _BACKENDS]
-    report = {name: _BACKENDS[name].unavailable() or _READY for name in names}
-    ready = tuple(name for name in names if report[name] == _READY)
-    if names and not ready:
-        reasons = "; ".join(f"{name}: {report[name]}" for name in names)
+    report = {name: _BACKENDS[name].unavailable() or _READY for name in served}
+    ready = tuple(name for name in served if report[name] == _READY)
+    if served and not ready:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in report.items())
         warnings.warn(f"cmai_fast runs its slower reference operators on {device} ({reasons})", RuntimeWarning, 3)
     return ready
 

@@ -55,7 +55,7 @@ def pgd_linf_step_(
         nonfinite: (N,) int64, mutated: the number of NaN and infinite elements in each row of grad is added.
         mean, std: (C,) per channel, float; both or neither (then 0 and 1).
         patches: how many runs of all C channels a row has in memory: 1 for images (N, C, H, W), L for flattened patches
-            (N, L, C * h * w), H * W for (N, H, W, C).
+            (N, L, C * h * w) or (N, L, C, h, w), H * W for (N, H, W, C).
         lower, upper: the pixel box.
     """
     _pgd_linf_step(

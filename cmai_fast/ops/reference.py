@@ -362,7 +362,7 @@ def cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> tuple[Te
     return grad_image.to(image.dtype), grad_text.to(text.dtype)
 
 
-def _check_labels(labels: Tensor, count: int) -> None:
+def check_labels(labels: Tensor, count: int) -> None:
     # On a GPU the comparison would wait for the device; there indexing has its own assertion.
     if labels.device.type == "cpu" and labels.numel():
         low, high = int(labels.min()), int(labels.max())
@@ -386,10 +386,10 @@ def info_nce(
     loss = query.new_zeros((), dtype=dtype)
     if rows == 0:
         return loss, row_lse, column_lse
-    _check_labels(labels, count)
+    check_labels(labels, count)
     keys, scale = keys.to(dtype), scale.to(dtype)
     for chunk in _row_chunks(rows, count):
-        logits = scale * (query[chunk].to(dtype) @ keys.T)
+        logits = (query[chunk].to(dtype) @ keys.T).mul_(scale)
         row_lse[chunk] = logits.logsumexp(1)
         own = _own(logits, labels[chunk]).sum()
         loss += row_lse[chunk].sum() - own
@@ -410,10 +410,9 @@ def info_nce_backward(
     owners = torch.zeros_like(column_lse).scatter_add_(0, labels, torch.ones_like(row_lse)) if symmetric else None
 
     def residual(logits: Tensor, chunk: slice) -> Tensor:
-        by_row = (logits - row_lse[chunk, None]).exp_()
-        if owners is None:
-            return by_row
-        return by_row.add_(owners * (logits - column_lse).exp_()).div_(2)
+        by_column = None if owners is None else (logits - column_lse).exp_().mul_(owners)
+        by_row = logits.sub_(row_lse[chunk, None]).exp_()
+        return by_row if by_column is None else by_row.add_(by_column).div_(2)
 
     return _backward(grad, query, keys, labels, scale, None, residual)[:3]
 
@@ -427,27 +426,29 @@ def _backward(
     bias: Tensor | None,
     residual_of: Callable[[Tensor, slice], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With R = residual_of(logits) - onehot(labels), the gradients are scale/N * R @ keys for the query,
-    scale/N * R.T @ query for the keys, 1/N * sum((R @ keys) * query) for the scale, and 1/N * sum(R) for the bias."""
+    """With R = residual_of(logits, rows) - onehot(labels), which may be written over the logits, the gradients are
+    scale/N * R @ keys for the query, scale/N * R.T @ query for the keys, 1/N * sum((R @ keys) * query) for the scale,
+    and 1/N * sum(R) for the bias."""
     dtype = compute_dtype(query, keys, scale, *([] if bias is None else [bias]))
     rows, count = query.shape[0], keys.shape[0]
     wide_keys, wide_scale = keys.to(dtype), scale.to(dtype)
-    wide_bias = torch.zeros_like(wide_scale) if bias is None else bias.to(dtype)
     grad_query, grad_keys = torch.zeros_like(query), torch.zeros_like(wide_keys)
     grad_scale, grad_bias = torch.zeros_like(wide_scale), torch.zeros_like(wide_scale)
     per_row = grad.to(dtype) / max(1, rows)
     for chunk in _row_chunks(rows, count):
         wide_query = query[chunk].to(dtype)
-        residual = residual_of(wide_scale * (wide_query @ wide_keys.T) + wide_bias, chunk)
+        logits = (wide_query @ wide_keys.T).mul_(wide_scale)
+        residual = residual_of(logits if bias is None else logits.add_(bias.to(dtype)), chunk)
         residual.scatter_add_(1, labels[chunk, None], residual.new_full((residual.shape[0], 1), -1))
         pulled = residual @ wide_keys
-        grad_query[chunk] = (wide_scale * per_row * pulled).to(query.dtype)
-        grad_keys += residual.T @ wide_query
         grad_scale += (pulled * wide_query).sum()
-        grad_bias += residual.sum()
+        grad_query[chunk] = pulled.mul_(wide_scale * per_row)
+        grad_keys.addmm_(residual.T, wide_query)
+        if bias is not None:
+            grad_bias += residual.sum()
     return (
         grad_query,
-        (wide_scale * per_row * grad_keys).to(keys.dtype),
+        grad_keys.mul_(wide_scale * per_row).to(keys.dtype),
         (per_row * grad_scale).to(scale.dtype),
         (per_row * grad_bias).to(scale.dtype if bias is None else bias.dtype),
     )
@@ -459,12 +460,13 @@ def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bia
     loss = query.new_zeros((), dtype=dtype)
     if rows == 0:
         return loss
-    _check_labels(labels, count)
+    check_labels(labels, count)
     keys, scale, bias = keys.to(dtype), scale.to(dtype), bias.to(dtype)
     for chunk in _row_chunks(rows, count):
-        logits = scale * (query[chunk].to(dtype) @ keys.T) + bias
-        # -log sigmoid(-l) = softplus(l), and -log sigmoid(l) = softplus(l) - l.
-        loss += torch.nn.functional.softplus(logits).sum() - _own(logits, labels[chunk]).sum()
+        logits = (query[chunk].to(dtype) @ keys.T).mul_(scale).add_(bias)
+        # -log sigmoid(-l) = softplus(l). The own logit changes its sign first: softplus(l) - l loses what is small.
+        logits.scatter_(1, labels[chunk, None], -_own(logits, labels[chunk])[:, None])
+        loss += torch.nn.functional.softplus(logits).sum()
     return loss / rows
 
 

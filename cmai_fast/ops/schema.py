@@ -170,11 +170,12 @@ def _check_pixels(
     _check_shape("std", std, mean.shape, "like mean")
     channels, row = mean.shape[0], math.prod(adv.shape[1:])
     if patches == 1:
+        dim = 2 if adv.dim() == 5 and adv.shape[1] == 1 else 1  # one run of (N, runs, C, h, w)
         torch._check(
-            adv.shape[1] == channels,
+            adv.shape[dim] == channels,
             lambda: (
-                f"mean has shape ({channels},), expected ({adv.shape[1]},): one per channel, dim 1 of adv. Flattened "
-                "patches and channels-last images pass patches, the number of runs of channels in a row"
+                f"mean has shape ({channels},), expected ({adv.shape[dim]},): one per channel, dim {dim} of adv. "
+                "Flattened patches and channels-last images pass patches, the number of runs of channels in a row"
             ),
         )
     torch._check(

@@ -29,8 +29,9 @@ def in_parts(attack, case: Case, threat: ThreatModel, parts: list[list[int]]) ->
         for rows in parts
     ]
     back = torch.tensor([i for rows in parts for i in rows]).argsort()
-    adv, fooled, loss = (torch.cat([getattr(r, k) for r in results])[back] for k in ("adv", "fooled", "loss"))
-    return AttackResult(adv, fooled, loss, results[0].passes)
+    fields = ("adv", "fooled", "loss", "nonfinite")
+    adv, fooled, loss, nonfinite = (torch.cat([getattr(r, k) for r in results])[back] for k in fields)
+    return AttackResult(adv, fooled, loss, results[0].passes, nonfinite)
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def test_training_by_it_makes_wrong_answers_score_low(heads):
 
 
 def test_same_text_ignores_padding_but_not_tokens():
-    ids = torch.tensor([[9, 1, 2], [0, 1, 2], [3, 1, 2], [1, 1, 2]])
-    mask = torch.tensor([[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    ids = torch.tensor([[9, 1, 2], [1, 2, 0], [3, 1, 2], [1, 1, 2]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
     expected = torch.eye(4, dtype=torch.bool)
     expected[0, 1] = expected[1, 0] = True
-    assert torch.equal(same_text(ids, mask), expected)
+    assert torch.equal(same_text(packed_text(ids, mask)), expected)
 
 
 @pytest.mark.parametrize(

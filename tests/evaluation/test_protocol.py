@@ -25,7 +25,8 @@ def planted(monkeypatch, name, fools):
 
     def attack(objective, clean, threat, *, steps, restarts, seed, sample_ids):
         fooled = torch.tensor([int(i) in fools for i in sample_ids])
-        return AttackResult(clean.clone(), fooled, torch.zeros(len(clean)), Passes(full_forward=steps))
+        clear = torch.zeros(len(clean), dtype=torch.int64)
+        return AttackResult(clean.clone(), fooled, torch.zeros(len(clean)), Passes(full_forward=steps), clear)
 
     monkeypatch.setitem(ATTACKS, name, attack)
 

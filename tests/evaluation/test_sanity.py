@@ -22,7 +22,8 @@ FALLS, MORE, LARGE = (
 )
 NOISE, ROUNDED = "random noise is weaker than gradients", "8-bit images give the same verdict (within 2 points)"
 TRANSFER, BATCH = "white-box attacks beat transferred ones", "results do not depend on the batch size"
-BREAKS = "the undefended model breaks"
+BREAKS, FINITE = "the undefended model breaks", "gradients are finite"
+CLEAR = torch.zeros(1000, dtype=torch.int64)
 
 
 def check(subject, samples, measured=None, transferred=None, must_break=True):
@@ -40,12 +41,18 @@ def honest(subject, samples):
 
 def test_an_honest_evaluation_passes(subject, samples, honest):
     passed = check(subject, samples, honest)
-    assert passed == dict.fromkeys((FALLS, MORE, LARGE, NOISE, ROUNDED, BATCH, BREAKS), True)
+    assert passed == dict.fromkeys((FALLS, MORE, LARGE, NOISE, ROUNDED, BATCH, BREAKS, FINITE), True)
 
 
 def test_an_attack_that_does_nothing_is_exposed(subject, samples, monkeypatch):
     def nothing(objective, clean, threat, **_):
-        return AttackResult(clean.clone(), torch.zeros(len(clean), dtype=torch.bool), torch.zeros(len(clean)), Passes())
+        return AttackResult(
+            clean.clone(),
+            torch.zeros(len(clean), dtype=torch.bool),
+            torch.zeros(len(clean)),
+            Passes(),
+            CLEAR[: len(clean)],
+        )
 
     for name in ("pgd", "apgd"):
         monkeypatch.setitem(ATTACKS, name, nothing)
@@ -71,7 +78,7 @@ def test_transferred_images_are_weaker_than_those_made_for_the_model(subject, sa
 def test_randomness_that_depends_on_the_batch_is_exposed(subject, samples, monkeypatch):
     def careless(objective, clean, threat, **_):
         fooled = torch.arange(len(clean)) % 2 == 0  # by the place in the batch
-        return AttackResult(clean.clone(), fooled, torch.zeros(len(clean)), Passes())
+        return AttackResult(clean.clone(), fooled, torch.zeros(len(clean)), Passes(), CLEAR[: len(clean)])
 
     monkeypatch.setitem(ATTACKS, "pgd", careless)
     assert not check(subject, samples[:9])[BATCH]
@@ -101,6 +108,18 @@ def test_noise_that_beats_the_attack_is_exposed(subject, samples, honest):
     flawed = copy.deepcopy(honest)
     flawed.record["acc_robust"] = 1.01
     assert not check(subject, samples, flawed)[NOISE]
+
+
+def test_gradients_that_are_not_numbers_are_exposed(subject, samples, honest):
+    """The square root of zero: right going forward, infinite going back."""
+    planted = copy.copy(subject)
+    planted.bridge = copy.copy(subject.bridge)
+    encode = subject.bridge.encode_image
+    planted.bridge.encode_image = lambda x: encode(x + 0 * (x - x.detach()).abs().sqrt())
+    measured = measure(planted, samples[:6], THREAT, [AttackSpec("pgd", 2)])
+    assert measured.record["acc_clean"] == honest.record["acc_clean"]
+    assert measured.record["attacks"]["pgd-2"]["nonfinite_gradients"] > 0
+    assert check(subject, samples, honest)[FINITE] and not check(planted, samples[:6], measured)[FINITE]
 
 
 def test_which_checks_are_made(subject, samples, honest, monkeypatch):

@@ -100,7 +100,8 @@ def test_between_refreshes_only_the_language_model_is_linearised(make_objective,
     """The gradient at a moved image is that of alpha <p / ||p||, h_v> - beta * S_c: p is stale, E_v and S_c are not."""
     objective = make_objective(alpha=1.5, beta=0.7)
     p = bridge_gradient(objective, clean)
-    moved = objective.space.to_model((clean + 0.1 * torch.rand_like(clean)).clamp(0, 1))
+    noise = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0))
+    moved = objective.space.to_model((clean + 0.1 * noise).clamp(0, 1))
     grad = inner._vision_gradient(objective, moved, p)
 
     leaf = moved.clone().requires_grad_()

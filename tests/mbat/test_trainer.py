@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import Bridge, task_loss
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.mbat import trainer as trainer_module
 
@@ -27,7 +27,7 @@ def naive_loss(model, space, heads, batch, adv, lam, gamma):
     clean = bridge.encode_image(batch["pixel_values"])
     attacked = bridge.encode_image(space.to_model(adv))
     own, other = (heads.project_text(bridge.encode_text(**t).detach()) for t in (text, wrong))
-    same = same_text(text["input_ids"], text["attention_mask"])
+    same = same_text(packed_text(text["input_ids"], text["attention_mask"]))
     contrastive = [
         contrastive_loss(heads, heads.project_image(h), own, other, same_text=same) for h in (clean, attacked)
     ]

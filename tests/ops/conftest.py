@@ -1,28 +1,23 @@
-"""Every implementation of the operators on images, and every device that is there."""
-
 from __future__ import annotations
 
-import importlib.util
-import platform
-import shutil
-import subprocess
-import sysconfig
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from cmai_fast import ops
-from cmai_fast.ops import cpu, cuda, reference
+import cuda_emulation
+from cmai_fast.ops import backend
+from implementations import IMPLEMENTATIONS, IN_USE, INTERPRETED, KERNELS, Implementation
 
-CSRC = Path(__file__).parents[2] / "csrc"
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
-# An operator by name; it takes the operator's arguments, on the CPU.
-Implementation = Callable[[str], Callable[..., None]]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process for Triton's interpreter, what tests other implementations would only run a second time."""
+    if INTERPRETED:
+        ours = {"in_use", "implementation", "kernel"}
+        other = [item for item in items if not ours & set(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in other]
 
 
 @pytest.fixture(autouse=True)
@@ -33,99 +28,43 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["cpu", *([GPU] if torch.cuda.is_available() else [])])
+@pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that is there."""
     return torch.device(request.param)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA kernels compiled for the host (see emulation/cuda_runtime.h)."""
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64":
-        pytest.skip("the emulation of the CUDA kernels needs g++ on x86-64")
-    import pybind11
-
-    target = tmp_path_factory.mktemp("emulation") / "emulated.so"
-    includes = [Path(__file__).parent / "emulation", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-mf16c"]
-    sources = [*sorted(CSRC.glob("cuda_*.cu")), Path(__file__).parent / "emulation" / "module.cpp"]
-    subprocess.run(
-        [
-            compiler,
-            "-x",
-            "c++",
-            *flags,
-            "-fvisibility=hidden",
-            *(f"-I{path}" for path in includes),
-            *sources,
-            "-o",
-            target,
-        ],
-        check=True,
-    )
-    spec = importlib.util.spec_from_file_location("emulated", target)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(params=IN_USE, scope="session")
+def in_use(request: pytest.FixtureRequest) -> Implementation:
+    """The public operators, with the backend that the environment or the device chooses."""
+    return request.param
 
 
-def planned(planners: dict[str, Any]) -> Implementation:
-    """The kernels of a backend, which must carry what they are asked."""
-
-    def find(name: str) -> Callable[..., None]:
-        def step(*args: Any, **kwargs: Any) -> None:
-            kernel = planners[name](*args, **kwargs)
-            assert kernel is not None, "the backend does not carry this"
-            kernel(*args, **kwargs)
-
-        return step
-
-    return find
+@pytest.fixture(params=KERNELS, scope="session")
+def kernel(request: pytest.FixtureRequest) -> Implementation:
+    """Every backend's kernels: a call that they do not carry fails."""
+    return request.param
 
 
-def on_gpu(implementation: Implementation) -> Implementation:
-    """The same on a GPU, for arguments on the CPU."""
-
-    def find(name: str) -> Callable[..., None]:
-        def step(*args: Any, **kwargs: Any) -> None:
-            mine = [*args, *kwargs.values()]
-            there = [value.to("cuda") if isinstance(value, Tensor) else value for value in mine]
-            implementation(name)(*there[: len(args)], **dict(zip(kwargs, there[len(args) :], strict=True)))
-            for value, result in zip(mine, there, strict=True):
-                if isinstance(value, Tensor):
-                    value.copy_(result)
-
-        return step
-
-    return find
-
-
-def _implementation(name: str, request: pytest.FixtureRequest) -> Implementation:
-    if name == "in use":
-        return lambda operator: getattr(ops, operator)
-    if name == "reference":
-        return lambda operator: getattr(reference, operator)
-    if name == "cpu":
-        return planned(cpu.KERNELS)
-    if name == "cuda":
-        return on_gpu(planned(cuda.KERNELS))
-    launcher = cuda.make_launcher(request.getfixturevalue("emulated"), lambda index: True, lambda device: 0)
-    return planned(cpu.planners(launcher, "cpu", "cuda_"))
-
-
-_COMPILED = ["cpu", "cuda, emulated", *([GPU] if cuda.unavailable() is None else [])]
-
-
-@pytest.fixture(params=_COMPILED)
-def compiled(request: pytest.FixtureRequest) -> Implementation:
-    """Every backend's kernels."""
-    return _implementation(request.param, request)
-
-
-@pytest.fixture(params=["in use", "reference", *_COMPILED])
+@pytest.fixture(params=IMPLEMENTATIONS, scope="session")
 def implementation(request: pytest.FixtureRequest) -> Implementation:
-    """The kernels, the reference, and what users get."""
-    return _implementation(request.param, request)
+    """The reference, the operators in use, and every backend's kernels."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Any:
+    """The CUDA kernels compiled for the host."""
+    return cuda_emulation.module()
+
+
+@pytest.fixture
+def carried(in_use: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's kernels are in use, a call that they leave to the reference fails."""
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is left to the reference")
+
+    if INTERPRETED or in_use.device == "cuda":
+        backend.forget_choices()
+        monkeypatch.setattr(backend, "_from_reference", refuse)

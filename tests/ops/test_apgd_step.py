@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.ops import reference
+from implementations import Implementation
 
 STEPS = ["apgd_linf_step_", "apgd_l2_step_"]
 SHAPES = [(1, 3, 1, 1), (4, 3, 7, 5), (4, 3, 41, 53)]
@@ -86,29 +87,32 @@ def by_the_paper(name: str, case: Case) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", STEPS)
 def test_error_is_at_most_twice_that_of_the_reference(
-    implementation: Any, name: str, shape: tuple[int, ...], grad: torch.dtype, clean: torch.dtype
+    implementation: Implementation, name: str, shape: tuple[int, ...], grad: torch.dtype, clean: torch.dtype
 ) -> None:
     case = make_case(shape, name, grad=grad, clean=clean)
     right, got, plain = by_the_paper(name, case), clone(case), clone(case)
     implementation(name)(**got)
     getattr(reference, name)(**plain)
     for key in IMAGES:
-        error, allowed = ((out[key].double() - right[key]).abs().max() for out in (got, plain))
+        truncated = got[key].dtype == torch.bfloat16 and implementation.garbles_bfloat16 and key == "model_input"
+        spare = 2.0**-7 * right[key].abs() if truncated else 0  # a unit in the last place
+        error = ((got[key].double() - right[key]).abs() - spare).max()
+        allowed = (plain[key].double() - right[key]).abs().max()
         assert error <= 2 * allowed + 2**-24, f"{key}: error {error:.3e}, plain PyTorch {allowed:.3e}"
         assert allowed < (2e-6 if key != "model_input" or grad == torch.float32 else 0.02), key
 
 
-def test_linf_kernels_give_the_very_bits_of_the_reference(compiled: Any) -> None:
+def test_linf_kernels_give_the_very_bits_of_the_reference(kernel: Implementation) -> None:
     case = make_case((4, 3, 41, 53), "linf")
     got, right = clone(case), clone(case)
-    compiled("apgd_linf_step_")(**got)
+    kernel("apgd_linf_step_")(**got)
     reference.apgd_linf_step_(**right)
     for key in IMAGES:
         assert torch.equal(got[key], right[key]), key
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_bad_gradients_are_counted_and_stay_in_their_row(implementation: Any, name: str) -> None:
+def test_bad_gradients_are_counted_and_stay_in_their_row(implementation: Implementation, name: str) -> None:
     case = make_case((4, 3, 41, 53), name) | {"nonfinite": torch.tensor([0, 5, 0, 0])}
     right = clone(case)
     implementation(name)(**right)
@@ -123,7 +127,7 @@ def test_bad_gradients_are_counted_and_stay_in_their_row(implementation: Any, na
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_first_step_is_a_step_of_pgd(implementation: Any, name: str) -> None:
+def test_a_first_step_is_a_step_of_pgd(implementation: Implementation, name: str) -> None:
     case = make_case((4, 3, 7, 5), name)
     case |= {"momentum": 1.0, "restart": torch.zeros(4, dtype=torch.bool)}
     implementation(name)(**case)
@@ -134,29 +138,39 @@ def test_a_first_step_is_a_step_of_pgd(implementation: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_non_contiguous_and_empty(name: str) -> None:
+def test_non_contiguous_and_empty(in_use: Implementation, name: str) -> None:
     case = make_case((4, 3, 6, 8), name)
     right = clone(case)
     getattr(reference, name)(**right)
     strided = {k: v.mT.contiguous().mT if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in case.items()}
-    getattr(ops, name)(**strided)
+    in_use(name)(**strided)
     for key in IMAGES:
         torch.testing.assert_close(strided[key], right[key], atol=1e-6, rtol=0)
     images = (*IMAGES, "clean")
-    getattr(ops, name)(**{k: v[:, :, :, :0] if k in images else v for k, v in case.items()})
+    in_use(name)(**{k: v[:, :, :, :0] if k in images else v for k, v in case.items()})
     rows = {"eps", "step", "improved", "restart", *images}
-    getattr(ops, name)(**{k: v[:0] if k in rows else v for k, v in case.items()})
+    in_use(name)(**{k: v[:0] if k in rows else v for k, v in case.items()})
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_result_depends_neither_on_the_threads_nor_on_the_alignment(compiled: Any, name: str) -> None:
+def test_result_does_not_depend_on_the_alignment(kernel: Implementation, name: str) -> None:
+    case = make_case((4, 3, 64, 66), name)
+    right, moved = clone(case), clone(case)
+    for key in IMAGES:
+        moved[key] = torch.empty(case[key].numel() + 1)[1:].view(case[key].shape).copy_(case[key])
+    kernel(name)(**right)
+    kernel(name)(**moved)
+    for key in IMAGES:
+        assert torch.equal(moved[key], right[key]), key
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_result_does_not_depend_on_the_threads(name: str) -> None:
     case = make_case((4, 3, 150, 160), name)
     alone, together = clone(case), clone(case)
-    compiled(name)(**alone)
+    getattr(ops, name)(**alone)
     torch.set_num_threads(2)  # the fixture sets it back
-    for key in IMAGES:
-        together[key] = torch.empty(case[key].numel() + 1)[1:].view(case[key].shape).copy_(case[key])
-    compiled(name)(**together)
+    getattr(ops, name)(**together)
     for key in IMAGES:
         assert torch.equal(alone[key], together[key])
 

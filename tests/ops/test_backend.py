@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmai_fast import ops
-from cmai_fast.ops import backend, cpu, reference
+from cmai_fast.ops import backend, cpu, reference, triton_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def test_explicit_reference_does_not_touch_the_extension(monkeypatch: pytest.Mon
     ("name", "reason"),
     [
         ("cpu", "CMAI_FAST_BACKEND=cpu cannot be had: no compiler was there. Unset it, or choose one of: reference"),
-        ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu"),
+        ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu, cuda, triton"),
     ],
 )
 def test_a_backend_that_cannot_be_had_raises(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +177,38 @@ print(len(before), runtimes() == before)
     assert b"libgomp" not in Path(cpu._C.__file__).read_bytes()
 
 
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cuda"), ("triton", "cpu")])
+def test_an_explicit_backend_does_not_take_tensors_of_another_device(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMAI_FAST_BACKEND", name)
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
+    with pytest.raises(RuntimeError, match=f"CMAI_FAST_BACKEND={name} cannot be had for tensors on {device}; unset"):
+        backend.backends_for(device)
+
+
 def test_every_operator_has_a_reference() -> None:
     from cmai_fast.ops.schema import CHECKS, SCHEMAS
 
     assert set(SCHEMAS) == set(CHECKS)
     assert all(callable(getattr(reference, name)) for name in SCHEMAS)
+
+
+def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ops.backend_report()["triton"] == "no CUDA device or driver"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ops.backend_report()["triton"] == "ready"
+    assert backend.backends_for("cuda") == ("triton",) and backend.backends_for("cpu") == ("cpu",)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ops.backend_report()["triton"] == "triton is not installed; pip install 'cmai-fast[triton]'"
+
+
+def test_importing_the_operators_does_not_import_triton() -> None:
+    code = "import sys, cmai_fast.ops; print(*sorted(name for name in sys.modules if name.startswith('triton')))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr

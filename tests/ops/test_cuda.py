@@ -127,6 +127,18 @@ def test_a_graph_records_a_step(name: str) -> None:
 
 @GPU
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pgd_linf_step_", "pgd_l2_step_"])
+def test_an_image_that_is_not_aligned(name: str) -> None:
+    clean = torch.rand(2, 3, 64, 64, device="cuda")
+    grad, eps = torch.randn_like(clean), torch.full((2,), 0.1, device="cuda")
+    right, moved = clean.clone(), torch.empty(clean.numel() + 1, device="cuda")[1:].view(clean.shape).copy_(clean)
+    for adv in (right, moved):
+        getattr(ops, name)(adv, grad, clean, eps, eps / 4)
+    assert torch.equal(moved, right)
+
+
+@GPU
+@pytest.mark.gpu
 def test_steps_go_to_the_current_stream() -> None:
     clean = torch.rand(2, 3, 512, 512, device="cuda")
     eps, stream = torch.full((2,), 0.1, device="cuda"), torch.cuda.Stream()

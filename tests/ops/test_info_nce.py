@@ -1,8 +1,10 @@
-"""info_nce: loss and gradients against cross-entropy in float64, and the memory it promises not to take."""
+"""info_nce and sigmoid_loss: loss and gradients against PyTorch's own in float64, and the memory they promise not to
+take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +14,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmai_fast import ops
-from cmai_fast.ops import reference
+from cmai_fast.ops import backend, reference
+from implementations import INTERPRETED, Implementation
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-SIZES = [(1, 1, 1), (3, 5, 7), (37, 61, 19), (64, 64, 33)]
+Loss = Callable[..., Tensor]
+# With tiles of 128 rows the last two have several in both directions, and edges inside a tile.
+SIZES = [(1, 1, 1), (1, 7, 5), (3, 5, 7), (37, 61, 19), (64, 64, 33), (130, 67, 33), (300, 200, 20)]
+# In Triton's interpreter a product of bfloat16 matrices is garbage: there they are left to a GPU.
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+LOSSES = ["info_nce", "symmetric info_nce", "sigmoid_loss"]
 
 
 def make_inputs(rows: int, count: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -26,44 +33,89 @@ def make_inputs(rows: int, count: int, size: int, dtype: torch.dtype = torch.flo
     return query, keys, labels, torch.tensor(14.0).to(dtype)
 
 
+def inputs_of(name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    bias = (torch.tensor(-5.0).to(dtype),) if name == "sigmoid_loss" else ()
+    return (*make_inputs(*sizes, dtype), *bias)
+
+
+def ours(by: Implementation, name: str) -> Loss:
+    options = {"symmetric": True} if name.startswith("symmetric") else {}
+    operator = by(name.split()[-1])
+    return lambda *tensors: operator(*tensors, **options)
+
+
 def plain(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(scale * (query @ keys.T), labels)
 
 
-def value_and_gradients(loss: Loss, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> list[Tensor]:
-    leaves = [tensor.clone().requires_grad_() for tensor in (query, keys, scale)]
-    out = loss(leaves[0], leaves[1], labels, leaves[2])
+def plain_symmetric(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    logits = scale * (query @ keys.T)
+    by_column = F.cross_entropy(logits.T[labels], torch.arange(len(query), device=query.device))
+    return (F.cross_entropy(logits, labels) + by_column) / 2
+
+
+def plain_sigmoid(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = scale * (query @ keys.T) + bias
+    return -F.logsigmoid(torch.where(F.one_hot(labels, len(keys)) == 1, logits, -logits)).sum() / len(query)
+
+
+PLAIN = {"info_nce": plain, "symmetric info_nce": plain_symmetric, "sigmoid_loss": plain_sigmoid}
+
+
+def value_and_gradients(
+    loss: Loss, query: Tensor, keys: Tensor, labels: Tensor, *numbers: Tensor, device: str = "cpu"
+) -> list[Tensor]:
+    """The loss, and three times its gradients for all but the labels, on the CPU."""
+    leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in (query, keys, *numbers)]
+    out = loss(*leaves[:2], labels.to(device), *leaves[2:])
     gradients = torch.autograd.grad(3 * out, leaves)
-    return [out.detach(), *gradients]
+    return [tensor.detach().cpu() for tensor in (out, *gradients)]
 
 
-@pytest.fixture(params=[1 << 20, 50], ids=["one chunk", "many chunks"])
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_CHUNK", request.param)
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_use: Implementation) -> Iterator[None]:
+    """Of the reference; and for Triton's kernels, whether a program walks over one tile or over several."""
+    backend.forget_choices()  # plans remember what is changed here
+    monkeypatch.setattr(reference, "_CHUNK", {"one chunk": 1 << 20, "many chunks": 2000}[request.param])
+    if INTERPRETED or in_use.device == "cuda":
+        from cmai_fast.ops.triton_kernels import info_nce, logits
+
+        parts = {"one chunk": 64, "many chunks": 2}[request.param]
+        monkeypatch.setattr(info_nce, "_MOST_PARTS", parts)
+        monkeypatch.setattr(logits, "_PROGRAMS", 16 * parts)
+    yield
+    backend.forget_choices()
 
 
-@pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("chunk", "carried")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_error_is_at_most_twice_that_of_plain_pytorch(
-    sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    in_use: Implementation, name: str, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    query, keys, labels, scale = (tensor.to(device) for tensor in make_inputs(*sizes, dtype))
-    got = value_and_gradients(ops.info_nce, query, keys, labels, scale)
-    by_plain = value_and_gradients(plain, query, keys, labels, scale)
-    exact = value_and_gradients(plain, query.double(), keys.double(), labels, scale.double())
+    query, keys, labels, *numbers = inputs_of(name, *sizes, dtype=dtype)
+    exact = value_and_gradients(
+        PLAIN[name], query.double(), keys.double(), labels, *(number.double() for number in numbers)
+    )
+    got = value_and_gradients(ours(in_use, name), query, keys, labels, *numbers, device=in_use.device)
+    by_plain = value_and_gradients(PLAIN[name], query, keys, labels, *numbers, device=in_use.device)
     for mine, theirs, right in zip(got, by_plain, exact, strict=True):
         error, allowed = (mine.double() - right).abs().max(), (theirs.double() - right).abs().max()
+        size = max(1.0, float(right.abs().max()))
         # A single number may come out exact in plain PyTorch by luck; half a unit in the last place is always allowed.
-        floor = torch.finfo(mine.dtype).eps * max(1.0, float(right.abs().max()))
+        # And exp(logit - lse) is off by what float32 rounds from an lse, here of about the size of the scale.
+        floor = (torch.finfo(mine.dtype).eps + 2**-24 * float(numbers[0])) * size
         assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
 
 
 @pytest.mark.usefixtures("chunk")
-def test_gradcheck() -> None:
-    query, keys, labels, scale = make_inputs(4, 6, 5, torch.float64)
-    leaves = [tensor.requires_grad_() for tensor in (query, keys, scale / 4)]
-    assert torch.autograd.gradcheck(lambda q, k, s: ops.info_nce(q, k, labels, s), leaves)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(in_use: Implementation, name: str) -> None:
+    query, keys, labels, scale, *bias = inputs_of(name, 4, 6, 5, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (query, keys, scale / 4, *bias)]
+    loss = ours(in_use, name)
+    assert torch.autograd.gradcheck(lambda q, k, *numbers: loss(q, k, labels, *numbers), leaves)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -79,14 +131,16 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_are_never_whole(in_use: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_CHUNK", 4096)
     rows, count, size = 300, 400, 8
-    query, keys, labels, scale = make_inputs(rows, count, size)
-    _, *lse = reference.info_nce(query, keys, labels, scale, True)
+    inputs = [tensor.to(in_use.device) for tensor in inputs_of("sigmoid_loss", rows, count, size)]
+    query, keys, labels, scale, _ = inputs
+    operators = torch.ops.cmai_fast
     with LargestTensor() as largest:
-        reference.info_nce(query, keys, labels, scale, True)
-        reference.info_nce_backward(torch.tensor(1.0), query, keys, labels, scale, *lse)
+        loss, *lse = operators.info_nce(query, keys, labels, scale, True)
+        operators.info_nce_backward(loss, query, keys, labels, scale, *lse)
+        operators.sigmoid_loss_backward(operators.sigmoid_loss(*inputs), *inputs)
     assert 0 < largest.elements <= 4096 < rows * count
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()), lambda nothing: nothing):
@@ -94,38 +148,144 @@ def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert saved and sum(saved) <= (rows + count) * size + 2 * rows + 1
 
 
-def test_large_scale_does_not_overflow() -> None:
-    query, keys, labels, _ = make_inputs(5, 9, 4)
-    got = value_and_gradients(ops.info_nce, query, keys, labels, torch.tensor(1e4))
-    right = value_and_gradients(plain, query, keys, labels, torch.tensor(1e4))
-    torch.testing.assert_close(got, right)
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize("name", LOSSES)
+def test_large_scale_does_not_overflow(in_use: Implementation, name: str) -> None:
+    query, keys, labels, scale, *bias = inputs_of(name, 5, 9, 4)
+    got = value_and_gradients(ours(in_use, name), query, keys, labels, 700 * scale, *bias, device=in_use.device)
+    right = value_and_gradients(PLAIN[name], *(tensor.double() for tensor in (query, keys)), labels, 700 * scale, *bias)
+    for mine, exact in zip(got, right, strict=True):  # float32 knows a logit of 1e4 to 1e-3, and its exp as well
+        torch.testing.assert_close(mine.double(), exact.double(), rtol=2e-3, atol=2e-3)
 
 
-def test_empty_batch_is_zero_with_zero_gradients() -> None:
-    query, keys, labels, scale = make_inputs(0, 3, 4)
-    for tensor in value_and_gradients(ops.info_nce, query, keys, labels, scale):
+@pytest.mark.usefixtures("carried")
+def test_small_terms_of_the_sigmoid_loss_are_not_lost(in_use: Implementation) -> None:
+    """SigLIP begins with a bias of -10, where a wrong pair adds 5e-5: of that, 1 + exp(-10) keeps three digits."""
+    query, _, labels, scale, _ = inputs_of("sigmoid_loss", 1, 2, 4)
+    for bias in (-10.0, -15.0, 10.0):
+        # Its own pair is made certain: 1000 * <q, q> above the rest.
+        inputs = (query, torch.cat([query, 0 * query]), 0 * labels, 1000 + 0 * scale, torch.tensor(bias))
+        got = value_and_gradients(ours(in_use, "sigmoid_loss"), *inputs, device=in_use.device)
+        right = value_and_gradients(plain_sigmoid, *(t if t.dtype == torch.int64 else t.double() for t in inputs))
+        torch.testing.assert_close(got[0].double(), right[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("chunk", "carried")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_own_row(in_use: Implementation, bad: float) -> None:
+    inputs = [tensor.to(in_use.device) for tensor in inputs_of("sigmoid_loss", 140, 150, 6)]
+    query, keys, labels, scale, _ = inputs
+    grad, operators = torch.ones((), device=in_use.device), torch.ops.cmai_fast
+
+    def run() -> tuple[Tensor, ...]:
+        _, row_lse, _ = operators.info_nce(query, keys, labels, scale, False)
+        column_lse = operators.info_nce(query, keys, labels, scale, True)[2]
+        by_softmax = operators.info_nce_backward(grad, query, keys, labels, scale, row_lse, column_lse[:0])[0]
+        by_sigmoid = operators.sigmoid_loss_backward(grad, *inputs)[:2]
+        return row_lse, column_lse, by_softmax, *by_sigmoid
+
+    before = run()
+    query[131, 2] = bad
+    by_query = run()
+    others = torch.arange(140, device=in_use.device) != 131
+    for number in (0, 2, 3):  # per query
+        torch.testing.assert_close(by_query[number][others], before[number][others])
+        assert math.isinf(bad) or by_query[number][131].isnan().any()
+    query[131, 2] = 0.5
+    before = run()
+    keys[77, 2] = bad
+    by_key = run()
+    others = torch.arange(150, device=in_use.device) != 77
+    for number in (1, 4):  # per key
+        torch.testing.assert_close(by_key[number][others], before[number][others])
+        assert math.isinf(bad) or by_key[number][77].isnan().any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_empty_batch_is_zero_with_zero_gradients(in_use: Implementation, name: str) -> None:
+    for tensor in value_and_gradients(ours(in_use, name), *inputs_of(name, 0, 3, 4), device=in_use.device):
         assert not tensor.any()
 
 
-def test_non_contiguous_inputs_and_dtypes() -> None:
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize("name", LOSSES)
+def test_non_contiguous_inputs(in_use: Implementation, name: str) -> None:
+    inputs, loss = inputs_of(name, 6, 8, 10), ours(in_use, name)
+    right = value_and_gradients(loss, *inputs, device=in_use.device)
+
+    def strided(query: Tensor, keys: Tensor, labels: Tensor, *numbers: Tensor) -> Tensor:
+        apart = labels.repeat_interleave(2)[::2]
+        return loss(query.T.contiguous().T, keys.T.contiguous().T, apart, *numbers)
+
+    torch.testing.assert_close(value_and_gradients(strided, *inputs, device=in_use.device), right)
+
+
+@pytest.mark.usefixtures("carried")
+def test_a_log_sum_exp_that_is_not_contiguous(in_use: Implementation) -> None:
+    query, keys, labels, scale = (tensor.to(in_use.device) for tensor in make_inputs(6, 8, 10))
+    loss, *lse = torch.ops.cmai_fast.info_nce(query, keys, labels, scale, True)
+    right = torch.ops.cmai_fast.info_nce_backward(loss, query, keys, labels, scale, *lse)
+    apart = [values.repeat_interleave(2)[::2] for values in lse]
+    torch.testing.assert_close(torch.ops.cmai_fast.info_nce_backward(loss, query, keys, labels, scale, *apart), right)
+
+
+def test_dtypes() -> None:
     query, keys, labels, scale = make_inputs(6, 8, 10)
-    right = value_and_gradients(ops.info_nce, query, keys, labels, scale)
-    strided = value_and_gradients(
-        lambda q, k, t, s: ops.info_nce(q.T.contiguous().T, k, t, s), query, keys, labels, scale
-    )
-    torch.testing.assert_close(strided, right)
     half = value_and_gradients(ops.info_nce, query.bfloat16(), keys, labels, scale.double())
     assert [tensor.dtype for tensor in half] == [torch.float64, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_opcheck(symmetric: bool) -> None:
-    query, keys, labels, scale = make_inputs(4, 6, 5)
-    loss, *lse = torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric)
-    arguments = (torch.ones_like(loss), query, keys, labels, scale, *lse)
-    torch.library.opcheck(torch.ops.cmai_fast.info_nce_backward.default, arguments)
-    leaves = [tensor.clone().requires_grad_() for tensor in (query, keys, scale)]
-    torch.library.opcheck(torch.ops.cmai_fast.info_nce.default, (leaves[0], leaves[1], labels, leaves[2], symmetric))
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_come_in_the_dtypes_of_the_inputs(
+    in_use: Implementation, name: str, scale_dtype: torch.dtype
+) -> None:
+    query, keys, labels, *numbers = inputs_of(name, 6, 8, 10, dtype=torch.float16)
+    numbers = [number.to(scale_dtype) for number in numbers]
+    got = value_and_gradients(ours(in_use, name), query, keys, labels, *numbers, device=in_use.device)
+    expected = [torch.float32, torch.float16, torch.float16, *[scale_dtype] * len(numbers)]
+    assert [tensor.dtype for tensor in got] == expected
+
+
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize("name", LOSSES)
+def test_opcheck(in_use: Implementation, name: str) -> None:
+    query, keys, labels, *numbers = (tensor.to(in_use.device) for tensor in inputs_of(name, 4, 6, 5))
+    operator, options, lse = name.split()[-1], (), ()
+    if operator == "info_nce":
+        options = (name.startswith("symmetric"),)
+        lse = tuple(torch.ops.cmai_fast.info_nce(query, keys, labels, *numbers, *options)[1:])
+    grad = torch.ones((), device=in_use.device)
+    backward = getattr(torch.ops.cmai_fast, f"{operator}_backward").default
+    torch.library.opcheck(backward, (grad, query, keys, labels, *numbers, *lse))
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, keys, *numbers)]
+    forward = getattr(torch.ops.cmai_fast, operator).default
+    torch.library.opcheck(forward, (*leaves[:2], labels, *leaves[2:], *options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_cuda_graph_can_capture_it(name: str) -> None:
+    """So nothing is read back to the host: not the scale, and not whether the labels are right."""
+    loss = ours(Implementation(lambda operator: getattr(ops, operator)), name)
+    inputs = [tensor.cuda() for tensor in inputs_of(name, 130, 67, 48)]
+    leaves = [tensor.requires_grad_() for tensor in inputs if tensor.is_floating_point()]
+
+    def run() -> list[Tensor]:
+        out = loss(*inputs)
+        return [out, *torch.autograd.grad(out, leaves)]
+
+    right = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in captured:
+        tensor.detach().zero_()
+    graph.replay()
+    for mine, expected in zip(captured, right, strict=True):
+        assert torch.equal(mine, expected), "and the sums are made in one order"
 
 
 def test_second_derivative_is_refused() -> None:
@@ -137,11 +297,12 @@ def test_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-def test_label_out_of_range_is_named(label: int) -> None:
-    query, keys, labels, scale = make_inputs(4, 5, 3)
+@pytest.mark.parametrize("name", LOSSES)
+def test_label_out_of_range_is_named(in_use: Implementation, name: str, label: int) -> None:
+    query, keys, labels, *numbers = inputs_of(name, 4, 5, 3)
     labels[2] = label
     with pytest.raises(RuntimeError, match=f"labels hold {label}, expected row numbers of keys, 0 to 4"):
-        ops.info_nce(query, keys, labels, scale)
+        ours(in_use, name)(query, keys, labels, *numbers)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.ops import reference
+from implementations import Implementation
 
 NORMS = ["linf", "l2"]
 
@@ -24,11 +24,13 @@ def noise(
     eps: float = 1.0,
     ids: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    by: Implementation | None = None,
 ) -> Tensor:
     """(rows, elements) noise around 0, with a box too wide to cut it."""
     adv = torch.full((rows, *shape), float("nan"), dtype=dtype)
     ids = torch.arange(rows) if ids is None else ids
-    ops.random_start_(adv, torch.zeros_like(adv), torch.full((rows,), eps), ids, seed, norm, -9, 9)
+    start = ops.random_start_ if by is None else by("random_start_")
+    start(adv, torch.zeros_like(adv), torch.full((rows,), eps), ids, seed, norm, -9, 9)
     return adv.flatten(1)
 
 
@@ -82,12 +84,12 @@ def test_neighbours_in_element_sample_and_seed_are_independent(norm: str) -> Non
 @pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (3, 41, 53)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_kernels_give_what_the_reference_gives(
-    compiled: Any, norm: str, shape: tuple[int, ...], clean: torch.dtype
+    kernel: Implementation, norm: str, shape: tuple[int, ...], clean: torch.dtype
 ) -> None:
     centre = (torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) * 255).round()
     centre = centre.to(clean) if clean == torch.uint8 else centre / 255
     results = []
-    for start in (compiled("random_start_"), reference.random_start_):
+    for start in (kernel("random_start_"), reference.random_start_):
         adv = torch.full((3, *shape), float("nan"))
         start(adv, centre, torch.tensor([0.01, 0.2, 3.0]), torch.tensor([9, -1, 2**40]), -7, norm)
         results.append(adv)
@@ -98,14 +100,19 @@ def test_kernels_give_what_the_reference_gives(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_noise_does_not_depend_on_the_batch(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_does_not_depend_on_the_batch(
+    implementation: Implementation, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(ids: Tensor) -> Tensor:
+        return noise(len(ids), (3, 37, 47), norm, seed=11, ids=ids, by=implementation)
+
     ids = torch.tensor([7, 123_456_789_012, 0, -3])
-    batch = noise(4, (3, 17, 19), norm, seed=11, ids=ids)
+    batch = of(ids)
     for row in range(4):
-        assert torch.equal(noise(1, (3, 17, 19), norm, seed=11, ids=ids[row : row + 1])[0], batch[row])
-    assert torch.equal(noise(4, (3, 17, 19), norm, seed=11, ids=ids.flip(0)), batch.flip(0))
-    monkeypatch.setattr(reference, "_CHUNK", 2000)
-    assert torch.equal(noise(4, (3, 17, 19), norm, seed=11, ids=ids), batch)
+        assert torch.equal(of(ids[row : row + 1])[0], batch[row])
+    assert torch.equal(of(ids.flip(0)), batch.flip(0))
+    monkeypatch.setattr(reference, "_CHUNK", 12_000)
+    assert torch.equal(of(ids), batch)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -118,7 +125,7 @@ def test_the_global_generator_is_neither_read_nor_moved(norm: str) -> None:
     assert torch.equal(noise(2, (9,), norm), first)
 
 
-def test_known_values() -> None:
+def test_known_values(implementation: Implementation) -> None:
     """The stream is part of the contract: a change would silently change every published attack."""
     step, mask = 0x9E3779B97F4A7C15, 2**64 - 1
 
@@ -131,7 +138,7 @@ def test_known_values() -> None:
     seed, sample = -5, 42
     start = mix(mix((seed + step) & mask) ^ mix(sample))
     right = [((mix((start + i * step) & mask) >> 40) * 2 + 1 - 2**24) / 2**24 for i in range(1, 7)]
-    got = noise(1, (6,), "linf", seed=seed, ids=torch.tensor([sample]))
+    got = noise(1, (6,), "linf", seed=seed, ids=torch.tensor([sample]), by=implementation)
     assert got.flatten().tolist() == right
 
 
@@ -142,10 +149,10 @@ def test_float64_has_the_same_noise(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_start_is_inside_ball_and_box_with_a_radius_per_row(norm: str) -> None:
+def test_start_is_inside_ball_and_box_with_a_radius_per_row(implementation: Implementation, norm: str) -> None:
     clean = torch.rand(5, 3, 8, 8)
     adv, eps = torch.empty_like(clean), torch.tensor([0.0, 0.01, 0.1, 0.5, 2.0])
-    ops.random_start_(adv, clean, eps, torch.arange(5), 3, norm)
+    implementation("random_start_")(adv, clean, eps, torch.arange(5), 3, norm)
     assert adv.min() >= 0 and adv.max() <= 1
     delta = (adv - clean).double().flatten(1)
     size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
@@ -154,13 +161,13 @@ def test_start_is_inside_ball_and_box_with_a_radius_per_row(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_non_contiguous_and_empty(norm: str) -> None:
-    right = noise(2, (4, 6), norm).view(2, 4, 6)
+def test_non_contiguous_and_empty(in_use: Implementation, norm: str) -> None:
+    right = noise(2, (4, 6), norm, by=in_use).view(2, 4, 6)
     buffer = torch.full((2, 4, 12), 5.0)
-    ops.random_start_(buffer[..., ::2], torch.zeros(2, 4, 6), torch.ones(2), torch.arange(2), 0, norm, -9, 9)
+    in_use("random_start_")(buffer[..., ::2], torch.zeros(2, 4, 6), torch.ones(2), torch.arange(2), 0, norm, -9, 9)
     torch.testing.assert_close(buffer[..., ::2], right, atol=1e-6, rtol=0)
     assert (buffer[..., 1::2] == 5).all()
-    assert noise(0, (3, 4), norm).shape == (0, 12)
+    assert noise(0, (3, 4), norm, by=in_use).shape == (0, 12)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,0 +1,86 @@
+"""All that needs an NVIDIA GPU, in one command: the tests, the memory checkers, the benchmarks.
+
+    python benchmarks/recipes/on_gpu.py --out benchmarks/results/h200
+
+Writes gpu.json (commit, versions, device, each command with its exit code, time and last lines, and the benchmarks'
+medians and ratios) and one log a command. A command that fails is recorded, and the others still run; the exit code is
+then 1. `--only` chooses some of: tests, memcheck, racecheck, benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.versions import versions
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+# The checkers slow a kernel down a hundredfold; the CUDA backend's own tests are what they are for.
+CHECKED = ["tests/ops", "-k", "cuda"]
+
+
+def commands(out: Path) -> dict[str, list[str]]:
+    def sanitizer(tool: str) -> list[str]:
+        return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *CHECKED]
+
+    return {
+        "tests": [*PYTEST, "tests"],
+        "memcheck": sanitizer("memcheck"),
+        "racecheck": sanitizer("racecheck"),
+        "benchmarks": [*PYTEST, "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}"],
+    }
+
+
+def run(name: str, command: list[str], out: Path) -> dict[str, Any]:
+    print(f"== {name}: {' '.join(command)}", flush=True)
+    record: dict[str, Any] = {
+        "command": " ".join(["python", *command[1:]] if command[0] == sys.executable else command)
+    }
+    if shutil.which(command[0]) is None:
+        return record | {"exit_code": None, "tail": [f"{command[0]} is not installed"]}
+    start = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    (out / f"{name}.log").write_text(done.stdout)
+    tail = done.stdout.splitlines()[-40:]
+    print("\n".join(tail), flush=True)
+    return record | {"exit_code": done.returncode, "seconds": time.perf_counter() - start, "tail": tail}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and the logs")
+    parser.add_argument("--only", nargs="*", choices=sorted(commands(Path())))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device or driver here; this measures one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+        "runs": {},
+    }
+    for name, command in commands(args.out).items():
+        if args.only is None or name in args.only:
+            record["runs"][name] = run(name, command, args.out)
+            write_results(record, args.out / "gpu.json")  # after each: the time on a GPU may end
+    measured = args.out / "benchmarks.json"
+    if measured.exists():
+        record["benchmarks"] = [b["extra_info"] for b in json.loads(measured.read_text())["benchmarks"]]
+        measured.unlink()
+        write_results(record, args.out / "gpu.json")
+    return int(any(r["exit_code"] != 0 for r in record["runs"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

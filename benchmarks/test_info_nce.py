@@ -1,0 +1,88 @@
+"""InfoNCE, forward and backward: the operator, the full matrix, and a loop over chunks that keeps gradients only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmai_fast import ops
+
+DIM = 512
+
+
+def peak_extra_bytes(contender: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that a call holds over what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        contender()
+        return torch.cuda.max_memory_allocated(device) - before
+    # Linux: writing 5 sets the record of the largest resident set back to the present one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kilobytes("VmRSS")
+    contender()
+    return (_kilobytes("VmHWM") - before) * 1024
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def full_matrix(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(scale * (query @ keys.T), labels)
+
+
+def in_chunks(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> None:
+    """As Liger-Kernel's fused losses: each chunk of rows is differentiated at once, so no logits outlive it."""
+    leaves = (query, keys, scale)
+    grads = [torch.zeros_like(leaf) for leaf in leaves]
+    for rows in torch.arange(len(query), device=query.device).split(512):
+        loss = F.cross_entropy(scale * (query[rows] @ keys.T), labels[rows], reduction="sum") / len(query)
+        for total, grad in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
+            total += grad
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "dtype"),
+    [
+        pytest.param("cpu", 4096, torch.float32, id="cpu-4096"),
+        pytest.param("cuda", 16384, torch.bfloat16, id="cuda-16384", marks=pytest.mark.gpu),
+        pytest.param("cuda", 65536, torch.bfloat16, id="cuda-65536", marks=pytest.mark.gpu),
+    ],
+    indirect=["device"],
+)
+def test_info_nce(side_by_side, device: torch.device, count: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, keys = (
+        F.normalize(torch.randn(count, DIM, generator=generator), dim=1).to(device, dtype).requires_grad_()
+        for _ in range(2)
+    )
+    scale = torch.tensor(14.3, device=device, requires_grad=True)
+    labels = torch.arange(count, device=device)
+
+    def differentiate(loss: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss(query, keys, labels, scale), (query, keys, scale))
+
+    contenders = {
+        "operator": differentiate(ops.info_nce),
+        "full matrix": differentiate(full_matrix),
+        "chunks": lambda: in_chunks(query, keys, labels, scale),
+    }
+    memory = {name: peak_extra_bytes(run, device) for name, run in contenders.items() for _ in range(2)}  # warm
+    on_cpu = device.type == "cpu"
+    share = memory["operator"] / memory["full matrix"]
+    side_by_side(
+        f"InfoNCE forward + backward, N = M = {count}, d = {DIM}, {dtype}",
+        contenders,
+        device=device,
+        targets={"full matrix": ("at most", 1.3) if on_cpu else ("at least", 1.3)},
+        figures={"extra memory over the full matrix's": (share, "at most", 1 / 8)},
+        rounds=7,
+    )

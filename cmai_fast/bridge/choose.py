@@ -1,0 +1,26 @@
+"""Which of the three adapters a model needs, by what it offers and not by its name."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from cmai_fast.bridge.bridge import Bridge
+from cmai_fast.bridge.dual import DualBridge
+from cmai_fast.bridge.encoder_decoder import EncoderDecoderBridge
+
+
+def bridge_of(model: nn.Module) -> Bridge:
+    """The three-part view of any model of `transformers` that has one.
+
+    Raises:
+        ValueError: it has none; the message names the missing pieces.
+    """
+    forward = inspect.signature(model.forward).parameters
+    if "mm_encoder_outputs" not in forward:
+        if hasattr(model, "get_text_features") and hasattr(model, "logit_scale"):
+            return DualBridge(model)
+        if {"pixel_values", "encoder_outputs"} <= set(forward) and hasattr(model, "decoder"):
+            return EncoderDecoderBridge(model)
+    return Bridge(model)

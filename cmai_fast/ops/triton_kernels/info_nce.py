@@ -1,0 +1,237 @@
+"""The InfoNCE loss (van den Oord et al. 2018, eq. 4) over logits l = scale * query @ keys.T that are never stored:
+
+    loss = 1/N sum_i (row_lse[i] - l[i, labels[i]]),  row_lse[i] = log sum_j exp l[i, j]
+
+and with both directions (CLIP) its mean with 1/N sum_i (column_lse[labels[i]] - l[i, labels[i]]). With n_j rows of
+label j and R = exp(l - row_lse) - onehot, or (exp(l - row_lse) + n_j exp(l - column_lse)) / 2 - onehot,
+
+    grad_query = scale/N R @ keys,  grad_keys = scale/N R.T @ query,  grad_scale = 1/N sum R * (query @ keys.T)
+
+query (N, D), keys (M, D) in float32, bfloat16 or float16, alike; labels (N,) int64; scale 0-d, read on the device; loss
+and log-sum-exps float32.
+
+Forward: a program walks a group of row tiles against a span of key tiles, with a running maximum and sum per row, and
+leaves a log-sum-exp of its part for each row and each column, which a second kernel combines. Both directions so come
+from one pass over the logits. Groups and spans are at most _MOST_PARTS, so memory is O((N + M) D) for the gradients and
+O((N + M) _MOST_PARTS) for these. Backward: one kernel, over tiles of the query and then over tiles of the keys; each
+makes the logits again, and no two programs add to one number, so results do not depend on what runs first.
+
+`reference.py` is the definition of right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmai_fast.ops.triton_kernels.logits import (
+    assert_labels,
+    backward_blocks,
+    carries,
+    forward_blocks,
+    load_rows,
+    precision,
+    products,
+    spans,
+    useful,
+)
+
+# Log-sum-exps that are kept for one row or column: 256 bytes, less than a row of 64 float32 itself.
+_MOST_PARTS = 64
+
+
+@triton.jit
+def _shift(peak):
+    """What may be taken off before exp: an infinite maximum would give inf - inf."""
+    return tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+
+
+@triton.jit
+def _add_lse(one, other):
+    """log(exp(one) + exp(other))."""
+    shift = _shift(tl.maximum(one, other))
+    return shift + tl.log(tl.exp(one - shift) + tl.exp(other - shift))
+
+
+@triton.jit
+def _info_nce_forward_kernel(
+    query_ptr, keys_ptr, labels_ptr, scale_ptr, own_ptr, row_parts_ptr, column_parts_ptr, rows, count, size,
+    group, span, SYMMETRIC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    first_row, first_column = tl.program_id(0) * group, tl.program_id(1) * span
+    scale = tl.load(scale_ptr).to(tl.float32)
+    for row_start in range(first_row, min(first_row + group, rows), BLOCK_A):
+        row = row_start + tl.arange(0, BLOCK_A)
+        label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
+        peak = tl.full([BLOCK_A], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_A], tl.float32)
+        own = tl.zeros([BLOCK_A], tl.float32)
+        for column_start in range(first_column, min(first_column + span, count), BLOCK_B):
+            column = column_start + tl.arange(0, BLOCK_B)
+            logits = scale * products(
+                query_ptr, keys_ptr, row_start, column_start, rows, count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
+            )
+            logits = tl.where((row < rows)[:, None] & (column < count)[None, :], logits, float("-inf"))
+            own += tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            shift = _shift(new_peak)
+            total = total * tl.exp(peak - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+            peak = new_peak
+            if SYMMETRIC:
+                shift = _shift(tl.max(logits, 0))
+                lse = shift + tl.log(tl.sum(tl.exp(logits - shift[None, :]), 0))
+                at = column_parts_ptr + tl.program_id(0).to(tl.int64) * count + column
+                if row_start > first_row:
+                    lse = _add_lse(tl.load(at, mask=column < count, other=0.0), lse)
+                tl.store(at, lse, mask=column < count)
+                # What this tile's threads wrote, others of the program read at the next row tile.
+                tl.debug_barrier()
+        at = row_parts_ptr + tl.program_id(1).to(tl.int64) * rows + row
+        tl.store(at, _shift(peak) + tl.log(total), mask=row < rows)
+        # One span holds a row's label.
+        here = (label >= first_column) & (label < first_column + span)
+        tl.store(own_ptr + row, own, mask=(row < rows) & here)
+
+
+@triton.jit
+def _combine_kernel(parts_ptr, lse_ptr, parts, size, BLOCK: tl.constexpr):
+    """lse (size,) = log sum exp over the rows of parts (parts, size)."""
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lse = tl.load(parts_ptr + lane, mask=lane < size, other=0.0)
+    for part in range(1, parts):
+        at = parts_ptr + tl.cast(part, tl.int64) * size + lane
+        lse = _add_lse(lse, tl.load(at, mask=lane < size, other=0.0))
+    tl.store(lse_ptr + lane, lse, mask=lane < size)
+
+
+@triton.jit
+def _info_nce_backward_kernel(
+    grad_ptr, own_ptr, other_ptr, labels_ptr, scale_ptr, row_lse_ptr, column_lse_ptr, owners_ptr, grad_own_ptr,
+    scale_parts_ptr, own_count, other_count, size, OF_KEYS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of the query, or with OF_KEYS of the keys: then all tiles are transposed."""
+    own_first = tl.program_id(0) * BLOCK_A
+    own_row = own_first + tl.arange(0, BLOCK_A)
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    pulled = tl.zeros([BLOCK_A, BLOCK_OUT], tl.float32)
+    along = tl.zeros([BLOCK_A], tl.float32)
+    for start in range(0, other_count, BLOCK_B):
+        other_row = start + tl.arange(0, BLOCK_B)
+        dots = products(
+            own_ptr, other_ptr, own_first, start, own_count, other_count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
+        )
+        logits = scale * dots
+        if OF_KEYS:
+            row, rows, column, count = other_row[None, :], other_count, own_row[:, None], own_count
+        else:
+            row, rows, column, count = own_row[:, None], own_count, other_row[None, :], other_count
+        residual = tl.exp(logits - tl.load(row_lse_ptr + row, mask=row < rows, other=0.0))
+        if SYMMETRIC:
+            owners = tl.load(owners_ptr + column, mask=column < count, other=0.0)
+            column_lse = tl.load(column_lse_ptr + column, mask=column < count, other=0.0)
+            residual = (residual + owners * tl.exp(logits - column_lse)) * 0.5
+        label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
+        residual = tl.where(column == label, residual - 1.0, residual)
+        residual = tl.where((row < rows) & (column < count), residual, 0.0)
+        if scale_parts_ptr is not None:
+            along += tl.sum(residual * dots, 1)
+        other = load_rows(other_ptr, start, other_count, out, size, BLOCK_B)
+        # In the dtype of the inputs, as PyTorch's own products take it: half precision on tensor cores.
+        pulled = tl.dot(residual.to(other.dtype), other, pulled, input_precision=PRECISION)
+    rows = other_count if OF_KEYS else own_count
+    per_row = tl.load(grad_ptr).to(tl.float32) / rows
+    at = grad_own_ptr + tl.cast(own_first, tl.int64) * size + tl.arange(0, BLOCK_A)[:, None] * size + out[None, :]
+    mask = (own_row < own_count)[:, None] & (out < size)[None, :]
+    tl.store(at, (scale * per_row * pulled).to(grad_own_ptr.dtype.element_ty), mask=mask)
+    if scale_parts_ptr is not None:
+        if tl.program_id(1) == 0:
+            tl.store(scale_parts_ptr + tl.program_id(0), per_row * tl.sum(along))
+
+
+def _combine(parts: Tensor) -> Tensor:
+    if parts.shape[0] == 1:
+        return parts[0]
+    lse = parts.new_empty(parts.shape[1])
+    _combine_kernel[(triton.cdiv(parts.shape[1], 256),)](parts, lse, *parts.shape, 256)
+    return lse
+
+
+def _plan_info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    if not carries(query, keys, scale):
+        return None
+    (rows, size), count = query.shape, keys.shape[0]
+    blocks = forward_blocks(query.dtype, size, rows_alone=not symmetric)
+    # In one direction nothing is kept per column, and every row tile is a group.
+    groups, group = spans(rows, blocks.a, _MOST_PARTS if symmetric else rows)
+    parts, span = spans(count, blocks.b, min(_MOST_PARTS, useful(groups)))
+
+    def kernel(
+        query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert_labels(labels, count)
+        query, keys, labels = query.contiguous(), keys.contiguous(), labels.contiguous()
+        numbers = torch.empty(0, dtype=torch.float32, device=query.device)
+        own, row_parts = numbers.new_empty(rows), numbers.new_empty(parts, rows)
+        column_parts = numbers.new_empty(groups, count) if symmetric else None
+        with torch.cuda.device_of(query):
+            _info_nce_forward_kernel[(groups, parts)](
+                query, keys, labels, scale, own, row_parts, column_parts, rows, count, size, group, span, symmetric,
+                blocks.a, blocks.b, blocks.d, precision(query.dtype), num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+            row_lse = _combine(row_parts)
+            if column_parts is None:
+                return (row_lse - own).mean(), row_lse, numbers
+            column_lse = _combine(column_parts)
+        return ((row_lse - own) + (column_lse[labels] - own)).mean() / 2, row_lse, column_lse
+
+    return kernel
+
+
+def _plan_info_nce_backward(
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    if not carries(query, keys, scale, grad) or row_lse.dtype != torch.float32 or column_lse.dtype != torch.float32:
+        return None
+    (rows, size), count = query.shape, keys.shape[0]
+    symmetric = column_lse.shape[0] > 0
+    blocks = backward_blocks(query.dtype, size)
+    outs = triton.cdiv(size, blocks.out)
+
+    def kernel(
+        grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, keys, labels = query.contiguous(), keys.contiguous(), labels.contiguous()
+        row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
+        # Sums of ones: exact, so that their order does not matter.
+        owners = column_lse.new_zeros(count).scatter_add_(0, labels, torch.ones_like(row_lse)) if symmetric else None
+        grad_query, grad_keys = torch.empty_like(query), torch.empty_like(keys)
+        scale_parts = row_lse.new_empty(triton.cdiv(rows, blocks.a))
+        sides = ((query, keys, grad_query, scale_parts), (keys, query, grad_keys, None))
+        with torch.cuda.device_of(query):
+            for of_keys, (own, other, grad_own, parts) in enumerate(sides):
+                _info_nce_backward_kernel[(triton.cdiv(own.shape[0], blocks.a), outs)](
+                    grad, own, other, labels, scale, row_lse, column_lse if symmetric else None, owners, grad_own,
+                    parts, own.shape[0], other.shape[0], size, bool(of_keys), symmetric,
+                    blocks.a, blocks.b, blocks.d, blocks.out, precision(query.dtype),
+                    num_warps=blocks.warps, num_stages=blocks.stages,
+                )  # fmt: skip
+        return grad_query, grad_keys, scale_parts.sum().to(scale.dtype)
+
+    return kernel
+
+
+KERNELS: dict[str, Callable[..., Callable[..., Any] | None]] = {
+    "info_nce": _plan_info_nce,
+    "info_nce_backward": _plan_info_nce_backward,
+}

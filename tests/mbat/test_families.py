@@ -1,0 +1,103 @@
+"""A training step on every family: the gradients are those of the formula, and a run saves what it trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from cmai_fast.attacks import Objective
+from cmai_fast.bridge import bridge_of
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.fit import fit_heads
+from cmai_fast.mbat import MBATConfig, MBATTrainer
+from families import FAMILIES, Family
+
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+
+
+@pytest.fixture(autouse=True)
+def _own_randomness() -> Iterator[None]:
+    with torch.random.fork_rng():  # a Trainer seeds the global generator
+        yield
+
+
+class Samples(Dataset):
+    def __init__(self, family: Family) -> None:
+        self.samples = family.samples()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.samples[i]
+
+
+def trainer_of(family: Family, folder: Any, **settings: Any) -> MBATTrainer:
+    model = copy.deepcopy(family.model()).train()
+    plain = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "inner_steps": 2, "learning_rate": 1e-3}
+    return MBATTrainer(
+        model,
+        MBATConfig(output_dir=str(folder), per_device_train_batch_size=3, max_steps=1, **{**plain, **settings}),
+        train_dataset=Samples(family),
+        data_collator=lambda samples: family.batch(family.model(), samples),
+        processing_class=family.processor,
+    )
+
+
+@pytest.mark.parametrize("refreshes", [0, 1])
+@every_family
+def test_gradients_are_those_of_the_formula(family, tmp_path, refreshes):
+    """(1 - lam) * L_clean + lam * L_adv by one plain backward, at the adversarial images that the step found."""
+    trainer = trainer_of(family, tmp_path, lam=0.4, gamma=0.0, beta=0.2, refreshes=refreshes)
+    batch = family.batch(family.model(), family.samples())
+    found = []
+    attack = trainer._attack
+    trainer._attack = lambda *args: found.append(attack(*args)) or found[-1]  # type: ignore[func-returns-value]
+    model = copy.deepcopy(trainer.model).train()
+    total = trainer.training_step(trainer.model, batch)
+    objective = Objective(bridge_of(model), trainer.space, batch)
+    clean = objective.pixels()
+    assert (found[0] - clean).abs().amax() > 1 / 255
+    clean_loss, adv_loss = (objective(trainer.space.to_model(x)).loss.mean() for x in (clean, found[0]))
+    loss = 0.6 * clean_loss + 0.4 * adv_loss
+    torch.testing.assert_close(total, loss.detach(), rtol=1e-4, atol=1e-5)
+    loss.backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    got = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert set(got) == set(wanted)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-4 * float(1 + grad.abs().max()))
+
+
+@every_family
+def test_a_run_trains_the_vision_side_saves_and_is_loaded_again(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, trainable="vision", gamma=0.1, save_steps=1)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    vision = {id(p) for p in trainer.bridge.vision_parameters}
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= {n for n, p in trainer.model.named_parameters() if id(p) in vision}
+    again = trainer_of(family, tmp_path / "again", trainable="vision", gamma=0.1)
+    again._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    for (name, p), q in zip(trainer.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@every_family
+def test_heads_are_fitted_to_frozen_features(family):
+    model = family.model()
+    bridge = bridge_of(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16)
+    batch = family.batch(model, family.samples())
+    if family.kind == "dual":
+        batch["labels"] = torch.arange(3)  # images of one and the same text have nothing to be told apart by
+    losses: list[float] = []
+    fit_heads(bridge, heads, iter([batch] * 12), 12, learning_rate=1e-2, on_step=lambda step, loss: losses.append(loss))
+    assert losses[-1] < losses[0]

@@ -1,0 +1,69 @@
+"""Two processes with half of the batch each train as one with all of it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("one_of_several.py")
+# A step of plain SGD shows every gradient as it is; adaptive steps would hide a wrong scale.
+SETTINGS: dict[str, Any] = {
+    "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.5,
+    "inner_steps": 2, "refreshes": 1, "beta": 0.2, "gamma": 0.5, "tau_train": 0.9, "logging_steps": 1,
+    "save_steps": 2, "lr_scheduler_type": "constant", "weight_decay": 0.01,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for part in make_tiny():
+        part.save_pretrained(folder / "model")
+    return folder
+
+
+def train(folder: Path, name: str, processes: int, **changes: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    settings = SETTINGS | {"per_device_train_batch_size": 8 // processes} | changes
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [*command, json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "inner": "pgd", "muon": True}])
+def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path, changes: dict[str, Any]) -> None:
+    tag = "-".join(map(str, changes.values()))
+    one, one_said = train(folder, f"one{tag}", 1, **changes)
+    two, two_said = train(folder, f"two{tag}", 2, **changes)
+    start = {f"model.{k}": v.detach().double() for k, v in make_tiny()[0].named_parameters()}
+    parts = ("language_model", "vision_tower", "multi_modal_projector")
+    assert all(any(part in k and not torch.equal(v, one[k]) for k, v in start.items()) for part in parts)
+    assert_same(one, two)
+    assert two_said["arm"] == pytest.approx(one_said["arm"])
+    for mine, whole in zip(two_said["logs"], one_said["logs"], strict=True):
+        for key in ("loss_clean", "loss_adv", "loss_contrastive", "s_c_adv"):
+            assert mine[key] == pytest.approx(whole[key], rel=1e-5), key
+
+
+def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
+    whole = load_file(folder / "two.safetensors")  # of the test above
+    rest, _ = train(folder, "rest", 2, resume_from_checkpoint=str(folder / "two" / "checkpoint-2"))
+    assert all(torch.equal(rest[name], weight) for name, weight in whole.items())

@@ -1,0 +1,69 @@
+"""docs/families.md cannot lie: its table is made from the models, its promises name tests over every family."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from cmai_fast.attacks import Objective
+from cmai_fast.bridge import bridge_of
+from cmai_fast.threat import PixelSpace
+from families import FAMILIES, Family
+
+ROOT = Path(__file__).parent.parent
+DOC = ROOT / "docs" / "families.md"
+UNITS = {2: "patch", 4: "image", 5: "tile"}
+
+
+def row(family: Family) -> str:
+    model, samples = family.model(), family.samples()
+    batch = family.batch(model, samples)
+    values = batch["pixel_values"]
+    objective = Objective(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
+    keys = sorted(set(batch) - {"pixel_values", "input_ids", "attention_mask", "labels"})
+    assert set(objective.inputs(objective.pixels())) == set(batch)
+    several = max(len(s.pictures) for s in samples) > 1
+    sizes = len({p.shape for s in samples for p in s.pictures}) > 1
+    cells = [
+        family.name,
+        f"`{type(model).__name__}`",
+        family.kind,
+        ", ".join(f"`{k}`" for k in keys) or "-",
+        "several" if several else "one",
+        "different" if sizes else "one",
+        UNITS[values.dim()],
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table() -> str:
+    head = "| family | model | adapter | more keys of a batch | images a sample | sizes | attacked unit |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *map(row, FAMILIES)])
+
+
+def test_the_table_is_what_the_tests_build():
+    found = re.search(r"<!-- table -->\n(.*)\n<!-- /table -->", DOC.read_text(), re.DOTALL)
+    assert found is not None
+    assert found[1] == table(), f"docs/families.md should hold:\n{table()}"
+
+
+def test_the_example_runs():
+    family = next(f for f in FAMILIES if f.name == "Qwen2-VL")
+    code = re.search(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {"model": family.model(), "processor": family.processor}
+    names["batch"] = family.batch(names["model"], family.samples())
+    exec(code[1], names)
+    assert [len(own) for own in names["pictures"]] == [1, 2, 1]
+    assert (names["result"].adv - names["clean"]).abs().max() > 0
+
+
+def test_each_promise_names_a_test_that_runs_over_every_family():
+    promises = re.findall(r"`(test_\w+)`", DOC.read_text())
+    assert len(promises) > 10
+    sources = [ROOT / "tests" / name for name in ("bridge/test_families.py", "test_layout.py", "mbat/test_families.py")]
+    for name in promises:
+        assert any(re.search(rf"@every_family\ndef {name}\(", s.read_text()) for s in sources), name
+    for source in sources:
+        assert 'every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)' in source.read_text()
