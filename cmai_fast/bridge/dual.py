@@ -18,7 +18,8 @@ class DualBridge(Bridge):
     Such a model has no language-model loss. L_task is that of zero-shot classification and of attacks on CLIP (TeCoA,
     Mao et al. 2023; Robust CLIP, Schlarmann et al. 2024): the cross-entropy of each image against a fixed set of K
     texts, `labels` (N,) being the place of the right one. Class prompts and the captions of the batch itself
-    (`labels = arange(N)`, the image-to-text half of CLIP's own loss) are the two usual sets. SigLIP's bias cancels in
+    (`labels = arange(N)`, the image-to-text half of CLIP's own loss) are the two usual sets; of several processes each
+    takes its own batch's captions. SigLIP's bias cancels in
     it, and its verdict is that of the highest score.
 
     A batch holds `pixel_values` (N, 3, H, W), `labels` (N,), and the texts: `input_ids` and `attention_mask` (K, L), or
@@ -57,7 +58,12 @@ class DualBridge(Bridge):
         return {k: v[rows] if k == "labels" else v for k, v in inputs.items()}
 
     def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return batch["labels"][:, None], torch.ones_like(batch["labels"][:, None])
+        places = batch["labels"]
+        if "input_ids" not in batch:  # a fixed set, which all batches share
+            return places[:, None], torch.ones_like(places[:, None])
+        ids = batch["input_ids"][places]
+        mask = batch.get("attention_mask")
+        return ids, torch.ones_like(ids) if mask is None else mask[places]
 
     def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         return None

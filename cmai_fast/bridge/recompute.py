@@ -8,8 +8,7 @@ in any mode.
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,27 +61,25 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Inside, layers with recomputation switched on recompute in evaluation mode too; on leaving, as before."""
-    # A `forward` of the instance's own is somebody else's hook: it stays.
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and "forward" not in m.__dict__
-    ]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    # A `forward` of the instance's own is somebody else's hook, such as accelerate's: it runs inside, and comes back.
+    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
     try:
         for layer in layers:
-            layer.forward = types.MethodType(_forward, layer)
+            layer.forward = functools.partial(_forward, layer, layer.forward)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+            if layer in own:
+                layer.forward = own[layer]
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = functools.partial(type(self).forward, self)
-    if self.training or not torch.is_grad_enabled():
+def _forward(layer: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if layer.training or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
     # The reentrant kind, which a user may have chosen, gives no gradient with respect to pixels. Nothing is random in
     # evaluation mode, so the state of the generators need not be kept.
-    chosen = getattr(self._gradient_checkpointing_func, "keywords", {})
+    chosen = getattr(layer._gradient_checkpointing_func, "keywords", {})
     options = {"context_fn": chosen["context_fn"]} if "context_fn" in chosen else {}
     return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)

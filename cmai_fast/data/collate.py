@@ -41,7 +41,8 @@ class VQACollator:
         pixel_values = torch.stack([self._encode_image(s["image"]) for s in samples])
         batch = self.responses(samples, [s["answer"] for s in samples])
         batch["pixel_values"] = pixel_values
-        batch["sample_ids"] = torch.tensor([s.get("sample_id", i) for i, s in enumerate(samples)])
+        if all("sample_id" in s for s in samples):  # else the attack names samples by their places
+            batch["sample_ids"] = torch.tensor([s["sample_id"] for s in samples])
         if self.negatives:
             rows = [s for s in samples for _ in range(self.negatives)]
             wrong = [answer for s in samples for answer in self._wrong_answers(s)]

@@ -70,6 +70,11 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; expected a finite weight of at least 0")
         if self.recompute not in MODES:
             raise ValueError(f"recompute is {self.recompute!r}; expected one of {', '.join(MODES)}")
+        if self.recompute != "none" and self.gradient_checkpointing:
+            raise ValueError(
+                f"recompute is {self.recompute!r} and gradient_checkpointing is set, which would replace it; expected "
+                "one of the two (recompute='full' is the same thing)"
+            )
         if self.trainable not in ("all", "vision"):
             raise ValueError(f"trainable is {self.trainable!r}; expected all or vision")
         if self.fp16:

@@ -76,6 +76,17 @@ def is_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def check_vision_side(bridge: Bridge) -> None:
+    """Raises ValueError where a layer of the vision side is quantised: only its norms and biases would learn."""
+    for part in bridge.vision_side:
+        for name, p in part.named_parameters():
+            if not p.is_floating_point():
+                raise ValueError(
+                    f"the weight {name} of {type(part).__name__} is quantised ({p.dtype}), so the vision side cannot "
+                    "be trained; load the model with quantization_config=quantized_language_model(...)"
+                )
+
+
 def freeze_language_model(bridge: Bridge) -> None:
     """Its parameters and those of the output layer stay as they are: norms and embeddings too."""
     parts = (bridge.text_model, bridge.model.get_output_embeddings())

@@ -21,6 +21,21 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def check_equal(rows: int) -> None:
+    """Raises ValueError, in every process, where they do not have equally many rows."""
+    if count() == 1:
+        return
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    extremes = torch.tensor([rows, -rows], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    most, fewest = int(extremes[0]), -int(extremes[1])
+    if most != fewest:
+        raise ValueError(
+            f"a step has {fewest} samples in one process and {most} in another, {rows} in this one; expected the same "
+            'number. Leave accelerator_config={"even_batches": True}, or set dataloader_drop_last'
+        )
+
+
 def row_numbers(rows: int) -> Tensor:
     """(rows,) int64: the places of this process's rows in the whole batch."""
     first = dist.get_rank() * rows if count() > 1 else 0

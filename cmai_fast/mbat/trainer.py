@@ -22,7 +22,7 @@ from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
-from cmai_fast.mbat.quantized import freeze_language_model, is_quantized, trainable_in_part
+from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
@@ -91,10 +91,11 @@ class MBATTrainer(Trainer):
         if is_quantized(model):
             freeze_language_model(self.bridge)
             unpack(model)  # for good: evaluation in mid-training would round the weights a little
+            check_vision_side(self.bridge)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                f"no parameter of {type(model).__name__} requires a gradient: nothing can be trained. A quantised "
-                "vision tower cannot be (see quantized_language_model); a frozen one is set free by requires_grad_()"
+                f"no parameter of {type(model).__name__} requires a gradient, so there is nothing to train; "
+                "requires_grad_() sets what is frozen free"
             )
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
@@ -157,10 +158,12 @@ class MBATTrainer(Trainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
+        ranks.check_equal(len(inputs["labels"]))
         image, text = self.bridge.inputs(inputs)
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
         args = self.args
-        with self.compute_loss_context_manager():
+        # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             features = self.bridge.encode_image(inputs["pixel_values"], **image)
             leaf = features.detach().requires_grad_()
             loss_clean, p = self._clean_branch(leaf, text, share)
@@ -316,6 +319,11 @@ class MBATTrainer(Trainer):
             self._sums.clear()
             self._steps_in_sums = 0
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
+        super().save_model(output_dir, _internal_call)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

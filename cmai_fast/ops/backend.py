@@ -95,6 +95,8 @@ def _from_reference(name: str) -> Callable[..., Any]:
 
 
 def _plan(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    if any(isinstance(value, Tensor) and _deferred(value) for value in (*args, *kwargs.values())):
+        return _from_reference(name)
     for backend in backends_for(args[0].device.type):
         planner = _BACKENDS[backend].KERNELS.get(name)
         kernel = planner(*args, **kwargs) if planner else None
@@ -103,13 +105,21 @@ def _plan(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[
     return _from_reference(name)
 
 
+def _deferred(tensor: Tensor) -> bool:
+    """PyTorch negates some tensors, and makes zeros, only when they are read through its dispatcher."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that a check or a plan may depend on; None where one tensor plays two roles, which a check may refuse."""
+    """All that a check or a plan may depend on; None where that is more than this: where one memory plays two roles,
+    which a check may refuse, or a tensor is not what its memory holds."""
     key, seen, tensors = [], set(), 0
     for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
+            if _deferred(value):
+                return None
             tensors += 1
-            seen.add(id(value))
+            seen.add(value.data_ptr())
             key.append((value.shape, value.dtype, value.device, value.is_contiguous()))
         else:
             key.append(value)
@@ -146,7 +156,12 @@ def call(name: str) -> Callable[..., None]:
 
     def run(adv: Tensor, *args: Any) -> None:
         plain = type(adv) is Tensor and not torch.compiler.is_compiling() and modes() == 0 and transforms() is None
-        (kernel if plain else operator)(adv, *args)
+        if plain:
+            try:
+                return kernel(adv, *args)
+            except (AttributeError, TypeError):
+                pass  # an argument of the wrong kind: the schema names it
+        return operator(adv, *args)
 
     return run
 

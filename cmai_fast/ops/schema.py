@@ -111,15 +111,17 @@ def _check_state(adv: Tensor, clean: Tensor, eps: Tensor, lower: float, upper: f
 
 
 def _check_apart(tensors: dict[str, Tensor | None]) -> None:
-    """Refuses one tensor in two roles, of which one is written."""
+    """Refuses one tensor, or two that begin at one address, in two roles, of which one is written."""
     seen: dict[int, str] = {}
     for name, tensor in tensors.items():
         if tensor is not None:
-            other = seen.setdefault(id(tensor), name)
+            # Only plain tensors with elements have an address.
+            plain = type(tensor) is Tensor and tensor.device.type != "meta" and tensor.numel() > 0
+            other = seen.setdefault(tensor.data_ptr() if plain else id(tensor), name)
             torch._check(
                 other == name,
                 lambda name=name, other=other: (
-                    f"{other} and {name} are the same tensor; {name} needs memory of its own"
+                    f"{other} and {name} are the same tensor or share memory; {name} needs memory of its own"
                 ),
             )
 

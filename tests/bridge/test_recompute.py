@@ -95,6 +95,24 @@ def test_dropout_stays_off_and_layers_are_given_back(make_tiny, batch):
     assert [(m.training, "forward" in m.__dict__) for m in model.modules()] == before
 
 
+def test_a_hook_of_somebody_else_runs_inside_and_comes_back(make_tiny, batch):
+    model, _ = make_tiny()
+    set_recompute(model, [], "full")
+    layer, runs = model.model.language_model.layers[0], []
+    plain = layer.forward
+
+    def hooked(*args, **kwargs):
+        runs.append(1)
+        return plain(*args, **kwargs)
+
+    layer.forward = hooked
+    objective = objective_of(model, batch)
+    with objective.lent():
+        grad = objective.gradient(batch["pixel_values"])[0]
+    assert layer.forward is hooked and len(runs) == 2
+    assert torch.equal(grad, run(make_tiny, batch, "none", "attack")[0])
+
+
 def test_the_reentrant_kind_of_the_users_own_does_not_stop_an_attack(make_tiny, batch):
     model, _ = make_tiny()
     model.activation_checkpointing_enable({"use_reentrant": True})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from cmai_fast.attacks import Objective, pgd
 from cmai_fast.bridge import Bridge, task_loss
@@ -133,6 +133,16 @@ def test_a_run_goes_on_from_its_checkpoint(make, bits, tmp_path):
     rest.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     for (name, p), (_, q) in zip(whole.model.named_parameters(), rest.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_quantised_vision_side_is_refused(folder, tiny_processor, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    with pytest.raises(ValueError, match=r"the weight .* is quantised \(torch.uint8\).*quantized_language_model"):
+        MBATTrainer(
+            model, MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True), processing_class=tiny_processor
+        )
 
 
 def test_nothing_to_train_is_named(make_tiny, data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from cmai_fast.mbat import ranks
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 # A step of plain SGD shows every gradient as it is; adaptive steps would hide a wrong scale.
@@ -48,6 +51,19 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_unequal_parts_of_a_batch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "get_backend", lambda: "gloo")
+    for there, message in ((3, None), (2, "2 samples in one process and 3 in another, 3 in this one.*even_batches")):
+
+        def all_reduce(extremes: torch.Tensor, _: Any, there: int = there) -> None:
+            extremes.copy_(torch.maximum(extremes, torch.tensor([there, -there])))
+
+        monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            ranks.check_equal(3)
+
+
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "inner": "pgd", "muon": True}])
 def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path, changes: dict[str, Any]) -> None:
     tag = "-".join(map(str, changes.values()))
@@ -64,6 +80,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path
 
 
 def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
-    whole = load_file(folder / "two.safetensors")  # of the test above
+    if not (folder / "two.safetensors").exists():  # the test above makes it too
+        train(folder, "two", 2)
+    whole = load_file(folder / "two.safetensors")
     rest, _ = train(folder, "rest", 2, resume_from_checkpoint=str(folder / "two" / "checkpoint-2"))
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())

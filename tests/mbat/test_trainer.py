@@ -551,3 +551,24 @@ def test_a_bridge_of_other_heads_is_refused(make_trainer, tmp_path):
     other = make_trainer(heads=ConsistencyHeads(64, 64, dim=4, hidden=16))
     with pytest.raises((ValueError, RuntimeError), match="size mismatch"):
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_mixed_precision_reaches_both_sides(make_trainer, batch):
+    trainer = make_trainer(bf16=True, gamma=0.0)
+    seen = {}
+    sides = {"vision": trainer.model.model.vision_tower, "language": trainer.model.model.language_model}
+    for side, part in sides.items():
+        layer = part.get_submodule("encoder.layers.0" if side == "vision" else "layers.0").mlp
+        layer.register_forward_hook(lambda *a, side=side: seen.setdefault(side, set()).add(a[2].dtype))
+    loss = trainer.training_step(trainer.model, batch)
+    assert seen == {"vision": {torch.bfloat16}, "language": {torch.bfloat16}}
+    plain = make_trainer(gamma=0.0).training_step(make_trainer(gamma=0.0).model, batch)
+    assert loss != plain and loss == pytest.approx(float(plain), rel=0.05)
+    assert all(
+        p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.model.parameters() if p.grad is not None
+    )
+
+
+def test_two_kinds_of_recomputation_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="recompute is 'selective' and gradient_checkpointing is set"):
+        MBATConfig(output_dir=str(tmp_path), recompute="selective", gradient_checkpointing=True)

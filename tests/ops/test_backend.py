@@ -99,9 +99,11 @@ def test_modes_and_transforms_see_the_operator() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_explicit_backends_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    carried = record_plans(monkeypatch)
     monkeypatch.setenv("CMAI_FAST_BACKEND", name)
     assert ops.chosen_backend() == name
     assert torch.equal(step(), torch.full((1, 4), 0.75))
+    assert carried == ([True] if name == "cpu" else [])
 
 
 def test_explicit_reference_does_not_touch_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +214,38 @@ def test_importing_the_operators_does_not_import_triton() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr
+
+
+def test_a_tensor_that_is_not_what_its_memory_holds_is_read_right() -> None:
+    clean, eps = torch.full((1, 4), 0.5), torch.tensor([0.5])
+    ones = torch.ones(1, 4)
+    for grad, right in ((torch._neg_view(ones), 0.25), (torch._efficientzerotensor((1, 4)), 0.5), (ones, 0.75)):
+        adv = clean.clone()
+        ops.pgd_linf_step_(adv, grad, clean, eps, eps / 2)
+        assert torch.equal(adv, torch.full((1, 4), right))
+
+
+def test_memory_in_two_roles_is_refused_by_its_address() -> None:
+    images, eps = torch.full((3, 4), 0.5), torch.tensor([0.5, 0.5])
+    for _ in range(2):  # also where a call of this signature was right before
+        ops.pgd_linf_step_(
+            images[:2].clone(), torch.ones(2, 4), images[:2], eps, eps / 2, model_input=torch.empty(2, 4)
+        )
+        with pytest.raises(RuntimeError, match="adv and clean are the same tensor or share memory"):
+            ops.pgd_linf_step_(images[:2], torch.ones(2, 4), images[:2], eps, eps / 2, model_input=torch.empty(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": 0.1}, "eps"),
+        ({"mean": [0.5], "std": [0.5]}, "mean"),
+        ({"patches": "two"}, "patches"),
+        ({"lower": "black"}, "lower"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(changes: dict[str, Any], message: str) -> None:
+    image, row = torch.full((1, 4), 0.5), torch.tensor([0.5])
+    case = {"adv": image.clone(), "grad": image, "clean": image.clone(), "eps": row, "step": row / 2}
+    with pytest.raises((RuntimeError, TypeError), match=rf"pgd_linf_step_.*{message}"):
+        ops.pgd_linf_step_(**{**case, **changes})
