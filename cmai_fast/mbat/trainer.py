@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import bridge_of, frozen, set_recompute, task_loss, unpack
+from cmai_fast.bridge import bridge_of, frozen, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
@@ -178,7 +178,7 @@ class MBATTrainer(Trainer):
                 objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, own)
                 adv = self._attack(objective, inputs.get("sample_ids"), p)
                 adversarial = objective.encode(self.space.to_model(adv).to(features.dtype))
-                loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
+                loss_adv = self.bridge.losses(adversarial, **text)[0].mean()
                 self._count(full_forward=1, full_backward=1)
                 remainder = remainder + share * args.lam * loss_adv
                 parts["loss_adv"] = loss_adv.detach()
@@ -212,8 +212,8 @@ class MBATTrainer(Trainer):
         wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps
         if not weight and not wants_p:
             with torch.no_grad():
-                return task_loss(*self.bridge.fuse(leaf, **text)).mean(), None
-        loss = task_loss(*self.bridge.fuse(leaf, **text)).mean()
+                return self.bridge.losses(leaf, **text)[0].mean(), None
+        loss = self.bridge.losses(leaf, **text)[0].mean()
         self._count(full_forward=1, full_backward=1)
         if weight:
             self.accelerator.backward(share * weight * loss)

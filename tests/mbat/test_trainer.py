@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import Bridge, task_loss
+from cmai_fast.bridge import bridge as bridge_module
+from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.mbat import trainer as trainer_module
@@ -572,3 +574,24 @@ def test_mixed_precision_reaches_both_sides(make_trainer, batch):
 def test_two_kinds_of_recomputation_are_refused(tmp_path):
     with pytest.raises(ValueError, match="recompute is 'selective' and gradient_checkpointing is set"):
         MBATConfig(output_dir=str(tmp_path), recompute="selective", gradient_checkpointing=True)
+
+
+def test_a_step_is_the_same_with_logits_in_chunks(make_trainer, batch, monkeypatch):
+    steps, calls = [], []
+
+    def watched(*args):
+        calls.append(args)
+        return token_losses(*args)
+
+    monkeypatch.setattr(bridge_module, "token_losses", watched)
+    for large in (False, True):
+        monkeypatch.setattr(Bridge, "_pays", lambda *_, large=large: large)
+        trainer = make_trainer(refreshes=1)
+        loss = trainer.training_step(trainer.model, batch)
+        steps.append((loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
+        assert len(calls) == (3 if large else 0)  # the clean branch, a refresh of the attack, the adversarial branch
+    (loss, grads), (other, others) = steps
+    torch.testing.assert_close(loss, other)
+    assert grads.keys() == others.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, others[name], rtol=1e-3, atol=1e-5, msg=name)
