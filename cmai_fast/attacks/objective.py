@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen, is_right, patches_by_matmul, recomputed, task_loss, unpacked
+from cmai_fast.bridge import (
+    Bridge,
+    frozen,
+    is_right,
+    lean_activations,
+    patches_by_matmul,
+    recomputed,
+    task_loss,
+    unpacked,
+)
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.layout import Layout
 from cmai_fast.threat import PixelSpace
@@ -152,9 +161,10 @@ class Objective:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, recomputing
-        where it does so in training, and its patch embedding quick at the pixels."""
+        where it does so in training, its MLPs lean, and its patch embedding quick at the pixels."""
         model = self.bridge.model
-        with unpacked(model), recomputed(model), patches_by_matmul(model), frozen(model, self.heads):
+        cheap = unpacked(model), recomputed(model), patches_by_matmul(model), lean_activations(model)
+        with cheap[0], cheap[1], cheap[2], cheap[3], frozen(model, self.heads):
             yield
 
     def text_projection(self) -> Tensor:
