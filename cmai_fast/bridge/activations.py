@@ -2,7 +2,8 @@
 
 A gated MLP computes act(gate) * up, and autograd keeps gate, act(gate) and up: where weights are frozen, half of all
 that a layer of a language model keeps. act(gate) is one pass over memory away from gate, so it is computed again.
-CLIP's x * sigmoid(1.702 x) is kept as x alone. The arithmetic is the module's own: results and gradients are the same bits.
+CLIP's x * sigmoid(1.702 x) is kept as x alone. The arithmetic is the module's own, so results and gradients are the
+same bits.
 """
 
 from __future__ import annotations

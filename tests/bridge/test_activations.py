@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP
@@ -16,6 +15,7 @@ from cmai_fast.attacks import Objective
 from cmai_fast.bridge import bridge_of, lean_activations
 from cmai_fast.evaluation.overhead import SavedActivations
 from cmai_fast.threat import PixelSpace
+from families import FAMILIES
 
 
 def mlp(kind: type = LlamaMLP, act: str = "silu") -> nn.Module:
