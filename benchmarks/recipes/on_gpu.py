@@ -4,8 +4,8 @@
 
 Writes gpu.json (commit, versions, device, each command with its exit code, time and last lines, the benchmarks'
 medians and ratios, and targets with what was measured) and one log a command. A command that fails is recorded, and the
-others still run; the exit code is then 1. `--only` chooses some of the commands. Models at size need bitsandbytes, and
-a GPU of 40 GB.
+others still run; the exit code is then 1. `--only` chooses some of the commands; what gpu.json holds of others stays, if
+it is of the same commit and device. Run it in the root of the repository. Models at size need bitsandbytes and 40 GB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
 CHECKED = ["tests/ops", "-k", "cuda"]
 
 
-_AT_SIZE = [sys.executable, str(Path(__file__).parent / "at_size.py"), "--rounds", "3"]
+_AT_SIZE = [sys.executable, "benchmarks/recipes/at_size.py", "--rounds", "3"]
 _LLAVA_7B = [*_AT_SIZE, "--model", "llava-7b", "--bits", "4"]
 # What is measured at size: command, and of its numbers (kind, step) what is asked for at most.
 AT_SIZE: dict[str, tuple[list[str], dict[tuple[str, str], float]]] = {
@@ -101,6 +101,10 @@ def main() -> int:
         "versions": versions(),
         "runs": {},
     }
+    if (args.out / "gpu.json").exists():
+        earlier = json.loads((args.out / "gpu.json").read_text())
+        if all(earlier[key] == record[key] for key in ("device", "versions")):
+            record = earlier
     for name, command in commands(args.out).items():
         if args.only is None or name in args.only:
             (args.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run

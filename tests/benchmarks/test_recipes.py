@@ -172,3 +172,30 @@ def test_targets_at_size_are_judged_by_what_was_measured(recipes, tmp_path):
         assert command[command.index("--model") + 1] in sized_models.MODELS
         steps = command[command.index("--only") + 1 :] if "--only" in command else list(at_size.STEPS)
         assert all(step in steps for _, step in asked), name
+
+
+def test_runs_on_a_gpu_add_up_and_a_failure_is_recorded(recipes, tmp_path, monkeypatch):
+    import on_gpu
+
+    def command(name, code):
+        write = (
+            f"open({str(tmp_path / name)!r} + '.json', 'w').write('{{\"over_clean\": {{\"mbat-bridge-r0\": 2.0}}}}')"
+        )
+        return [sys.executable, "-c", f"{write if not code else 0}; print('done'); raise SystemExit({code})"]
+
+    commands = {"tests": command("tests", 1), "llava-7b": command("llava-7b", 0), "clip-l-336": ["no-such-tool"]}
+    for name, value in (("is_available", True), ("get_device_name", "H"), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(on_gpu, "commands", lambda out: commands)
+    codes = []
+    for only in commands:
+        monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--out", str(tmp_path), "--only", only])
+        codes.append(on_gpu.main())
+    runs = json.loads((tmp_path / "gpu.json").read_text())["runs"]
+    assert codes == [1, 1, 1]  # a failure that stands in gpu.json is not forgotten
+    assert [runs[n]["exit_code"] for n in commands] == [1, 0, None]
+    assert runs["llava-7b"]["targets"][0]["met"] and runs["llava-7b"]["tail"] == ["done"]
+    assert runs["clip-l-336"]["tail"] == ["no-such-tool is not installed"]
+    monkeypatch.setattr(on_gpu, "versions", lambda: {"commit": "another"})
+    on_gpu.main()
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["runs"]) == ["clip-l-336"]
