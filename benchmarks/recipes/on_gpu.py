@@ -4,7 +4,7 @@
 
 Writes gpu.json (commit, versions, device, each command with its exit code, time and last lines, the benchmarks'
 medians and ratios, and targets with what was measured) and one log a command. A command that fails is recorded, and the
-others still run; the exit code is then 1. `--only` chooses some of the commands; what gpu.json holds of others stays, if
+others still run; the exit code is then 1. `--only` chooses some of them; what gpu.json holds of the others stays, if
 it is of the same commit and device. Run it in the root of the repository. Models at size need bitsandbytes and 40 GB.
 """
 
