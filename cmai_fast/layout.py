@@ -76,7 +76,8 @@ class Layout:
                 )
         elif pixel_values.dim() == 5:
             self.tiles = shape[1]
-            there = pixel_values.detach().flatten(2).any(-1)
+            # Zeros may also be a black picture, where the mean is 0: the mask of a family that has one knows better.
+            there = (pixel_values.detach() if pixel_attention_mask is None else pixel_attention_mask).flatten(2).any(-1)
             units_per_image = (there * torch.arange(1, shape[1] + 1, device=device)).amax(1)
         elif pixel_values.dim() == 4:
             units_per_image = torch.ones(len(pixel_values), dtype=torch.int64, device=device)

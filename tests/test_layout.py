@@ -185,3 +185,18 @@ def test_the_l2_start_of_a_sample_fills_its_own_ball():
     distance = (still - clean).flatten(1).norm(dim=1)
     assert (distance > 0.95).all()  # in many dimensions nearly all of a ball lies at its surface
     assert (objective.layout.only(still - clean) == still - clean).all()
+
+
+def test_a_black_tile_is_attacked_where_the_processors_mean_is_0():
+    """Zeros of the model's input are its pixels then, and only a mask can tell them from padding."""
+    family = next(f for f in FAMILIES if f.name == "SmolVLM")
+    batch = family.batch(family.model(), family.samples())
+    batch["pixel_values"] = (batch["pixel_values"] - batch["pixel_values"].min()) / 20
+    batch["pixel_values"][0] = 0.0
+    black = Objective(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch)
+    assert black.layout.real[0].any()
+    result = maximise(black, black.pixels(), LINF, "pgd", steps=1)
+    assert (result.adv[0][black.layout.real[0]] != 0).any()
+    del batch["pixel_attention_mask"]
+    with pytest.raises(ValueError, match="mean is 0, so a black tile looks like the zeros"):
+        Objective(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch).pixels()

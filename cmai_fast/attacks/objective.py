@@ -113,12 +113,18 @@ class Objective:
             images = self.bridge.images_per_row(values, **self._image)
             if values.dim() == 4 and bool((images == 1).all()):
                 return None
+        mask = self._image.get("pixel_attention_mask")
+        if values.dim() == 5 and mask is None and not self.space.mean.any():
+            raise ValueError(
+                "the processor's mean is 0, so a black tile looks like the zeros that fill up a sample, and would not "
+                "be attacked; expected a mean above 0, or a batch with pixel_attention_mask"
+            )
         return Layout(
             values,
             images,
             image_grid_thw=self._image.get("image_grid_thw"),
             patches=self.space.patches,
-            pixel_attention_mask=self._image.get("pixel_attention_mask"),
+            pixel_attention_mask=mask,
         )
 
     def pixels(self) -> Tensor:
