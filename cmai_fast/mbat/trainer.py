@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
@@ -23,6 +23,7 @@ from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
+from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
@@ -46,6 +47,10 @@ class MBATTrainer(Trainer):
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
     with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
+
+    `evaluate` and `eval_strategy` report, besides what `Trainer` does, the means over samples of L_task (`eval_loss`,
+    `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
+    `eval_robust_s_c`): clean, and under PGD at the full `eps` (`MBATConfig.eval_attack_steps`).
 
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
@@ -86,6 +91,8 @@ class MBATTrainer(Trainer):
         self.passes = Passes()
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
+        self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
+        self._seen = 0
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
@@ -319,6 +326,73 @@ class MBATTrainer(Trainer):
             self._sums.clear()
             self._steps_in_sums = 0
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's, and the means of `robust_eval.verdicts` over samples, each counted once whatever process has it.
+
+        Nothing of it reaches training: model and random state are as they were. A metric that `compute_metrics` returns
+        under one of these names stands.
+        """
+        self._verdicts, self._seen = defaultdict(list), 0
+        try:
+            with untouched(self.model, self.args.device):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            means = {
+                f"{metric_key_prefix}_{name}": float(torch.cat(parts).double().mean())
+                for name, parts in self._verdicts.items()
+            }
+        finally:
+            self._verdicts = None
+        loss = {k: v for k, v in means.items() if k == f"{metric_key_prefix}_loss"}
+        return output._replace(metrics={**means, **(output.metrics or {}), **loss})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's; the loss of a batch that can be trained on is its mean L_task, as `loss_clean` of training is."""
+        inputs = self._prepare_inputs(inputs)
+        loss = None
+        if all(inputs.get(k) is not None for k in ("pixel_values", *self.bridge.needs)):
+            rows = len(inputs["labels"])
+            places = self._seen + ranks.row_numbers(rows)
+            self._seen += rows * ranks.count()
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                found = verdicts(
+                    self.bridge, self.space, inputs, self.heads, self.args.threat, self.args.eval_attack_steps,
+                    seed=self.args.seed, sample_ids=inputs.get("sample_ids", places.to(self.args.device)),
+                )  # fmt: skip
+            loss = found["loss"].mean()
+            if self._verdicts is not None:
+                for name, value in found.items():
+                    self._verdicts[name].append(self._of_each_sample(value))
+            if prediction_loss_only:
+                return loss, None, None
+        own = {k: v for k, v in inputs.items() if k != "sample_ids" and not k.startswith("negative_")}
+        plain, logits, labels = super().prediction_step(model, own, prediction_loss_only, ignore_keys)
+        return plain if loss is None else loss, logits, labels
+
+    def _of_each_sample(self, rows: Tensor) -> Tensor:
+        """(n,) of each process to those of all, on the CPU, without what fills up the last batch."""
+        state = self.accelerator.gradient_state
+        if ranks.count() > 1 and state.end_of_dataloader and state.remainder < 0 and not self.args.dataloader_drop_last:
+            raise ValueError(
+                "the evaluation data have no length, so samples that fill up the last batch of several processes "
+                "cannot be told from the others; give a dataset with __len__, or set dataloader_drop_last"
+            )
+        return self.accelerator.gather_for_metrics(rows).cpu()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""

@@ -29,16 +29,20 @@ def main(folder: Path, name: str, settings: dict) -> None:
         args,
         heads=heads,
         train_dataset=load_dataset("easyvqa", "train", 48, seed=3),
+        eval_dataset=load_dataset("easyvqa", "test", 10, seed=3),
         data_collator=VQACollator(processor, negatives=1),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
     logs = [entry for entry in trainer.state.log_history if "loss_adv" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if args.process_index == 0:
         weights = {f"model.{k}": v for k, v in trainer.model.named_parameters()}
         weights |= {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
         save_file({k: v.detach().contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps({"logs": logs, "arm": trainer.schedule.state_dict()}))
+        (folder / f"{name}.json").write_text(
+            json.dumps({"logs": logs, "evaluations": evaluations, "arm": trainer.schedule.state_dict()})
+        )
 
 
 if __name__ == "__main__":

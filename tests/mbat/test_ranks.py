@@ -22,6 +22,8 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.5,
     "inner_steps": 2, "refreshes": 1, "beta": 0.2, "gamma": 0.5, "tau_train": 0.9, "logging_steps": 1,
     "save_steps": 2, "lr_scheduler_type": "constant", "weight_decay": 0.01,
+    # Ten samples: the last batch of two processes is filled up with samples that must not count.
+    "eval_strategy": "steps", "eval_steps": 2, "eval_attack_steps": 2, "per_device_eval_batch_size": 4,
 }  # fmt: skip
 
 
@@ -51,6 +53,14 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def assert_same_evaluations(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one["evaluations"]
+    names = ("loss", "accuracy", "s_c", "robust_loss", "robust_accuracy", "robust_s_c")
+    for mine, whole in zip(two["evaluations"], one["evaluations"], strict=True):
+        for name in names:
+            assert mine[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-6), name
+
+
 def test_unequal_parts_of_a_batch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks.dist, "get_backend", lambda: "gloo")
@@ -77,6 +87,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path
     for mine, whole in zip(two_said["logs"], one_said["logs"], strict=True):
         for key in ("loss_clean", "loss_adv", "loss_contrastive", "s_c_adv"):
             assert mine[key] == pytest.approx(whole[key], rel=1e-5), key
+    assert_same_evaluations(one_said, two_said)
 
 
 def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
