@@ -28,6 +28,8 @@ from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
 _STATE = "mbat.json"
+# `eps` in the [0, 1] pixel range.
+_IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
 
 
 class MBATTrainer(Trainer):
@@ -423,8 +425,32 @@ class MBATTrainer(Trainer):
             if path.is_file():
                 _flush(path)
         (folder / COMPLETE).touch()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         best = self.state.best_model_checkpoint
         rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
+        checkpoint = Path(checkpoint_folder)
+        if not (checkpoint / COMPLETE).is_file():
+            return  # Trainer's own call comes too early: `_save_checkpoint` calls again
+        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.heads is not None and (self.args.hub_always_push or not uploading):
+            heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
+            heads.save_pretrained(Path(self.args.output_dir) / "cmcv")
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, and the settings of adversarial training in it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        settings = "\n".join(f"- {name}: {getattr(self.args, name)}" for name in _IN_CARD)
+        before, heading, after = path.read_text(encoding="utf-8").partition("### Framework versions")
+        card = f"{before}### Adversarial training (MBAT)\n\n{settings}\n\n{heading}{after}"
+        path.write_text(card, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
