@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cmai_fast.attacks import Objective, pgd
 from cmai_fast.bridge import Bridge
 from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.mbat.shards import is_sharded
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 
@@ -49,6 +50,7 @@ def verdicts(
         # Without the heads, which the attack would score at every step.
         attacked = Objective(bridge, space, batch)
         result = pgd(attacked, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
+        _keep_pace(attacked, clean, steps)
         robust = _look(objective, result.adv) | {"accuracy": (~result.fooled).to(found["loss"])}
         found |= {f"robust_{name}": value for name, value in robust.items()}
     return found
@@ -59,6 +61,21 @@ def _look(objective: Objective, pixels: Tensor) -> dict[str, Tensor]:
         at = objective(objective.space.to_model(pixels))
     found = {"loss": at.loss, "accuracy": at.right.to(at.loss)}
     return found if at.score is None else found | {"s_c": at.score.to(at.loss)}
+
+
+def _keep_pace(objective: Objective, clean: Tensor, steps: int) -> None:
+    """Takes the passes that PGD left out when all its samples were fooled.
+
+    Processes that share the shards of a model gather them together, pass by pass: none may stop before the others.
+    """
+    if not is_sharded(objective.bridge.model):
+        return
+    model_input = objective.space.to_model(clean)
+    with objective.lent(), torch.no_grad():
+        while objective.passes.full_backward < steps:
+            objective.gradient(model_input)
+        while objective.passes.full_forward < steps + 2:
+            objective(model_input)
 
 
 @contextmanager

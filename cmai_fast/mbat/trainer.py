@@ -18,7 +18,7 @@ from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import bridge_of, frozen, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
-from cmai_fast.mbat import ranks
+from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
@@ -28,6 +28,7 @@ from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
 _STATE = "mbat.json"
+_HEADS_OPTIMIZER = "heads_optimizer.pt"
 # `eps` in the [0, 1] pixel range.
 _IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
 
@@ -93,6 +94,7 @@ class MBATTrainer(Trainer):
         self.passes = Passes()
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
+        self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
         self._seen = 0
         if args.trainable == "vision":
@@ -109,16 +111,43 @@ class MBATTrainer(Trainer):
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
             super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                f"the model is to be sharded ({self.accelerator.distributed_type}); MBATTrainer runs in one process or "
-                "with a copy of the model in each (torchrun, accelerate launch without FSDP or DeepSpeed)"
-            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            self._check_sharding()
         # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
         self.model_accepts_loss_kwargs = False
         if self.heads is not None:
             self.heads.to(args.device)
             ranks.copy_from_first(self.heads.parameters())
+
+    def _check_sharding(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed is asked for; its engine ends a step with the first backward pass, and a step of "
+                "MBATTrainer has two. Shard the model by FSDP2 instead: MBATConfig(fsdp=True)"
+            )
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP{plugin.fsdp_version} is asked for; MBATTrainer runs parts of the model past its forward, which "
+                "FSDP2 alone allows. Set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
+            )
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(
+                f"fsdp's state_dict_type is {plugin.state_dict_type}, with which no plain model would be saved; "
+                "expected FULL_STATE_DICT"
+            )
+        if self.args.muon or is_quantized(self.model):
+            what = "muon is set" if self.args.muon else "the model is quantised"
+            raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+        if plugin.transformer_cls_names_to_wrap is None:
+            # Accelerate asks for all of `_no_split_modules`; LLaVA's names layers of CLIP's text side, which it lacks.
+            there = {type(m).__name__ for m in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(there & set(getattr(self.model, "_no_split_modules", ())))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        shards.run_through_root(self.bridge)
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
@@ -128,12 +157,35 @@ class MBATTrainer(Trainer):
         if self.heads is None or not self.args.gamma:
             return optimizer
         heads = list(self.heads.parameters())
+        if self.is_fsdp_enabled:
+            self._step_heads_after(optimizer, self.heads)
+            return optimizer
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not known & {id(p) for p in heads}:
             optimizer.add_param_group({"params": heads, "lr": self.args.heads_learning_rate, "weight_decay": 0.0})
             # Trainer clears the gradients of its model alone; those of the heads would add up over all of training.
             optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())
         return optimizer
+
+    def _step_heads_after(self, optimizer: torch.optim.Optimizer, heads: ConsistencyHeads) -> None:
+        """Gives the heads an optimizer of their own, of the same kind, that steps behind `optimizer` at its schedule.
+
+        What is sharded and what each process has whole cannot stand in one: FSDP2 knows the model's parameters alone.
+        """
+        if self._heads_optimizer is not None:
+            return
+        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        group = {"params": list(heads.parameters()), "lr": self.args.heads_learning_rate, "weight_decay": 0.0}
+        own = self._heads_optimizer = kind([group], **settings)
+        start = self.args.learning_rate
+
+        def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            for group in own.param_groups:
+                group["lr"] = self.args.heads_learning_rate * stepped.param_groups[0]["lr"] / start
+            own.step()
+            own.zero_grad()
+
+        optimizer.register_step_post_hook(step)
 
     def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
         args, decayed = self.args, set(self.get_decay_parameter_names(model))
@@ -204,7 +256,8 @@ class MBATTrainer(Trainer):
             self.accelerator.backward(remainder)
         if self.accelerator.sync_gradients:
             trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
-            ranks.average_gradients([p for p in trained if p.requires_grad])
+            ranks.average_gradients(shards.whole([p for p in trained if p.requires_grad]))
+            shards.reshard(self.model)
         if self.schedule is not None and adversarial is not None:
             self.schedule.update(ranks.gather(s_c))
             parts["beta"] = torch.tensor(self.schedule.beta)
@@ -250,18 +303,19 @@ class MBATTrainer(Trainer):
         """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
         evaluation mode."""
         args = self.args
-        result = maximise(
-            objective,
-            objective.pixels(),
-            ThreatModel(args.threat.norm, args.eps * self._eps_share()),
-            args.inner,
-            steps=args.inner_steps,
-            step_size=args.inner_step_size,
-            refreshes=args.refreshes,
-            bridge_gradient=p,
-            seed=args.seed + 7_919 * self.state.global_step,
-            sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
-        )
+        with shards.quiet(self.model):
+            result = maximise(
+                objective,
+                objective.pixels(),
+                ThreatModel(args.threat.norm, args.eps * self._eps_share()),
+                args.inner,
+                steps=args.inner_steps,
+                step_size=args.inner_step_size,
+                refreshes=args.refreshes,
+                bridge_gradient=p,
+                seed=args.seed + 7_919 * self.state.global_step,
+                sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
+            )
         self.passes = self.passes + result.passes
         self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
         return result.adv
@@ -403,7 +457,7 @@ class MBATTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.heads is not None:
+        if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -429,6 +483,28 @@ class MBATTrainer(Trainer):
             self._push_from_checkpoint(str(folder))
         best = self.state.best_model_checkpoint
         rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save:
+            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)  # model.safetensors holds the same
+            if self._heads_optimizer is not None:
+                torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if not (folder / "optimizer.bin").is_file():
+            raise ValueError(
+                f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
+                "optimizer. Go on without FSDP, or start a new run from its weights"
+            )
+        shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
+        for part, file in ((self.lr_scheduler, "scheduler.pt"), (self._heads_optimizer, _HEADS_OPTIMIZER)):
+            if part is not None:
+                part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
@@ -484,7 +560,7 @@ class MBATTrainer(Trainer):
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(str(folder), model)
             return
-        saved, report = type(model).from_pretrained(
+        saved, report = shards.plain_class(model).from_pretrained(
             folder, use_safetensors=True, dtype=model.dtype, output_loading_info=True
         )
         wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
@@ -495,7 +571,7 @@ class MBATTrainer(Trainer):
         state, frozen_codes = saved.state_dict(), is_quantized(model)
         if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
             state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
-        model.load_state_dict(state, strict=not frozen_codes)
+        shards.load(model, state, strict=not frozen_codes)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
