@@ -38,8 +38,9 @@ class ShardedOnTheCPU(MBATTrainer):
         self.is_fsdp_enabled = True
 
 
-def count_reductions(trainer: MBATTrainer) -> Counter:
-    """How often collectives that carry gradients were called, as `in attacks` or `outside`, as the run goes on."""
+def count_traffic(trainer: MBATTrainer) -> Counter:
+    """How often collectives that carry gradients were called and a trainable projector ran, `in attacks` and `outside`,
+    as the run goes on."""
     counts, place = Counter(), ["outside"]
 
     def counted(name, collective):
@@ -52,6 +53,11 @@ def count_reductions(trainer: MBATTrainer) -> Counter:
     for name in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single"):  # the last since PyTorch 2.13
         if hasattr(dist, name):
             setattr(dist, name, counted(name.removesuffix("_tensor").removesuffix("_single"), getattr(dist, name)))
+
+    def look(projector, *_):
+        counts[f"trainable projector {place[0]}"] += any(p.requires_grad for p in projector.parameters())
+
+    trainer.model.model.multi_modal_projector.register_forward_hook(look)
     attack = trainer._attack
 
     def in_attack(*args):
@@ -88,6 +94,8 @@ def kill_at(trainer: MBATTrainer, where: str) -> None:
 def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
+    for part in settings.pop("freeze", ()):
+        model.model.get_submodule(part).requires_grad_(False)
     processor = AutoProcessor.from_pretrained(folder / "model")
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # heads of its own, until it is given those of the first
     width = model.config.get_text_config().hidden_size
@@ -102,7 +110,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
         data_collator=VQACollator(processor, negatives=1),
         processing_class=processor,
     )
-    reductions = count_reductions(trainer)
+    counts = count_traffic(trainer)
     if kill:
         kill_at(trainer, kill)
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
@@ -120,7 +128,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
                     "logs": logs,
                     "evaluations": evaluations,
                     "arm": trainer.schedule.state_dict(),
-                    "reductions": reductions,
+                    "counts": +counts,
                 }
             )
         )
