@@ -87,9 +87,8 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
     try:
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)

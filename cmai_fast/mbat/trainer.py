@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import bridge_of, frozen, set_recompute, task_loss, unpack
+from cmai_fast.bridge import DualBridge, bridge_of, frozen, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.config import MBATConfig
@@ -49,7 +49,8 @@ class MBATTrainer(Trainer):
     (`cmai_fast.data.VQACollator` makes them all).
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
-    with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
+    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each has a part of the model; FSDP1 and DeepSpeed raise
+    ValueError.
 
     `evaluate` and `eval_strategy` report, besides what `Trainer` does, the means over samples of L_task (`eval_loss`,
     `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
@@ -111,7 +112,7 @@ class MBATTrainer(Trainer):
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
             super().__init__(model=model, args=args, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             self._check_sharding()
         # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
         self.model_accepts_loss_kwargs = False
@@ -122,8 +123,12 @@ class MBATTrainer(Trainer):
     def _check_sharding(self) -> None:
         if self.is_deepspeed_enabled:
             raise ValueError(
-                "DeepSpeed is asked for; its engine ends a step with the first backward pass, and a step of "
-                "MBATTrainer has two. Shard the model by FSDP2 instead: MBATConfig(fsdp=True)"
+                "DeepSpeed is asked for; under accelerate its optimizer steps at the end of a backward pass, and a "
+                "step of MBATTrainer has two. Shard the model by FSDP2 instead: MBATConfig(fsdp=True)"
+            )
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "the model was loaded in parts (distributed_config); load it whole, and MBATConfig(fsdp=True) shards it"
             )
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
@@ -139,6 +144,11 @@ class MBATTrainer(Trainer):
         if self.args.muon or is_quantized(self.model):
             what = "muon is set" if self.args.muon else "the model is quantised"
             raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+        if isinstance(self.bridge, DualBridge):
+            raise ValueError(
+                f"{type(self.model).__name__} is to be sharded by FSDP2, but accelerate cannot shard dual encoders; "
+                "leave fsdp out (each process then has a copy)"
+            )
         if plugin.transformer_cls_names_to_wrap is None:
             # Accelerate asks for all of `_no_split_modules`; LLaVA's names layers of CLIP's text side, which it lacks.
             there = {type(m).__name__ for m in self.model.modules()}
@@ -177,7 +187,7 @@ class MBATTrainer(Trainer):
         kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         group = {"params": list(heads.parameters()), "lr": self.args.heads_learning_rate, "weight_decay": 0.0}
         own = self._heads_optimizer = kind([group], **settings)
-        start = self.args.learning_rate
+        start = optimizer.param_groups[0]["lr"]
 
         def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
             for group in own.param_groups:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from cmai_fast.bridge import DualBridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
 
@@ -176,6 +177,21 @@ def test_other_ways_to_shard_are_refused_by_name(make_trainer, deepspeed, plugin
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = deepspeed, not deepspeed
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=message):
+        trainer._check_sharding()
+
+
+def test_a_model_loaded_in_parts_is_refused(make_trainer) -> None:
+    trainer = make_trainer()
+    trainer.is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="the model was loaded in parts"):
+        trainer._check_sharding()
+
+
+def test_a_dual_encoder_is_not_sharded(make_trainer) -> None:
+    trainer = make_trainer()
+    trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin()))
+    trainer.bridge = DualBridge.__new__(DualBridge)
+    with pytest.raises(ValueError, match="accelerate cannot shard dual encoders; leave fsdp out"):
         trainer._check_sharding()
 
 
