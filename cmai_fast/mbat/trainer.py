@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
@@ -521,6 +521,8 @@ class MBATTrainer(Trainer):
         checkpoint = Path(checkpoint_folder)
         if not (checkpoint / COMPLETE).is_file():
             return  # Trainer's own call comes too early: `_save_checkpoint` calls again
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
         uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.heads is not None and (self.args.hub_always_push or not uploading):
             heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
