@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import bridge_of, frozen, set_recompute, task_loss, unpack
+from cmai_fast.bridge import DualBridge, bridge_of, frozen, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
-from cmai_fast.mbat import ranks
+from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
+from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
 _STATE = "mbat.json"
+_HEADS_OPTIMIZER = "heads_optimizer.pt"
+# `eps` in the [0, 1] pixel range.
+_IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
 
 
 class MBATTrainer(Trainer):
@@ -45,7 +49,12 @@ class MBATTrainer(Trainer):
     (`cmai_fast.data.VQACollator` makes them all).
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
-    with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
+    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each has a part of the model; FSDP1 and DeepSpeed raise
+    ValueError.
+
+    `evaluate` and `eval_strategy` report, besides what `Trainer` does, the means over samples of L_task (`eval_loss`,
+    `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
+    `eval_robust_s_c`): clean, and under PGD at the full `eps` (`MBATConfig.eval_attack_steps`).
 
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
@@ -86,6 +95,9 @@ class MBATTrainer(Trainer):
         self.passes = Passes()
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
+        self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
+        self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
+        self._seen = 0
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
@@ -100,16 +112,52 @@ class MBATTrainer(Trainer):
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
             super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                f"the model is to be sharded ({self.accelerator.distributed_type}); MBATTrainer runs in one process or "
-                "with a copy of the model in each (torchrun, accelerate launch without FSDP or DeepSpeed)"
-            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+            self._check_sharding()
         # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
         self.model_accepts_loss_kwargs = False
         if self.heads is not None:
             self.heads.to(args.device)
             ranks.copy_from_first(self.heads.parameters())
+
+    def _check_sharding(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed is asked for; under accelerate its optimizer steps at the end of a backward pass, and a "
+                "step of MBATTrainer has two. Shard the model by FSDP2 instead: MBATConfig(fsdp=True)"
+            )
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "the model was loaded in parts (distributed_config); load it whole, and MBATConfig(fsdp=True) shards it"
+            )
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP{plugin.fsdp_version} is asked for; MBATTrainer runs parts of the model past its forward, which "
+                "FSDP2 alone allows. Set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
+            )
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(
+                f"fsdp's state_dict_type is {plugin.state_dict_type}, with which no plain model would be saved; "
+                "expected FULL_STATE_DICT"
+            )
+        if self.args.muon or is_quantized(self.model):
+            what = "muon is set" if self.args.muon else "the model is quantised"
+            raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+        if isinstance(self.bridge, DualBridge):
+            raise ValueError(
+                f"{type(self.model).__name__} is to be sharded by FSDP2, but accelerate cannot shard dual encoders; "
+                "leave fsdp out (each process then has a copy)"
+            )
+        if plugin.transformer_cls_names_to_wrap is None:
+            # Accelerate asks for all of `_no_split_modules`; LLaVA's names layers of CLIP's text side, which it lacks.
+            there = {type(m).__name__ for m in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(there & set(getattr(self.model, "_no_split_modules", ())))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        shards.run_through_root(self.bridge)
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
@@ -119,12 +167,35 @@ class MBATTrainer(Trainer):
         if self.heads is None or not self.args.gamma:
             return optimizer
         heads = list(self.heads.parameters())
+        if self.is_fsdp_enabled:
+            self._step_heads_after(optimizer, self.heads)
+            return optimizer
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not known & {id(p) for p in heads}:
             optimizer.add_param_group({"params": heads, "lr": self.args.heads_learning_rate, "weight_decay": 0.0})
             # Trainer clears the gradients of its model alone; those of the heads would add up over all of training.
             optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())
         return optimizer
+
+    def _step_heads_after(self, optimizer: torch.optim.Optimizer, heads: ConsistencyHeads) -> None:
+        """Gives the heads an optimizer of their own, of the same kind, that steps behind `optimizer` at its schedule.
+
+        What is sharded and what each process has whole cannot stand in one: FSDP2 knows the model's parameters alone.
+        """
+        if self._heads_optimizer is not None:
+            return
+        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        group = {"params": list(heads.parameters()), "lr": self.args.heads_learning_rate, "weight_decay": 0.0}
+        own = self._heads_optimizer = kind([group], **settings)
+        start = optimizer.param_groups[0]["lr"]
+
+        def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            for group in own.param_groups:
+                group["lr"] = self.args.heads_learning_rate * stepped.param_groups[0]["lr"] / start
+            own.step()
+            own.zero_grad()
+
+        optimizer.register_step_post_hook(step)
 
     def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
         args, decayed = self.args, set(self.get_decay_parameter_names(model))
@@ -195,7 +266,8 @@ class MBATTrainer(Trainer):
             self.accelerator.backward(remainder)
         if self.accelerator.sync_gradients:
             trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
-            ranks.average_gradients([p for p in trained if p.requires_grad])
+            ranks.average_gradients(shards.whole([p for p in trained if p.requires_grad]))
+            shards.reshard(self.model)
         if self.schedule is not None and adversarial is not None:
             self.schedule.update(ranks.gather(s_c))
             parts["beta"] = torch.tensor(self.schedule.beta)
@@ -241,18 +313,19 @@ class MBATTrainer(Trainer):
         """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
         evaluation mode."""
         args = self.args
-        result = maximise(
-            objective,
-            objective.pixels(),
-            ThreatModel(args.threat.norm, args.eps * self._eps_share()),
-            args.inner,
-            steps=args.inner_steps,
-            step_size=args.inner_step_size,
-            refreshes=args.refreshes,
-            bridge_gradient=p,
-            seed=args.seed + 7_919 * self.state.global_step,
-            sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
-        )
+        with shards.quiet(self.model):
+            result = maximise(
+                objective,
+                objective.pixels(),
+                ThreatModel(args.threat.norm, args.eps * self._eps_share()),
+                args.inner,
+                steps=args.inner_steps,
+                step_size=args.inner_step_size,
+                refreshes=args.refreshes,
+                bridge_gradient=p,
+                seed=args.seed + 7_919 * self.state.global_step,
+                sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
+            )
         self.passes = self.passes + result.passes
         self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
         return result.adv
@@ -320,6 +393,73 @@ class MBATTrainer(Trainer):
             self._steps_in_sums = 0
         super().log(logs, start_time)
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's, and the means of `robust_eval.verdicts` over samples, each counted once whatever process has it.
+
+        Nothing of it reaches training: model and random state are as they were. A metric that `compute_metrics` returns
+        under one of these names stands.
+        """
+        self._verdicts, self._seen = defaultdict(list), 0
+        try:
+            with untouched(self.model, self.args.device):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            means = {
+                f"{metric_key_prefix}_{name}": float(torch.cat(parts).double().mean())
+                for name, parts in self._verdicts.items()
+            }
+        finally:
+            self._verdicts = None
+        loss = {k: v for k, v in means.items() if k == f"{metric_key_prefix}_loss"}
+        return output._replace(metrics={**means, **(output.metrics or {}), **loss})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's; the loss of a batch that can be trained on is its mean L_task, as `loss_clean` of training is."""
+        inputs = self._prepare_inputs(inputs)
+        loss = None
+        if all(inputs.get(k) is not None for k in ("pixel_values", *self.bridge.needs)):
+            rows = len(inputs["labels"])
+            places = self._seen + ranks.row_numbers(rows)
+            self._seen += rows * ranks.count()
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                found = verdicts(
+                    self.bridge, self.space, inputs, self.heads, self.args.threat, self.args.eval_attack_steps,
+                    seed=self.args.seed, sample_ids=inputs.get("sample_ids", places.to(self.args.device)),
+                )  # fmt: skip
+            loss = found["loss"].mean()
+            if self._verdicts is not None:
+                for name, value in found.items():
+                    self._verdicts[name].append(self._of_each_sample(value))
+            if prediction_loss_only:
+                return loss, None, None
+        own = {k: v for k, v in inputs.items() if k != "sample_ids" and not k.startswith("negative_")}
+        plain, logits, labels = super().prediction_step(model, own, prediction_loss_only, ignore_keys)
+        return plain if loss is None else loss, logits, labels
+
+    def _of_each_sample(self, rows: Tensor) -> Tensor:
+        """(n,) of each process to those of all, on the CPU, without what fills up the last batch."""
+        state = self.accelerator.gradient_state
+        if ranks.count() > 1 and state.end_of_dataloader and state.remainder < 0 and not self.args.dataloader_drop_last:
+            raise ValueError(
+                "the evaluation data have no length, so samples that fill up the last batch of several processes "
+                "cannot be told from the others; give a dataset with __len__, or set dataloader_drop_last"
+            )
+        return self.accelerator.gather_for_metrics(rows).cpu()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
         super().save_model(output_dir, _internal_call)
@@ -327,7 +467,7 @@ class MBATTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.heads is not None:
+        if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -349,8 +489,56 @@ class MBATTrainer(Trainer):
             if path.is_file():
                 _flush(path)
         (folder / COMPLETE).touch()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         best = self.state.best_model_checkpoint
         rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save:
+            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)  # model.safetensors holds the same
+            if self._heads_optimizer is not None:
+                torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if not (folder / "optimizer.bin").is_file():
+            raise ValueError(
+                f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
+                "optimizer. Go on without FSDP, or start a new run from its weights"
+            )
+        shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
+        for part, file in ((self.lr_scheduler, "scheduler.pt"), (self._heads_optimizer, _HEADS_OPTIMIZER)):
+            if part is not None:
+                part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
+        checkpoint = Path(checkpoint_folder)
+        if not (checkpoint / COMPLETE).is_file():
+            return  # Trainer's own call comes too early: `_save_checkpoint` calls again
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.heads is not None and (self.args.hub_always_push or not uploading):
+            heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
+            heads.save_pretrained(Path(self.args.output_dir) / "cmcv")
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, and the settings of adversarial training in it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        settings = "\n".join(f"- {name}: {getattr(self.args, name)}" for name in _IN_CARD)
+        before, heading, after = path.read_text(encoding="utf-8").partition("### Framework versions")
+        card = f"{before}### Adversarial training (MBAT)\n\n{settings}\n\n{heading}{after}"
+        path.write_text(card, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -384,7 +572,7 @@ class MBATTrainer(Trainer):
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(str(folder), model)
             return
-        saved, report = type(model).from_pretrained(
+        saved, report = shards.plain_class(model).from_pretrained(
             folder, use_safetensors=True, dtype=model.dtype, output_loading_info=True
         )
         wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
@@ -395,7 +583,7 @@ class MBATTrainer(Trainer):
         state, frozen_codes = saved.state_dict(), is_quantized(model)
         if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
             state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
-        model.load_state_dict(state, strict=not frozen_codes)
+        shards.load(model, state, strict=not frozen_codes)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
