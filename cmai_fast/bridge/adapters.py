@@ -27,8 +27,8 @@ def without_wrapper(model: nn.Module) -> nn.Module:
             or (wrapped and type(tuner).forward is not peft.tuners.tuners_utils.BaseTuner.forward)
         ):
             raise ValueError(
-                f"the adapter {name!r} is of type {config.peft_type.value} ({type(config).__name__}), which changes the "
-                "forward pass of the whole model; attacks and training run its parts one by one and would miss it. "
+                f"the adapter {name!r} is of type {config.peft_type.value} ({type(config).__name__}), which changes "
+                "the forward pass of the whole model; attacks and training run its parts one by one and would miss it. "
                 "Expected one that sits inside layers, such as LoraConfig"
             )
     return tuner.model if wrapped else model

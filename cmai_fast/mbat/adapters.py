@@ -49,8 +49,9 @@ def check_all_saved(model: nn.Module) -> None:
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in saved]
     if lost:
         raise ValueError(
-            f"{len(lost)} trainable parameters belong to no adapter ({lost[0]}, ...), so {WEIGHTS} would not hold them. "
-            "Name their modules in modules_to_save of the adapter's config, or freeze them by requires_grad_(False)"
+            f"{len(lost)} trainable parameters are no part of the adapter that is saved ({lost[0]}, ...): {WEIGHTS} "
+            "would not hold them. Name their modules in modules_to_save of the adapter's config, or freeze them by "
+            "requires_grad_(False)"
         )
 
 
@@ -76,8 +77,8 @@ def load_adapters(folder: Path, model: nn.Module) -> None:
         )
         if wrong:
             raise ValueError(
-                f"the adapters in {path} do not fit those of the model: {len(wrong)} tensors are missing, unknown or of "
-                f"another shape ({wrong[0]}, ...); resume with the same adapter config"
+                f"the adapters in {path} do not fit those of the model: {len(wrong)} tensors are missing, unknown or "
+                f"of another shape ({wrong[0]}, ...); resume with the same adapter config"
             )
         for key, tensor in tensors.items():
             tensor.copy_(found[key])
@@ -89,7 +90,7 @@ def _saved(model: Any) -> dict[str, dict[str, Tensor]]:
 
     wrapped = isinstance(model, PeftModel)
     files = {}
-    for name in model.peft_config if wrapped else model.active_adapters():
+    for name in model.peft_config if wrapped else model.active_adapters()[:1]:  # transformers saves one, the active
         state = get_peft_model_state_dict(model, adapter_name=name)
         folder = name if wrapped and name != "default" else ""
         prefix = "" if wrapped else "base_model.model."

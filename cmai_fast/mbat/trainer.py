@@ -55,6 +55,9 @@ class MBATTrainer(Trainer):
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
     with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
 
+    Of a model with adapters (PEFT's LoRA, by `add_adapter` or `get_peft_model`) the adapters are saved, alone; anything
+    else that is trainable raises ValueError.
+
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
     """
@@ -387,14 +390,16 @@ class MBATTrainer(Trainer):
         """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
 
         `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
-        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does it
-        find adapters that `add_adapter` put into a model.
+        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does
+        it find adapters that `add_adapter` put into a model.
         """
         if has_adapters(model):
             load_adapters(folder, model)
             return
         if (folder / WEIGHTS).is_file():
-            raise ValueError(f"{folder} holds adapters alone, and the model has none; resume with the model they are of")
+            raise ValueError(
+                f"{folder} holds adapters alone, and the model has none; resume with the model they are of"
+            )
         if not any(folder.glob("*.safetensors*")):
             raise ValueError(
                 f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"

@@ -18,8 +18,8 @@ def resolve(name_or_path: str | Path) -> str | Path:
     """Where a model is: what `from_pretrained` takes.
 
     Args:
-        name_or_path: a bundled model's name, the folder of a `transformers` model or of adapters (LoRA), the folder of a
-            run (its `model/` is meant), or a model id of the Hugging Face hub (`owner/name`).
+        name_or_path: a bundled model's name, the folder of a `transformers` model or of adapters (LoRA), the folder of
+            a run (its `model/` is meant), or a model id of the Hugging Face hub (`owner/name`).
 
     Returns:
         A folder; or the id, unchanged, where it has the form of one and no such folder exists. Bundled names come
