@@ -21,11 +21,9 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     wrapped = isinstance(model, peft.PeftModel)
     tuner: Any = model.base_model if wrapped else None
     for name, config in configs.items():
-        if (
-            config.is_prompt_learning
-            or getattr(config, "alora_invocation_tokens", None)
-            or (wrapped and type(tuner).forward is not peft.tuners.tuners_utils.BaseTuner.forward)
-        ):
+        # Methods that learn a prompt have no tuner at all: it is the wrapper that puts the prompt before the text.
+        outside = wrapped and type(tuner).forward is not peft.tuners.tuners_utils.BaseTuner.forward
+        if outside or getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 f"the adapter {name!r} is of type {config.peft_type.value} ({type(config).__name__}), which changes "
                 "the forward pass of the whole model; attacks and training run its parts one by one and would miss it. "

@@ -63,6 +63,6 @@ class MuonAdamW(torch.optim.Optimizer):
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Trainable weights of `model`'s linear layers, each once, but for those whose rows are tokens."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    tokens = {w for m in model.modules() if isinstance(m, nn.Embedding) or m is output for w in m.parameters()}
+    tokens = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) or m is output}
     linear = [cast(nn.Parameter, m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
     return [w for w in dict.fromkeys(linear) if w.requires_grad and w not in tokens]

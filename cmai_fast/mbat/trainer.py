@@ -141,7 +141,7 @@ class MBATTrainer(Trainer):
 
     def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
         args, decayed = self.args, set(self.get_decay_parameter_names(model))
-        # The product of two low-rank matrices is what changes; an orthogonal update of each would not be one of it.
+        # Muon is for a weight's own update: two orthogonal updates of LoRA's factors do not make one of their product.
         matrices = set(hidden_matrices(model)) - low_rank_parameters(model)
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, p in model.named_parameters():

@@ -266,6 +266,7 @@ def test_what_the_adapters_file_would_not_hold_is_refused(load, train, tmp_path,
     lost = r"4 trainable parameters are no part of the adapter .*multi_modal_projector.*modules_to_save"
     with pytest.raises(ValueError, match=lost):
         trainer.train()
+    assert trainer.state.global_step == 0
     with pytest.raises(ValueError, match=lost):
         trainer.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
