@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def has_adapters(model: Any) -> bool:
@@ -41,10 +41,25 @@ def low_rank_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
 
 
-def check_all_saved(model: nn.Module) -> None:
-    """Raises ValueError where something learns that would not be saved with the adapters."""
+def check_saving(model: Any, folder: Path) -> None:
+    """Raises ValueError where `from_pretrained(folder)` would not give `model` back once it is saved there.
+
+    Either something learns that is not saved with the adapters; or the folder holds a model from before, which would
+    be taken for the adapters' own, or adapters from before, which would be put into the model.
+    """
     if not has_adapters(model):
+        if (folder / CONFIG).is_file():
+            raise ValueError(
+                f"{folder} holds adapters, which from_pretrained would put into the model that is saved there; choose "
+                f"another folder, or remove {CONFIG} and {WEIGHTS}"
+            )
         return
+    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    if (folder / "config.json").is_file() and not (base and Path(base).resolve() == folder.resolve()):
+        raise ValueError(
+            f"{folder} holds a whole model, which from_pretrained would take for that of the adapters ({base}) when "
+            "they are saved there; choose another folder"
+        )
     saved = adapter_parameters(model)
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in saved]
     if lost:

@@ -22,7 +22,7 @@ from cmai_fast.mbat import ranks
 from cmai_fast.mbat.adapters import (
     WEIGHTS,
     adapter_parameters,
-    check_all_saved,
+    check_saving,
     has_adapters,
     load_adapters,
     low_rank_parameters,
@@ -125,7 +125,8 @@ class MBATTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
-        check_all_saved(self.model)  # here, for users free parameters between making the trainer and train()
+        # Not sooner: users free parameters between making the trainer and train().
+        check_saving(self.model, Path(self.args.output_dir))
         if self.args.muon and self.optimizer is None:
             self.optimizer = self._muon(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
@@ -340,7 +341,7 @@ class MBATTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        check_all_saved(self.model)
+        check_saving(self.model, Path(output_dir or self.args.output_dir))
         super()._save(output_dir, state_dict)
         if self.heads is not None:
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")

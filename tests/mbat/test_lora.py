@@ -272,6 +272,31 @@ def test_what_the_adapters_file_would_not_hold_is_refused(load, train, tmp_path,
     assert not (tmp_path / "saved").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@WAYS
+def test_adapters_and_a_model_from_before_are_not_mixed(load, train, batch, tmp_path, way):
+    """`from_pretrained` takes the model beside adapters for theirs, and puts adapters beside a model into it."""
+    whole, lora = train(load(), save_strategy="no"), train(adapt(load(), way), save_strategy="no")
+    folders = [tmp_path / name for name in ("of a model", "of adapters")]
+    for trainer, folder in zip((whole, lora), folders, strict=True):
+        for _ in range(2):  # the same again is no mixture
+            trainer.save_model(str(folder))
+    for trainer, folder, message in (
+        (lora, folders[0], "of a model holds a whole model, which from_pretrained would take"),
+        (whole, folders[1], "of adapters holds adapters, which from_pretrained would put into"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.save_model(str(folder))
+        trainer.args.output_dir = str(folder)
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    based = train(adapt(AutoModelForImageTextToText.from_pretrained(folders[0]), way))
+    based.save_model(str(folders[0]))
+    torch.testing.assert_close(
+        logits(AutoModelForImageTextToText.from_pretrained(folders[0]), batch), logits(based.model, batch)
+    )
+
+
 def test_of_two_active_adapters_transformers_would_save_one(load, train):
     model = adapt(adapt(load(), "add_adapter", "vision"), "add_adapter", "language", "second")
     model.set_adapter(["default", "second"])
