@@ -182,8 +182,10 @@ class Guard:
 
 
 def _find_model(folder: Path) -> Path:
-    """`folder` or its `model/`, whichever holds a config.json, with weights in safetensors."""
-    found = next((f for f in (folder / "model", folder) if (f / "config.json").is_file()), None)
+    """`folder` or its `model/`, whichever holds a model or adapters, with weights in safetensors."""
+    from cmai_fast.models import is_model
+
+    found = next((f for f in (folder / "model", folder) if is_model(f)), None)
     if found is None:
         raise ValueError(f"no config.json in {folder} or in {folder / 'model'}; name the folder of a model or of a run")
     if not any(found.glob("*.safetensors")):

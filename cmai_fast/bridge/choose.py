@@ -6,17 +6,20 @@ import inspect
 
 from torch import nn
 
+from cmai_fast.bridge.adapters import without_wrapper
 from cmai_fast.bridge.bridge import Bridge
 from cmai_fast.bridge.dual import DualBridge
 from cmai_fast.bridge.encoder_decoder import EncoderDecoderBridge
 
 
 def bridge_of(model: nn.Module) -> Bridge:
-    """The three-part view of any model of `transformers` that has one.
+    """The three-part view of any model of `transformers` that has one, in a `PeftModel` or not.
 
     Raises:
-        ValueError: it has none; the message names the missing pieces.
+        ValueError: it has none, and the message names the missing pieces; or an adapter that changes the whole model's
+            forward pass, such as prompt tuning.
     """
+    model = without_wrapper(model)
     forward = inspect.signature(model.forward).parameters
     if "mm_encoder_outputs" not in forward:
         if hasattr(model, "get_text_features") and hasattr(model, "logit_scale"):

@@ -19,6 +19,14 @@ from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import DualBridge, bridge_of, frozen, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks, shards
+from cmai_fast.mbat.adapters import (
+    WEIGHTS,
+    adapter_parameters,
+    check_saving,
+    has_adapters,
+    load_adapters,
+    low_rank_parameters,
+)
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
@@ -55,6 +63,9 @@ class MBATTrainer(Trainer):
     `evaluate` and `eval_strategy` report, besides what `Trainer` does, the means over samples of L_task (`eval_loss`,
     `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
     `eval_robust_s_c`): clean, and under PGD at the full `eps` (`MBATConfig.eval_attack_steps`).
+
+    Of a model with adapters (PEFT's LoRA, by `add_adapter` or `get_peft_model`) the adapters are saved, alone; anything
+    else that is trainable raises ValueError.
 
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
@@ -101,13 +112,14 @@ class MBATTrainer(Trainer):
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
-            freeze_language_model(self.bridge)
+            freeze_language_model(self.bridge, adapter_parameters(model))
             unpack(model)  # for good: evaluation in mid-training would round the weights a little
-            check_vision_side(self.bridge)
+            if not has_adapters(model):
+                check_vision_side(self.bridge)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient, so there is nothing to train; "
-                "requires_grad_() sets what is frozen free"
+                "requires_grad_() sets what is frozen free, is_trainable=True an adapter that is loaded"
             )
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
@@ -161,6 +173,8 @@ class MBATTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
+        # Not sooner: users free parameters between making the trainer and train().
+        check_saving(self.model, Path(self.args.output_dir))
         if self.args.muon and self.optimizer is None:
             self.optimizer = self._muon(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
@@ -199,7 +213,8 @@ class MBATTrainer(Trainer):
 
     def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
         args, decayed = self.args, set(self.get_decay_parameter_names(model))
-        matrices = set(hidden_matrices(model))
+        # Muon is for a weight's own update: two orthogonal updates of LoRA's factors do not make one of their product.
+        matrices = set(hidden_matrices(model)) - low_rank_parameters(model)
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -466,6 +481,7 @@ class MBATTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        check_saving(self.model, Path(output_dir or self.args.output_dir))
         super()._save(output_dir, state_dict)
         if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
@@ -547,10 +563,6 @@ class MBATTrainer(Trainer):
                 f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
                 "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
             )
-        if not any(folder.glob("*.safetensors*")):
-            raise ValueError(
-                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
-            )
         self._load_weights(folder, self.model if model is None else model)
         if self.heads is not None:
             heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
@@ -567,8 +579,20 @@ class MBATTrainer(Trainer):
         """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
 
         `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
-        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had.
+        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does
+        it find adapters that `add_adapter` put into a model.
         """
+        if has_adapters(model):
+            load_adapters(folder, model)
+            return
+        if (folder / WEIGHTS).is_file():
+            raise ValueError(
+                f"{folder} holds adapters alone, and the model has none; resume with the model they are of"
+            )
+        if not any(folder.glob("*.safetensors*")):
+            raise ValueError(
+                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
+            )
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(str(folder), model)
             return
@@ -593,7 +617,10 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """`parameters` learn and nothing else; beside adapters, those of them that already did."""
     keep = set(parameters)
+    if has_adapters(model):
+        keep = {p for p in keep if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(p in keep)
 
