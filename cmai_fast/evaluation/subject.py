@@ -90,7 +90,8 @@ class Subject:
         """S_c (N,) of images in [0, 1] with the answers that the model itself gives to them, and those answers."""
         assert self.heads is not None
         answers = self.answers(pixels, samples)
-        text = self.collate.responses(samples, answers)
+        closed = self.collate([{**s, "answer": a} for s, a in zip(samples, answers, strict=True)])
+        text = {k: closed[k] for k in self.bridge.needs}
         with frozen(self.model, self.heads), torch.no_grad():
             features = self.bridge.encode_image(self.space.to_model(pixels))
             return (
