@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from cmai_fast.arm.images import expected_size, read_image
-from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.bridge import bridge_of, frozen
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.data import VQACollator, format_prompt
+from cmai_fast.data import VQACollator
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -54,7 +54,7 @@ class Guard:
 
     Args:
         model: an image-text model of `transformers`. It is used in evaluation mode and given back as it was.
-        processor: its processor, with a chat template.
+        processor: its processor, one that `VQACollator` takes.
         heads: trained with this model.
         threshold: below which an answer is withheld: a `Threshold`, or a finite number.
         max_new_tokens: length of an answer at most.
@@ -75,7 +75,7 @@ class Guard:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self.model, self.processor, self.heads, self.max_new_tokens = model, processor, heads, max_new_tokens
-        self.bridge = Bridge(model)
+        self.bridge, self.collate = bridge_of(model), VQACollator(processor)
         dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
         theirs = {name: heads.settings[name] for name in dims}
         if theirs != dims:
@@ -147,38 +147,36 @@ class Guard:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
         token = getattr(self.processor, "image_token", None)
-        if token and token in question:
+        if token and str(token) in question:
             raise ValueError(f"{name} holds {token!r}, which stands for an image; ask without it")
 
     def _answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        """Greedy answers through the chat template."""
-        inputs = self.processor(
-            images=list(pictures),
-            text=[format_prompt(self.processor, q) for q in questions],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
+        """Greedy answers to the collator's prompts."""
+        rows = [{"image": p, "question": q} for p, q in zip(pictures, questions, strict=True)]
+        inputs = self._on_device(self.collate.prompts(rows))
         lengths = inputs["attention_mask"].sum(1).tolist()
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for i, length in enumerate(lengths):
-            if context is not None and length + self.max_new_tokens > context:
+            if self.bridge.context is not None and length + self.max_new_tokens > self.bridge.context:
                 raise ValueError(
                     f"question {i} makes a prompt of {length} tokens and the answer may take {self.max_new_tokens}; "
-                    f"the model's context is {context}. Shorten the question or set max_new_tokens lower"
+                    f"the model's context is {self.bridge.context}. Shorten the question or set max_new_tokens lower"
                 )
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         new = output[:, inputs["input_ids"].shape[1] :]
-        return [a.strip() for a in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _score(self, pictures: Sequence[Image.Image], questions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """S_c of each image with its question and answer, laid out as in training (one collator for both)."""
         rows = zip(pictures, questions, answers, strict=True)
-        batch = VQACollator(self.processor)([{"image": p, "question": q, "answer": a} for p, q, a in rows])
+        batch = self._on_device(self.collate([{"image": p, "question": q, "answer": a} for p, q, a in rows]))
+        image_inputs, text = self.bridge.inputs(batch)
+        image = self.bridge.encode_image(batch["pixel_values"], **image_inputs)
+        projected = self.heads.project_image(image, self.bridge.image_tokens(text))
+        return self.heads.score(projected, self.heads.project_text(self.bridge.encode_text(**text))).tolist()
+
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        image = self.bridge.encode_image(batch["pixel_values"].to(self.model.dtype))
-        text = self.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
-        return self.heads.score(self.heads.project_image(image), self.heads.project_text(text)).tolist()
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 
 
 def _find_model(folder: Path) -> Path:

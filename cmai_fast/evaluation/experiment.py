@@ -356,7 +356,8 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
 def calibration_scores(subject: Subject, data: str, limit: int, seed: int, progress: bool) -> Tensor:
     """S_c (n,) of clean inputs of the calibration split with the model's own answers: what a threshold is set on."""
     held_out = _samples(data, "calibration", limit, seed)
-    images = torch.cat([x for _, _, x in batches(subject, held_out, 128, "calibration", progress)])
+    loader = batches(subject, held_out, 128, "calibration", progress)
+    images = [image.cpu() for objective, clean, _ in loader for image in objective.split(clean)]
     return torch.from_numpy(own_scores(subject, held_out, images, 128))
 
 

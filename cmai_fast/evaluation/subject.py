@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cmai_fast.attacks import Objective
-from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.bridge import Bridge, bridge_of, frozen
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator
 from cmai_fast.threat import PixelSpace
@@ -34,7 +34,7 @@ class Subject:
     collate: VQACollator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bridge = Bridge(self.model)
+        self.bridge = bridge_of(self.model)
         self.space = PixelSpace.from_processor(self.processor)
         self.collate = VQACollator(self.processor, max_length=self.bridge.context)
 
@@ -66,37 +66,33 @@ class Subject:
         return cls(name, model, processor)
 
     def objective(self, batch: dict[str, Tensor], *, alpha: float = 1.0, beta: float = 0.0) -> Objective:
+        """Of a batch of `collate`, on the model's device."""
+        batch = {k: v.to(self.model.device) for k, v in batch.items()}
         return Objective(self.bridge, self.space, batch, alpha, beta, self.heads if beta else None)
 
-    @torch.no_grad()
-    def right(self, pixels: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Verdict on images (N, C, H, W) in [0, 1]: (N,) bool."""
+    def right(self, pixels: Tensor, objective: Objective) -> Tensor:
+        """Verdict on images in [0, 1], as `objective.pixels()` gives them: (N,) bool."""
         with frozen(self.model), torch.no_grad():
-            return self.objective(batch)(self.space.to_model(pixels)).right
+            return objective(self.space.to_model(pixels)).right
 
-    @torch.no_grad()
-    def answers(self, pixels: Tensor, samples: Sequence[Sample], max_new_tokens: int = 8) -> list[str]:
-        """Greedy answers to images (N, C, H, W) in [0, 1]."""
+    def answers(self, images: Sequence[Tensor], samples: Sequence[Sample], max_new_tokens: int = 8) -> list[str]:
+        """Greedy answers to images in [0, 1], one a sample, as `Objective.split` gives them."""
+        objective, prompts = self.objective(self.collate(samples)), self.collate.prompts(samples)
+        inputs = {k: v.to(self.model.device) for k, v in prompts.items()}
+        pixel_values = objective.inputs(objective.join(images))["pixel_values"].to(self.model.dtype)
         with frozen(self.model), torch.no_grad():
-            inputs = self.collate.prompts(samples)
             output = self.model.generate(
-                **inputs, pixel_values=self.space.to_model(pixels), max_new_tokens=max_new_tokens, do_sample=False
+                **{**inputs, "pixel_values": pixel_values}, max_new_tokens=max_new_tokens, do_sample=False
             )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    @torch.no_grad()
-    def own_scores(self, pixels: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[str]]:
-        """S_c (N,) of images in [0, 1] with the answers that the model itself gives to them, and those answers."""
-        assert self.heads is not None
-        answers = self.answers(pixels, samples)
-        closed = self.collate([{**s, "answer": a} for s, a in zip(samples, answers, strict=True)])
-        text = {k: closed[k] for k in self.bridge.needs}
+    def own_scores(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> tuple[Tensor, list[str]]:
+        """S_c (N,) of images, as for `answers`, with the answers that the model itself gives, and those answers."""
+        answers = self.answers(images, samples)
+        objective = self.objective(
+            self.collate([{**s, "answer": a} for s, a in zip(samples, answers, strict=True)])
+        )
+        objective.heads = self.heads
         with frozen(self.model, self.heads), torch.no_grad():
-            features = self.bridge.encode_image(self.space.to_model(pixels))
-            return (
-                self.heads.score(
-                    self.heads.project_image(features), self.heads.project_text(self.bridge.encode_text(**text))
-                ),
-                answers,
-            )
+            return objective.score(objective.encode(self.space.to_model(objective.join(images)))), answers
