@@ -12,14 +12,11 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from cmai_fast.arm.images import expected_size, read_image
 from cmai_fast.bridge import bridge_of, frozen
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -85,33 +82,33 @@ class Guard:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, threshold: float | None = None, max_new_tokens: int = 16, **model_kwargs: Any
+        cls, folder: str | Path, *, threshold: float | None = None, max_new_tokens: int = 16, **how: Any
     ) -> Guard:
-        """The guard of a model folder with `cmcv/` in it or beside it, of a run folder, or of a bundled name.
+        """The guard of a model with `cmcv/` in its folder or beside it, of a run folder, a bundled name or a hub id.
 
         Args:
-            folder: a `transformers` folder, a run folder (with `model/` and `cmcv/`), or a bundled model's name.
+            folder: a `transformers` folder, a run folder (with `model/` and `cmcv/`), a bundled model's name, or an id
+                of the Hugging Face hub.
             threshold: used in place of the saved one.
-            model_kwargs: for the model's `from_pretrained`, such as `dtype` and `device_map`.
+            how: for `cmai_fast.models.loading.load_model`: `device`, `dtype`, `attention`, and what the model's
+                `from_pretrained` takes.
 
         Raises:
-            ValueError: unknown name, no model, weights damaged or not safetensors, no heads, no threshold.
+            ValueError: no such model, weights damaged or not safetensors, no heads, no threshold.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from cmai_fast.models.loading import find_heads, load_model
 
-        from cmai_fast.models import resolve
-
-        model_folder = _find_model(Path(resolve(str(folder))))
-        heads, saved = ConsistencyHeads.from_pretrained(_find_heads(model_folder))
+        place = find_heads(folder)
+        if place is None:
+            raise ValueError(
+                f"no consistency heads for {folder}: there is no cmcv/ in its folder or beside it. Immunise it "
+                "(cmai-fast immunize), which trains them, or copy their cmcv/ folder there"
+            )
+        heads, saved = ConsistencyHeads.from_pretrained(place)
         tau = saved if threshold is None else threshold
         if tau is None:
             raise ValueError(f"the heads of {folder} were saved without a threshold; calibrate them or pass threshold=")
-        model_kwargs["use_safetensors"] = True  # a pickle runs whatever code it holds
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(model_folder, **model_kwargs).eval()
-        except SafetensorError as error:
-            raise ValueError(f"the weights in {model_folder} are damaged ({error}); copy or save them again") from error
-        processor = AutoProcessor.from_pretrained(model_folder)
+        model, processor = load_model(folder, **how)
         return cls(model, processor, heads.to(model.device), tau, max_new_tokens=max_new_tokens)
 
     def decide(self, image: Any, question: str, *, resize: bool = False) -> Decision:
@@ -148,7 +145,7 @@ class Guard:
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
         token = getattr(self.processor, "image_token", None)
         if token and str(token) in question:
-            raise ValueError(f"{name} holds {token!r}, which stands for an image; ask without it")
+            raise ValueError(f"{name} holds {str(token)!r}, which stands for an image; ask without it")
 
     def _answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         """Greedy answers to the collator's prompts."""
@@ -177,29 +174,3 @@ class Guard:
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
-
-
-def _find_model(folder: Path) -> Path:
-    """`folder` or its `model/`, whichever holds a config.json, with weights in safetensors."""
-    found = next((f for f in (folder / "model", folder) if (f / "config.json").is_file()), None)
-    if found is None:
-        raise ValueError(f"no config.json in {folder} or in {folder / 'model'}; name the folder of a model or of a run")
-    if not any(found.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in _PICKLES for path in found.glob(pattern))
-        raise ValueError(
-            f"{found} holds no *.safetensors"
-            + (f", only {', '.join(pickles)}: a pickle runs code when it is read and is refused" if pickles else "")
-            + ". Save the model with save_pretrained, which writes safetensors"
-        )
-    return found
-
-
-def _find_heads(model_folder: Path) -> Path:
-    places = (model_folder / "cmcv", model_folder.parent / "cmcv")
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        raise ValueError(
-            f"no consistency heads for {model_folder}: neither {places[0]} nor {places[1]} is there. Immunise it "
-            "(cmai-fast immunize), which trains them, or copy their cmcv/ folder there"
-        )
-    return found

@@ -15,8 +15,14 @@ def bridge_of(model: nn.Module) -> Bridge:
     """The three-part view of any model of `transformers` that has one.
 
     Raises:
-        ValueError: it has none; the message names the missing pieces.
+        ValueError: it has none; the message names the missing pieces. Or its weights are on the meta device.
     """
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} parameters of {type(model).__name__} are on the meta device ({empty[0]}), so they have no "
+            "values; load the model with from_pretrained onto a real device (no device_map that offloads to disk)"
+        )
     forward = inspect.signature(model.forward).parameters
     if "mm_encoder_outputs" not in forward:
         if hasattr(model, "get_text_features") and hasattr(model, "logit_scale"):

@@ -133,7 +133,8 @@ def measure(
     Args:
         suite: Acc_robust is over the worst of these, sample by sample; the first gives the S_c of attacked inputs.
         curve: the attack for robust accuracy over eps; None leaves the curve out.
-        transferred: adversarial images made elsewhere for the same samples, as in `Attacked`, by name; they join the suite.
+        transferred: adversarial images made elsewhere for the same samples, as in `Attacked`, by name; they join the
+            suite.
     """
     clean, clean_right = clean_verdicts(subject, samples, batch_size, progress)
     measured = Measured({"acc_clean": accuracy(clean_right), "n": len(samples)}, clean, clean_right)
