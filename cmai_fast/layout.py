@@ -160,7 +160,7 @@ class Layout:
             ValueError: a sample has more or fewer units here.
         """
         expected, given = self.real.sum(1).tolist(), [len(part) for part in parts]
-        if given != expected:
+        if given != expected or len({part.shape[1] for part in parts}) > 1:
             raise ValueError(
                 f"the images have {given} tiles or patches by sample, and here these samples have {expected}; images "
                 "that were made on one model fit another only if its processor cuts them alike"

@@ -99,10 +99,8 @@ def test_the_command_takes_it(hub, saved, tmp_path, monkeypatch):
 
 def old_name(name: str) -> str:
     """As in `llava-hf/llava-1.5-7b-hf`, from before `model.` stood before all of them and CLIP lost a level."""
-    name = name.replace("model.language_model.", "language_model.model.", 1).replace(
-        "lm_head", "language_model.lm_head", 1
-    )
-    name = name.removeprefix("model.")
+    name = name.replace("model.language_model.", "language_model.model.", 1).removeprefix("model.")
+    name = name.replace("lm_head", "language_model.lm_head", 1)
     return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
 
 
@@ -141,8 +139,8 @@ def refused(name, **how):
 
 def test_what_is_not_there(hub, saved, tmp_path):
     assert refused("owner/unknown") == (
-        "cannot load the model 'owner/unknown': the hub cannot be reached, and owner/unknown is not in the cache; check "
-        "the connection, or name a folder"
+        "cannot load the model 'owner/unknown': the hub cannot be reached, and owner/unknown is not in the cache; "
+        "check the connection, or name a folder"
     )
     shutil.copytree(saved, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
