@@ -152,8 +152,9 @@ class Objective:
         expected, given = [(1, *value.shape) for value in self._pixel_values], [tuple(image.shape) for image in images]
         if given != expected:
             raise ValueError(
-                f"{len(given)} samples have images of shapes {sorted(set(given))}, and this model reads {len(expected)} "
-                f"of {sorted(set(expected))}; images that were made on one model fit another only if it reads them alike"
+                f"{len(given)} samples have images of shapes {sorted(set(given))}, and this model reads "
+                f"{len(expected)} of {sorted(set(expected))}; images that were made on one model fit another only if "
+                "it reads them alike"
             )
         return torch.cat(list(images)).to(self._pixel_values.device)
 
