@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import transformers as tf
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -45,11 +45,14 @@ def samples_of(family: Family) -> list[dict[str, Any]]:
     return [{**s, "image": own.pictures[0]} for s, own in zip(SAMPLES, family.samples(), strict=True)]
 
 
-def tokenizer(**names: str) -> Any:
-    """Words and special tokens; `names` are those that a processor asks its tokenizer for, such as `image_token`."""
+def tokenizer(start: bool = True, **names: str) -> Any:
+    """Words and special tokens, `<s>` before a text if `start`; `names` are what a processor asks its tokenizer for, such
+    as `image_token`."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*_SPECIAL, *_WORDS))}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     words.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in _SPECIAL])
+    if start:
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=names, padding_side="left", clean_up_tokenization_spaces=False,
@@ -62,7 +65,7 @@ def no_videos() -> Any:
     return video
 
 
-def _chat(user: str, image: str, end: str, model: str, answer: str, start: str = "") -> str:
+def chat(user: str, image: str, end: str, model: str, answer: str, start: str = "") -> str:
     """`start`, then each message: what opens it, its images and texts, what ends it; then what opens an answer."""
     return (
         f"{start}{{% for m in messages %}}{{% if m.role == 'user' %}}{user}{{% else %}}{model}{{% endif %}}"
@@ -71,10 +74,10 @@ def _chat(user: str, image: str, end: str, model: str, answer: str, start: str =
     ).replace("\n", "{{ '\n' }}")
 
 
-_VICUNA = _chat("USER: ", "<image>\n", " ", "ASSISTANT: ", "ASSISTANT:")
+_VICUNA = chat("USER: ", "<image>\n", " ", "ASSISTANT: ", "ASSISTANT:")
 _CHATML = ("<|im_end|>\n", "<|im_start|>assistant\n", "<|im_start|>assistant\n")
-_QWEN = _chat("<|im_start|>user\n", "<sep><image><sep>", *_CHATML)
-_IDEFICS = _chat("User:", "<image>", "<end_of_utterance>\n", "Assistant: ", "Assistant:", "<|im_start|>")
+_QWEN = chat("<|im_start|>user\n", "<sep><image><sep>", *_CHATML)
+_IDEFICS = chat("User:", "<image>", "<end_of_utterance>\n", "Assistant: ", "Assistant:", "<|im_start|>")
 
 
 @functools.cache
@@ -92,7 +95,7 @@ def processor_of(family: Family) -> Any:
         # Its own template has a space before the line break of an answer, and none where it asks for one.
         "LLaVA-OneVision": lambda i: tf.LlavaOnevisionProcessor(
             i, tokenizer(), no_videos(), num_image_tokens=16, vision_feature_select_strategy="full",
-            chat_template=_chat(
+            chat_template=chat(
                 "<|im_start|>user ", "<image>\n", "<|im_end|>", "<|im_start|>assistant \n", "<|im_start|>assistant\n"
             ),
         ),
@@ -108,10 +111,10 @@ def processor_of(family: Family) -> Any:
         },
         "SmolVLM": lambda i: tf.SmolVLMProcessor(i, tokenizer(), no_videos(), image_seq_len=4, chat_template=_IDEFICS),
         "Idefics3": lambda i: tf.Idefics3Processor(i, tokenizer(), image_seq_len=4, chat_template=_IDEFICS),
-        "PaliGemma": lambda i: tf.PaliGemmaProcessor(i, tokenizer()),
+        "PaliGemma": lambda i: tf.PaliGemmaProcessor(i, tokenizer(start=False)),
         "Gemma 3": lambda i: tf.Gemma3Processor(
             i, tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>"), image_seq_length=4,
-            chat_template=_chat(
+            chat_template=chat(
                 "<start_of_turn>user\n", "<boi>", "<end_of_turn>\n", "<start_of_turn>model\n", "<start_of_turn>model\n",
                 "{{ bos_token }}",
             ),
@@ -121,7 +124,7 @@ def processor_of(family: Family) -> Any:
             tokenizer(
                 start_image_token="<boi>", end_image_token="<eoi>", context_image_token="<image>", video_token="<video>"
             ),
-            no_videos(), image_seq_length=4, chat_template=_chat("<|im_start|>user\n", "<image>\n", *_CHATML),
+            no_videos(), image_seq_length=4, chat_template=chat("<|im_start|>user\n", "<image>\n", *_CHATML),
         ),
         "BLIP-2": lambda i: tf.Blip2Processor(i, tokenizer(), num_query_tokens=4),
         "InstructBLIP": lambda i: tf.InstructBlipProcessor(i, tokenizer(), tokenizer(), num_query_tokens=4),

@@ -68,13 +68,17 @@ def load_model(
 
 
 def find_heads(name: str | Path) -> Path | None:
-    """The folder `cmcv` of consistency heads that belongs to a model: in its folder or repository, or beside it."""
+    """The folder `cmcv` of consistency heads that belongs to a model: in its folder or repository, or beside it.
+
+    Raises:
+        ValueError: no such model.
+    """
     where = resolve(name)
     if not Path(where).is_dir():
         try:
             where = snapshot_download(str(where), allow_patterns=["cmcv/*"])
-        except (OSError, HfHubHTTPError):
-            return None  # a model that could be loaded from files kept here, and none of heads
+        except (OSError, HfHubHTTPError) as error:
+            raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
     places = (Path(where) / "cmcv", Path(where).parent / "cmcv")
     return next((place for place in places if place.is_dir()), None)
 

@@ -13,8 +13,10 @@ from tokenizers import Tokenizer, models
 from cmai_fast.attacks import Objective
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import VQACollator, format_prompt
+from cmai_fast.data.prompt import PromptForm
 from cmai_fast.threat import PixelSpace
-from processors import GENERATIVE, processor_of, samples_of
+from families import START
+from processors import GENERATIVE, chat, processor_of, samples_of
 
 every_family = pytest.mark.parametrize("family", GENERATIVE, ids=lambda f: f.name)
 BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
@@ -72,6 +74,27 @@ def test_labels_are_the_answer_and_the_token_that_ends_it(family):
         assert said.split() == [*sample["answer"].split(), ENDS.get(family.name, "</s>")]
         assert torch.equal(batch["labels"][i][marked], batch["input_ids"][i][marked])
         assert marked[-int(marked.sum()) :].all() and batch["attention_mask"][i, -1] == 1
+
+
+@every_family
+def test_a_text_starts_once(family):
+    """Gemma's template writes the token, PaliGemma's processor does, and the others leave it to the tokenizer."""
+    batch = VQACollator(processor_of(family), negatives=1)(samples_of(family))
+    for key in ("input_ids", "negative_input_ids"):
+        assert (batch[key] == START).sum(1).tolist() == [1, 1, 1]
+
+
+def test_an_answer_follows_as_the_template_writes_it():
+    """Words forget the white space that tokens of real models hold."""
+    for name, lead, end in (
+        ("LLaVA", " ", "</s>"), ("LLaVA-OneVision", "", "<|im_end|>"), ("Qwen2-VL", "", "<|im_end|>"),
+        ("Idefics3", " ", "<end_of_utterance>"), ("Gemma 3", "", "<end_of_turn>"), ("PaliGemma", "", "</s>"),
+        ("BLIP-2", " ", "</s>"),
+    ):  # fmt: skip
+        form = PromptForm(processor_of(by_name(name)))
+        assert (form.lead, form.end) == (lead, end), name
+    uneven = chat("user ", "<image>", " ", "assistant: ", "assistant  :").replace("assistant: ", "assistant : ")
+    assert PromptForm(changed("LLaVA", chat_template=uneven)).lead == " "
 
 
 def test_the_response_is_what_paligemmas_processor_makes_of_a_suffix():

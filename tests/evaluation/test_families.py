@@ -20,7 +20,7 @@ from cmai_fast.bridge import bridge_of, task_loss
 from cmai_fast.cli import app
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator, load_dataset
-from cmai_fast.evaluation import experiment
+from cmai_fast.evaluation import experiment, sanity
 from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.protocol import AttackSpec, measure, own_scores
@@ -116,6 +116,20 @@ def test_sanity_checks_and_pictures(subject, samples, measured):
     pictures = picture_grid({"undefended": subject}, {"undefended": measured}, samples, "pgd-8", THREAT)
     assert len(pictures) == 3
     assert all(p["undefended"]["clean"] == p["answer"] for p in pictures)
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 48 / 255), ("l2", 2.0)])
+def test_the_noise_of_the_sanity_check_is_in_the_ball_and_on_pixels(subject, samples, measured, monkeypatch, norm, eps):
+    seen = []
+    judge = Subject.right
+    monkeypatch.setattr(Subject, "right", lambda self, x, o: seen.append((x, o)) or judge(self, x, o))
+    sanity._noise(subject, samples, measured, ThreatModel(norm, eps), 3, 0)
+    ((noisy, objective),) = seen
+    moved = objective.split(noisy - objective.pixels())
+    assert objective.layout is None or torch.equal(objective.layout.only(noisy), noisy)
+    for own in moved:
+        size = own.abs().max() if norm == "linf" else own.norm()
+        assert 0.5 * eps < size <= eps * (1 + 1e-5)
 
 
 def test_half_precision(family, samples):

@@ -142,6 +142,8 @@ def test_what_is_not_there(hub, saved, tmp_path):
         "cannot load the model 'owner/unknown': the hub cannot be reached, and owner/unknown is not in the cache; "
         "check the connection, or name a folder"
     )
+    with pytest.raises(ValueError, match="owner/unknown is not in the cache"):
+        Guard.from_pretrained("owner/unknown")
     shutil.copytree(saved, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
