@@ -68,6 +68,25 @@ def test_attacked_images_saved_as_png_and_loaded_are_the_same_model_input(family
     assert all(map(all, changed))
 
 
+@every_family
+def test_images_of_a_sample_fit_it_in_any_grouping(family):
+    objective = objective_of(family)
+    clean = objective.pixels()
+    images = objective.split(clean)
+    assert torch.equal(objective.join(images), clean)
+    if objective.layout is not None:
+        assert [len(i) for i in images] == objective.layout.real.sum(1).tolist()
+    samples = family.samples()
+    for rows in ([2], [1, 0]):
+        batch = family.batch(family.model(), [samples[i] for i in rows])
+        if family.kind == "dual":
+            batch = {**family.batch(family.model(), samples), **{k: batch[k] for k in ("pixel_values", "labels")}}
+        other = Objective(objective.bridge, objective.space, batch)
+        assert torch.equal(other.join([images[i] for i in rows]), other.pixels())
+    with pytest.raises(ValueError, match="made on one model fit another only if"):
+        objective.join([i[..., :-1, :-1] for i in images] if objective.layout is None else [i[:-1] for i in images])
+
+
 @patched
 def test_pictures_of_patches_are_the_processors_input_and_output(family):
     """A picture whose sides are multiples of a merged patch is not resized: it comes back as it was."""

@@ -177,7 +177,7 @@ def build(
     with init_empty_weights(include_buffers=False):  # buffers hold computed values, such as rotary frequencies
         model = kind.from_config(sized.config, dtype=dtype, attn_implementation=attention)
     torch.manual_seed(0)
-    bridge = bridge_of(model)
+    bridge = bridge_of(model, empty=True)
     learns = {id(p) for p in bridge.vision_parameters}
     if bits:
         _quantise(bridge.text_model, bits, device, dtype)

@@ -150,6 +150,29 @@ class Objective:
             return self.layout.from_images(pictures)
         return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for (p,) in pictures])
 
+    def split(self, pixels: Tensor) -> list[Tensor]:
+        """Images as attacks take them to one tensor a sample: its own images, tiles or patches (u, C, h, w)."""
+        return list(pixels.unsqueeze(1)) if self.layout is None else self.layout.split(pixels)
+
+    def join(self, images: Sequence[Tensor]) -> Tensor:
+        """The reverse of `split`, for images of this batch's samples; they may come from batches of other samples.
+
+        Raises:
+            ValueError: images that this batch's model does not read so.
+        """
+        if self._pixel_values is None:
+            raise ValueError("the batch has no pixel_values; expected those that the model's processor made")
+        if self.layout is not None:
+            return self.layout.join(images)
+        expected, given = [(1, *value.shape) for value in self._pixel_values], [tuple(image.shape) for image in images]
+        if given != expected:
+            raise ValueError(
+                f"{len(given)} samples have images of shapes {sorted(set(given))}, and this model reads "
+                f"{len(expected)} of {sorted(set(expected))}; images that were made on one model fit another only if "
+                "it reads them alike"
+            )
+        return torch.cat(list(images)).to(self._pixel_values.device)
+
     def _pack(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
         return model_input if self.layout is None else self.layout.pack(model_input, rows)
 

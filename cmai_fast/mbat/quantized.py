@@ -59,7 +59,7 @@ def quantized_language_model(
 
 def _outside_language_model(model: Any) -> list[str]:
     """The names of the largest modules that hold nothing of the language model."""
-    language = bridge_of(model).text_model
+    language = bridge_of(model, empty=True).text_model
 
     def outside(name: str, module: nn.Module) -> Iterator[str]:
         if module is language:
