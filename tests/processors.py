@@ -46,8 +46,8 @@ def samples_of(family: Family) -> list[dict[str, Any]]:
 
 
 def tokenizer(start: bool = True, **names: str) -> Any:
-    """Words and special tokens, `<s>` before a text if `start`; `names` are what a processor asks its tokenizer for, such
-    as `image_token`."""
+    """Words and special tokens, `<s>` before a text if `start`; `names` are what a processor asks its tokenizer for,
+    such as `image_token`."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*_SPECIAL, *_WORDS))}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     words.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in _SPECIAL])

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import DualBridge, bridge_of, frozen, set_recompute, task_loss, unpack
+from cmai_fast.bridge import DualBridge, bridge_of, frozen, lean_activations, set_recompute, task_loss, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.adapters import (
@@ -249,7 +249,8 @@ class MBATTrainer(Trainer):
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
         args = self.args
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
+        lean = lean_activations(self.bridge.model)
+        with self.compute_loss_context_manager(), self.accelerator.autocast(), lean:
             features = self.bridge.encode_image(inputs["pixel_values"], **image)
             leaf = features.detach().requires_grad_()
             loss_clean, p = self._clean_branch(leaf, text, share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_model(
     """
     where = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(_base(where), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
     if type(config) not in AutoModelForImageTextToText._model_mapping:
@@ -65,6 +66,17 @@ def load_model(
     if not {"device_map", "quantization_config"} & set(kwargs):
         model.to(target)
     return model.eval(), processor
+
+
+def _base(where: str | Path) -> str | Path:
+    """The model that a folder of adapters belongs to; of any other `where` is itself."""
+    folder = Path(where)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return where
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the model they are of")
+    return base
 
 
 def find_heads(name: str | Path) -> Path | None:
