@@ -75,7 +75,9 @@ def _base(where: str | Path) -> str | Path:
         return where
     base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the model they are of")
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the model they are of"
+        )
     return base
 
 
