@@ -75,9 +75,10 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; expected a finite weight of at least 0")
         if self.recompute not in MODES:
             raise ValueError(f"recompute is {self.recompute!r}; expected one of {', '.join(MODES)}")
-        if self.recompute != "none" and self.gradient_checkpointing:
+        theirs = "activation_checkpointing" if self.activation_checkpointing else "gradient_checkpointing"
+        if self.recompute != "none" and getattr(self, theirs):
             raise ValueError(
-                f"recompute is {self.recompute!r} and gradient_checkpointing is set, which would replace it; expected "
+                f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "
                 "one of the two (recompute='full' is the same thing)"
             )
         if self.trainable not in ("all", "vision"):

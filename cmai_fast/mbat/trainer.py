@@ -242,6 +242,11 @@ class MBATTrainer(Trainer):
         The clean branch runs backward to the bridge first: that gives the language model its gradient and p, the bridge
         gradient, in one go. The vision side then runs backward once for both branches.
         """
+        # Around the backward passes too: what they compute again must be what ran.
+        with lean_activations(self.bridge.model):
+            return self._step(model, inputs)
+
+    def _step(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
         ranks.check_equal(len(inputs["labels"]))
@@ -249,8 +254,7 @@ class MBATTrainer(Trainer):
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
         args = self.args
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
-        lean = lean_activations(self.bridge.model)
-        with self.compute_loss_context_manager(), self.accelerator.autocast(), lean:
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             features = self.bridge.encode_image(inputs["pixel_values"], **image)
             leaf = features.detach().requires_grad_()
             loss_clean, p = self._clean_branch(leaf, text, share)

@@ -569,6 +569,22 @@ def test_mixed_precision_reaches_both_sides(make_trainer, batch):
     )
 
 
-def test_two_kinds_of_recomputation_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="recompute is 'selective' and gradient_checkpointing is set"):
-        MBATConfig(output_dir=str(tmp_path), recompute="selective", gradient_checkpointing=True)
+@pytest.mark.parametrize("theirs", ["gradient_checkpointing", "activation_checkpointing"])
+def test_two_kinds_of_recomputation_are_refused(theirs, tmp_path):
+    with pytest.raises(ValueError, match=f"recompute is 'selective' and {theirs} is set"):
+        MBATConfig(output_dir=str(tmp_path), recompute="selective", **{theirs: True})
+
+
+@pytest.mark.parametrize("theirs", [None, True, False])
+@pytest.mark.parametrize("recompute", ["none", "encoder", "selective", "full"])
+def test_recomputation_changes_no_gradient(recompute, theirs, make_trainer, batch):
+    """Also of a model that recomputes already, `theirs` saying whether by the reentrant kind."""
+    plain = make_trainer()
+    plain.training_step(plain.model, dict(batch))
+    trainer = make_trainer()
+    if theirs is not None:
+        trainer.model.activation_checkpointing_enable({"use_reentrant": theirs})
+    trainer = make_trainer(recompute=recompute, model=trainer.model)
+    trainer.training_step(trainer.model, dict(batch))
+    for (name, a), b in zip(plain.model.named_parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-9, atol=1e-9)
