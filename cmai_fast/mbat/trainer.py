@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
@@ -28,8 +31,9 @@ from cmai_fast.mbat.adapters import (
     low_rank_parameters,
 )
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.inner import maximise
+from cmai_fast.mbat.inner import InnerResult, maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.mbat.parts import DoesNotFitError, Draws, Part, View, agreed, cut, gradients_aside
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.threat import PixelSpace, ThreatModel
@@ -106,6 +110,7 @@ class MBATTrainer(Trainer):
         self.passes = Passes()
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
+        self._rows_at_once: int | None = None  # where memory ran out
         self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
         self._seen = 0
@@ -239,60 +244,123 @@ class MBATTrainer(Trainer):
     ) -> Tensor:
         """One MBAT step; returns the total loss, 0-d, detached.
 
-        The clean branch runs backward to the bridge first: that gives the language model its gradient and p, the bridge
-        gradient, in one go. The vision side then runs backward once for both branches.
-        """
-        # Around the backward passes too: what they compute again must be what ran.
-        with lean_activations(self.bridge.model):
-            return self._step(model, inputs)
+        The language side reads h_v as a leaf and goes backward to it: that gives the language model its gradients, and
+        p, the bridge gradient, in one go. The vision side then goes backward once, for all that has gathered at h_v.
 
-    def _step(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        Where memory runs out the step is done again in two halves, or more, and so are the next ones; gradients are
+        those of the whole batch. That costs a second pass of the vision side. With a sharded model, or when a single
+        sample does not fit, torch.OutOfMemoryError says what else helps.
+        """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        ranks.check_equal(len(inputs["labels"]))
-        image, text = self.bridge.inputs(inputs)
-        share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
-        args = self.args
+        rows = len(inputs["labels"])
+        ranks.check_equal(rows)
+        inputs.setdefault("sample_ids", ranks.row_numbers(rows))
+        trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
+        trained = [p for p in trained if p.requires_grad]
+        passes, draws = self.passes, Draws(self.args.device)
+        # Lean around the backward passes too: what they compute again must be what ran.
+        with lean_activations(self.bridge.model), self._aside(trained):
+            while True:
+                size = min(rows, self._rows_at_once or rows)
+                try:
+                    parts, total = self._step(inputs, size)
+                    break
+                except DoesNotFitError as error:
+                    self._halve(size, error)
+                # Out of `except`, which holds on to all that the attempt had made.
+                clear_device_cache(garbage_collection=True)
+                for p in trained:
+                    p.grad = None
+                self.passes = passes
+                draws.again()
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(shards.whole(trained))
+            shards.reshard(self.model)
+        if self.schedule is not None and "s_c_adv" in parts and self.args.inner != "none":
+            self.schedule.update(ranks.gather(parts["s_c_adv"]))
+            parts["beta"] = torch.tensor(self.schedule.beta)
+        self._record({name: value.mean() for name, value in parts.items()})
+        return total * self._share
+
+    @property
+    def _share(self) -> float:
+        """Of a batch in the gradients of an optimizer's step."""
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
+
+    def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
+
+    def _halve(self, size: int, error: DoesNotFitError) -> None:
+        if shards.is_sharded(self.model):
+            raise torch.OutOfMemoryError(
+                f"{size} samples do not fit into memory ({error}); a sharded model's step is not cut into parts. Halve "
+                "per_device_train_batch_size and double gradient_accumulation_steps"
+            ) from error
+        if size == 1:
+            raise torch.OutOfMemoryError(
+                f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
+                "4 bits (quantized_language_model), or let the processor make smaller images"
+            ) from error
+        self._rows_at_once = (size + 1) // 2
+        warnings.warn(
+            f"{size} samples at once do not fit into memory ({error}). From now on a step takes at most "
+            f"{self._rows_at_once} at once; its gradients are those of the whole batch",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _step(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts of the loss, by name, and the total, detached; gradients are left in place. At most `size` samples
+        at once."""
+        args, count = self.args, len(inputs["labels"])
+        alone = shards.is_sharded(self.model)  # whose processes meet at every layer
+        together: Any = (lambda run: run()) if alone else agreed
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            features = self.bridge.encode_image(inputs["pixel_values"], **image)
-            leaf = features.detach().requires_grad_()
-            loss_clean, p = self._clean_branch(leaf, text, share)
-            parts = {"loss_clean": loss_clean}
-            remainder = features.new_zeros(())
-            if leaf.grad is not None:
-                remainder = remainder + (features * leaf.grad).sum()
-            adversarial = None
-            own, wrong = self._read_texts(inputs, text)
-            if args.inner != "none":
-                heads = self.heads if self.beta else None
-                objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, own)
-                adv = self._attack(objective, inputs.get("sample_ids"), p)
-                adversarial = objective.encode(self.space.to_model(adv).to(features.dtype))
-                loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
-                self._count(full_forward=1, full_backward=1)
-                remainder = remainder + share * args.lam * loss_adv
-                parts["loss_adv"] = loss_adv.detach()
-            if own is not None:
-                contrastive, s_c = self._contrast(features, adversarial, text, own, wrong)
-                remainder = remainder + share * args.gamma * contrastive
-                parts["loss_contrastive"] = contrastive.detach()
-                parts["s_c_adv"] = s_c.mean()
+            whole = size >= count
+            batches = [inputs] if whole else cut(Objective(self.bridge, self.space, inputs), inputs, size)
+            parts = together(lambda: [self._language_side(b, len(b["labels"]) / count, keep=whole) for b in batches])
+            found = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+            if self.heads is not None:
+                found["loss_contrastive"], found["s_c_adv"] = self._contrast(parts, self.bridge.inputs(inputs)[1])
         weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
         weights["loss_contrastive"] = args.gamma
-        total = torch.stack([weights[k] * v for k, v in parts.items() if k in weights]).sum()
-        self._refuse_divergence("loss", float(total), {k: float(v) for k, v in parts.items()})
-        if remainder.requires_grad:
-            self.accelerator.backward(remainder)
-        if self.accelerator.sync_gradients:
-            trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
-            ranks.average_gradients(shards.whole([p for p in trained if p.requires_grad]))
-            shards.reshard(self.model)
-        if self.schedule is not None and adversarial is not None:
-            self.schedule.update(ranks.gather(s_c))
-            parts["beta"] = torch.tensor(self.schedule.beta)
-        self._record(parts)
-        return total * share
+        total = torch.stack([weights[k] * v for k, v in found.items() if k in weights]).sum()
+        self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
+        together(lambda: self._vision_side(parts))
+        return found, total
+
+    def _language_side(self, inputs: dict[str, Tensor], share: float, *, keep: bool) -> Part:
+        """The clean branch, the attack and the adversarial branch, whose gradients it leaves at the language model and
+        at the leaves of the views. `share` of these samples in the batch; `keep`: the vision side's graph."""
+        args, (image, text) = self.args, self.bridge.inputs(inputs)
+        clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
+        loss, p = self._clean_branch(clean.leaf, text, share * self._share)
+        part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": share * loss})
+        if args.inner == "none":
+            return part
+        heads = self.heads if self.beta else None
+        objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, part.own)
+        result = self._attack(objective, inputs["sample_ids"], p)
+        model_input = self.space.to_model(result.adv).to(clean.leaf.dtype)
+        adversarial = View.of(lambda: objective.encode(model_input), args.device, keep=keep)
+        part.views.append(adversarial)
+        with torch.set_grad_enabled(args.lam > 0):
+            loss = task_loss(*self.bridge.fuse(adversarial.leaf, **text)).mean()
+        self._count(full_forward=1, full_backward=1)
+        if args.lam:
+            self.accelerator.backward(share * self._share * args.lam * loss)
+        part.sums |= {"loss_adv": share * loss.detach(), "nonfinite_gradients": result.nonfinite.sum().float()}
+        return part
+
+    def _vision_side(self, parts: list[Part]) -> None:
+        for part in parts:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                remainder = torch.stack([view.pulled_back() for view in part.views]).sum()
+            self._count(vision_forward=sum(view.features is None for view in part.views))
+            if remainder.requires_grad:
+                self.accelerator.backward(remainder)
 
     def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], share: float) -> tuple[Tensor, Tensor | None]:
         """L_task of the clean images (0-d, detached) and p per sample, (N, T, D) or None where no solver asks for it.
@@ -329,9 +397,8 @@ class MBATTrainer(Trainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
-    def _attack(self, objective: Objective, sample_ids: Tensor | None, p: Tensor | None) -> Tensor:
-        """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
-        evaluation mode."""
+    def _attack(self, objective: Objective, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
+        """Adversarial images, made on the model as it is now, in evaluation mode."""
         args = self.args
         with shards.quiet(self.model):
             result = maximise(
@@ -344,11 +411,10 @@ class MBATTrainer(Trainer):
                 refreshes=args.refreshes,
                 bridge_gradient=p,
                 seed=args.seed + 7_919 * self.state.global_step,
-                sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
+                sample_ids=sample_ids,
             )
         self.passes = self.passes + result.passes
-        self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
-        return result.adv
+        return result
 
     @property
     def beta(self) -> float:
@@ -360,28 +426,33 @@ class MBATTrainer(Trainer):
         warmup = self.args.eps_warmup * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
 
-    def _contrast(
-        self, clean: Tensor, adversarial: Tensor | None, text: dict[str, Tensor], own: Tensor, wrong: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
+
+        Its gradients are left at the heads and at the leaves of all views. `text` is that of the whole batch.
 
         The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
         second pass of the language model for each wrong answer. Of several processes each computes the loss of the
         whole batch: the samples of the others are negatives too.
         """
         assert self.heads is not None
-        heads = self.heads
-        grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
-        with grad:
-            t = heads.project_text(own)
-            t_wrong = None if wrong is None else ranks.gather(heads.project_text(wrong))
+        heads, weight = self.heads, self._share * self.args.gamma
+        with torch.set_grad_enabled(weight > 0):
+            t = torch.cat([heads.project_text(part.own) for part in parts if part.own is not None])
+            wrong = [heads.project_text(part.wrong) for part in parts if part.wrong is not None]
+            t_wrong = ranks.gather(torch.cat(wrong)) if wrong else None
             same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
-            tokens = self.bridge.image_tokens(text)
-            views = [clean] if adversarial is None else [clean, adversarial]
-            projected = [heads.project_image(v, tokens) for v in views]
+            tokens = [self.bridge.image_tokens(part.texts) for part in parts]
+            projected = [
+                torch.cat([heads.project_image(view.leaf, n) for view, n in zip(views, tokens, strict=True)])
+                for views in zip(*(part.views for part in parts), strict=True)
+            ]
             every_t = ranks.gather(t)
             losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
-        return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
+            loss = torch.stack(losses).mean()
+        if weight:
+            self.accelerator.backward(weight * loss)
+        return loss.detach(), heads.score(projected[-1], t).detach()
 
     def _count(self, **passes: int) -> None:
         self.passes = self.passes + Passes(**passes)

@@ -48,8 +48,9 @@ class Recording:
         attack, step = trainer._attack, trainer.training_step
 
         def keep_adv(*args):
-            self.adv.append(attack(*args))
-            return self.adv[-1]
+            result = attack(*args)
+            self.adv.append(result.adv)
+            return result
 
         def keep_batch(model, inputs, *args):
             self.batches.append({k: v.clone() for k, v in inputs.items()})
@@ -492,9 +493,9 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
         seen.append(objective.text_features)
         return objective
 
-    def spy_contrast(clean, adversarial, text, own, other):
-        seen.extend((own, other))
-        return contrast(clean, adversarial, text, own, other)
+    def spy_contrast(parts, text):
+        seen.extend((parts[0].own, parts[0].wrong))
+        return contrast(parts, text)
 
     monkeypatch.setattr(trainer_module, "Objective", spy_objective)
     monkeypatch.setattr(trainer, "_contrast", spy_contrast)
