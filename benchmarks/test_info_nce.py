@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,27 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmai_fast import ops
+from cmai_fast.evaluation.overhead import peak_bytes
 
 DIM = 512
 
 
-def peak_extra_bytes(contender: Callable[[], Any], device: torch.device) -> int:
+def extra_bytes(contender: Callable[[], Any], device: torch.device) -> int:
     """The most memory that a call holds over what was held before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        contender()
-        return torch.cuda.max_memory_allocated(device) - before
-    # Linux: writing 5 sets the record of the largest resident set back to the present one.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _kilobytes("VmRSS")
-    contender()
-    return (_kilobytes("VmHWM") - before) * 1024
-
-
-def _kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    before, peak = peak_bytes(contender, device)
+    return peak - before
 
 
 def full_matrix(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
@@ -75,7 +62,7 @@ def test_info_nce(side_by_side, device: torch.device, count: int, dtype: torch.d
         "full matrix": differentiate(full_matrix),
         "chunks": lambda: in_chunks(query, keys, labels, scale),
     }
-    memory = {name: peak_extra_bytes(run, device) for name, run in contenders.items() for _ in range(2)}  # warm
+    memory = {name: extra_bytes(run, device) for name, run in contenders.items() for _ in range(2)}  # warm
     on_cpu = device.type == "cpu"
     share = memory["operator"] / memory["full matrix"]
     side_by_side(

@@ -76,7 +76,8 @@ class Layout:
                 )
         elif pixel_values.dim() == 5:
             self.tiles = shape[1]
-            there = pixel_values.detach().flatten(2).any(-1)
+            # Zeros may also be a black picture, where the mean is 0: the mask of a family that has one knows better.
+            there = (pixel_values.detach() if pixel_attention_mask is None else pixel_attention_mask).flatten(2).any(-1)
             units_per_image = (there * torch.arange(1, shape[1] + 1, device=device)).amax(1)
         elif pixel_values.dim() == 4:
             units_per_image = torch.ones(len(pixel_values), dtype=torch.int64, device=device)
@@ -142,6 +143,36 @@ class Layout:
                 f"images have shape {tuple(units.shape)}; this batch has samples of up to {expected[1]} images, tiles "
                 f"or patches, ({expected[0]}, {expected[1]}, C, h, w). Take them from Objective.pixels()"
             )
+
+    def split(self, units: torch.Tensor) -> list[torch.Tensor]:
+        """Units (N, U, C, h, w) to one (own units, C, own h, own w) a sample, without what belongs to nobody."""
+        self.check(units)
+        parts = [u[own] for u, own in zip(units, self.real, strict=True)]
+        if self.mask is not None:
+            there = self.mask.flatten(1, 2).any(1)  # (N, H, W)
+            sizes = zip(there.any(2).sum(1).tolist(), there.any(1).sum(1).tolist(), strict=True)
+            parts = [part[..., :h, :w] for part, (h, w) in zip(parts, sizes, strict=True)]
+        return parts
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The reverse of `split`, for samples of this batch in any grouping: units (N, U, C, h, w).
+
+        Raises:
+            ValueError: a sample has more or fewer units here.
+        """
+        expected, given = self.real.sum(1).tolist(), [len(part) for part in parts]
+        if given != expected or len({part.shape[1] for part in parts}) > 1:
+            raise ValueError(
+                f"the images have {given} tiles or patches by sample, and here these samples have {expected}; images "
+                "that were made on one model fit another only if its processor cuts them alike"
+            )
+        height, width = (max(part.shape[k] for part in parts) for k in (-2, -1))
+        if self.mask is not None:
+            height, width = self.mask.shape[-2:]
+        joined = parts[0].new_zeros(*self.real.shape, parts[0].shape[1], height, width, device=self.real.device)
+        for row, part in zip(joined, parts, strict=True):
+            row[: len(part), :, : part.shape[-2], : part.shape[-1]] = part
+        return joined
 
     def pack(self, units: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Units (n, U, C, h, w) of `rows` (None: all), in the model's input space, to their `pixel_values`."""

@@ -62,14 +62,13 @@ def test_the_undefended_model_breaks_and_the_immunised_one_stands() -> None:
     for name in ("easyvqa-llava", "easyvqa-llava-immune"):
         subject = Subject.load(name)
         batch = subject.collate([data[i] for i in range(len(data))])
-        clean = subject.space.to_pixels(batch["pixel_values"])
-        result = pgd(
-            subject.objective(batch), clean, ThreatModel("linf", eps), steps=20, sample_ids=batch["sample_ids"]
-        )
-        right = subject.right(clean, batch)
+        objective = subject.objective(batch)
+        clean = objective.pixels()
+        result = pgd(objective, clean, ThreatModel("linf", eps), steps=20, sample_ids=batch["sample_ids"])
+        right = subject.right(clean, objective)
         assert right.float().mean() > 0.9
         robust[name] = (right & ~result.fooled).float().mean()
         noise = clean + torch.empty_like(clean).uniform_(-eps, eps, generator=torch.Generator().manual_seed(0))
-        assert subject.right(noise.clamp(0, 1), batch).float().mean() > 0.8
+        assert subject.right(noise.clamp(0, 1), objective).float().mean() > 0.8
     assert robust["easyvqa-llava"] < 0.5
     assert robust["easyvqa-llava-immune"] > 0.8

@@ -8,8 +8,10 @@ from typing import Any
 
 from cmai_fast.attacks import Objective
 from cmai_fast.bridge import bridge_of
+from cmai_fast.data import format_prompt
 from cmai_fast.threat import PixelSpace
 from families import FAMILIES, Family
+from processors import GENERATIVE, processor_of
 
 ROOT = Path(__file__).parent.parent
 DOC = ROOT / "docs" / "families.md"
@@ -33,13 +35,24 @@ def row(family: Family) -> str:
         "several" if several else "one",
         "different" if sizes else "one",
         UNITS[values.dim()],
+        *collated(family),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
+def collated(family: Family) -> tuple[str, str]:
+    """How the collator asks, and what the processor cannot be loaded without."""
+    if family not in GENERATIVE:
+        return "-", "-"
+    processor = processor_of(family)
+    prompt = "chat template" if processor.chat_template else f"`{format_prompt(processor, 'QUESTION')}`"
+    return prompt, "torchvision" if "video_processor" in processor.get_attributes() else "-"
+
+
 def table() -> str:
-    head = "| family | model | adapter | more keys of a batch | images a sample | sizes | attacked unit |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *map(row, FAMILIES)])
+    head = "| family | model | adapter | more keys of a batch | images a sample | sizes | attacked unit | \
+prompt | processor needs |"
+    return "\n".join([head, "|---" * 9 + "|", *map(row, FAMILIES)])
 
 
 def test_the_table_is_what_the_tests_build():
@@ -59,11 +72,27 @@ def test_the_example_runs():
     assert (names["result"].adv - names["clean"]).abs().max() > 0
 
 
+def parts(doc: str) -> tuple[str, str]:
+    """The document without what it says of the collator, and that."""
+    before, collator, after = re.split(r"^## (?=The collator)|^## (?=What the attacker)", doc, flags=re.MULTILINE)
+    return before + after, collator
+
+
 def test_each_promise_names_a_test_that_runs_over_every_family():
-    promises = re.findall(r"`(test_\w+)`", DOC.read_text())
+    promises = re.findall(r"`(test_\w+)`", parts(DOC.read_text())[0])
     assert len(promises) > 10
     sources = [ROOT / "tests" / name for name in ("bridge/test_families.py", "test_layout.py", "mbat/test_families.py")]
     for name in promises:
         assert any(re.search(rf"@every_family\ndef {name}\(", s.read_text()) for s in sources), name
     for source in sources:
         assert 'every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)' in source.read_text()
+
+
+def test_each_promise_of_the_collator_names_a_test_that_runs_over_every_generative_family():
+    source = (ROOT / "tests" / "data" / "test_collated_families.py").read_text()
+    assert 'every_family = pytest.mark.parametrize("family", GENERATIVE, ids=lambda f: f.name)' in source
+    assert {f.name for f in GENERATIVE} == {f.name for f in FAMILIES if f.kind == "generative"}
+    promises = re.findall(r"`(test_\w+)`", parts(DOC.read_text())[1])
+    assert len(promises) >= 5
+    for name in promises:
+        assert re.search(rf"@every_family\ndef {name}\(", source), name

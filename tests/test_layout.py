@@ -68,6 +68,25 @@ def test_attacked_images_saved_as_png_and_loaded_are_the_same_model_input(family
     assert all(map(all, changed))
 
 
+@every_family
+def test_images_of_a_sample_fit_it_in_any_grouping(family):
+    objective = objective_of(family)
+    clean = objective.pixels()
+    images = objective.split(clean)
+    assert torch.equal(objective.join(images), clean)
+    if objective.layout is not None:
+        assert [len(i) for i in images] == objective.layout.real.sum(1).tolist()
+    samples = family.samples()
+    for rows in ([2], [1, 0]):
+        batch = family.batch(family.model(), [samples[i] for i in rows])
+        if family.kind == "dual":
+            batch = {**family.batch(family.model(), samples), **{k: batch[k] for k in ("pixel_values", "labels")}}
+        other = Objective(objective.bridge, objective.space, batch)
+        assert torch.equal(other.join([images[i] for i in rows]), other.pixels())
+    with pytest.raises(ValueError, match="made on one model fit another only if"):
+        objective.join([i[..., :-1, :-1] for i in images] if objective.layout is None else [i[:-1] for i in images])
+
+
 @patched
 def test_pictures_of_patches_are_the_processors_input_and_output(family):
     """A picture whose sides are multiples of a merged patch is not resized: it comes back as it was."""
@@ -185,3 +204,18 @@ def test_the_l2_start_of_a_sample_fills_its_own_ball():
     distance = (still - clean).flatten(1).norm(dim=1)
     assert (distance > 0.95).all()  # in many dimensions nearly all of a ball lies at its surface
     assert (objective.layout.only(still - clean) == still - clean).all()
+
+
+def test_a_black_tile_is_attacked_where_the_processors_mean_is_0():
+    """Zeros of the model's input are its pixels then, and only a mask can tell them from padding."""
+    family = next(f for f in FAMILIES if f.name == "SmolVLM")
+    batch = family.batch(family.model(), family.samples())
+    batch["pixel_values"] = (batch["pixel_values"] - batch["pixel_values"].min()) / 20
+    batch["pixel_values"][0] = 0.0
+    black = Objective(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch)
+    assert black.layout.real[0].any()
+    result = maximise(black, black.pixels(), LINF, "pgd", steps=1)
+    assert (result.adv[0][black.layout.real[0]] != 0).any()
+    del batch["pixel_attention_mask"]
+    with pytest.raises(ValueError, match="mean is 0, so a black tile looks like the zeros"):
+        Objective(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch).pixels()

@@ -12,14 +12,11 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from cmai_fast.arm.images import expected_size, read_image
-from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.bridge import bridge_of, frozen
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.data import VQACollator, format_prompt
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+from cmai_fast.data import VQACollator
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Guard:
 
     Args:
         model: an image-text model of `transformers`. It is used in evaluation mode and given back as it was.
-        processor: its processor, with a chat template.
+        processor: its processor, one that `VQACollator` takes.
         heads: trained with this model.
         threshold: below which an answer is withheld: a `Threshold`, or a finite number.
         max_new_tokens: length of an answer at most.
@@ -75,7 +72,7 @@ class Guard:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self.model, self.processor, self.heads, self.max_new_tokens = model, processor, heads, max_new_tokens
-        self.bridge = Bridge(model)
+        self.bridge, self.collate = bridge_of(model), VQACollator(processor)
         dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
         theirs = {name: heads.settings[name] for name in dims}
         if theirs != dims:
@@ -85,33 +82,33 @@ class Guard:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, threshold: float | None = None, max_new_tokens: int = 16, **model_kwargs: Any
+        cls, folder: str | Path, *, threshold: float | None = None, max_new_tokens: int = 16, **how: Any
     ) -> Guard:
-        """The guard of a model folder with `cmcv/` in it or beside it, of a run folder, or of a bundled name.
+        """The guard of a model with `cmcv/` in its folder or beside it, of a run folder, a bundled name or a hub id.
 
         Args:
-            folder: a `transformers` folder, a run folder (with `model/` and `cmcv/`), or a bundled model's name.
+            folder: a `transformers` folder, a run folder (with `model/` and `cmcv/`), a bundled model's name, or an id
+                of the Hugging Face hub.
             threshold: used in place of the saved one.
-            model_kwargs: for the model's `from_pretrained`, such as `dtype` and `device_map`.
+            how: for `cmai_fast.models.loading.load_model`: `device`, `dtype`, `attention`, and what the model's
+                `from_pretrained` takes.
 
         Raises:
-            ValueError: unknown name, no model, weights damaged or not safetensors, no heads, no threshold.
+            ValueError: no such model, weights damaged or not safetensors, no heads, no threshold.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from cmai_fast.models.loading import find_heads, load_model
 
-        from cmai_fast.models import resolve
-
-        model_folder = _find_model(Path(resolve(str(folder))))
-        heads, saved = ConsistencyHeads.from_pretrained(_find_heads(model_folder))
+        place = find_heads(folder)
+        if place is None:
+            raise ValueError(
+                f"no consistency heads for {folder}: there is no cmcv/ in its folder or beside it. Immunise it "
+                "(cmai-fast immunize), which trains them, or copy their cmcv/ folder there"
+            )
+        heads, saved = ConsistencyHeads.from_pretrained(place)
         tau = saved if threshold is None else threshold
         if tau is None:
             raise ValueError(f"the heads of {folder} were saved without a threshold; calibrate them or pass threshold=")
-        model_kwargs["use_safetensors"] = True  # a pickle runs whatever code it holds
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(model_folder, **model_kwargs).eval()
-        except SafetensorError as error:
-            raise ValueError(f"the weights in {model_folder} are damaged ({error}); copy or save them again") from error
-        processor = AutoProcessor.from_pretrained(model_folder)
+        model, processor = load_model(folder, **how)
         return cls(model, processor, heads.to(model.device), tau, max_new_tokens=max_new_tokens)
 
     def decide(self, image: Any, question: str, *, resize: bool = False) -> Decision:
@@ -147,61 +144,33 @@ class Guard:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
         token = getattr(self.processor, "image_token", None)
-        if token and token in question:
-            raise ValueError(f"{name} holds {token!r}, which stands for an image; ask without it")
+        if token and str(token) in question:
+            raise ValueError(f"{name} holds {str(token)!r}, which stands for an image; ask without it")
 
     def _answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        """Greedy answers through the chat template."""
-        inputs = self.processor(
-            images=list(pictures),
-            text=[format_prompt(self.processor, q) for q in questions],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
+        """Greedy answers to the collator's prompts."""
+        rows = [{"image": p, "question": q} for p, q in zip(pictures, questions, strict=True)]
+        inputs = self._on_device(self.collate.prompts(rows))
         lengths = inputs["attention_mask"].sum(1).tolist()
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for i, length in enumerate(lengths):
-            if context is not None and length + self.max_new_tokens > context:
+            if self.bridge.context is not None and length + self.max_new_tokens > self.bridge.context:
                 raise ValueError(
                     f"question {i} makes a prompt of {length} tokens and the answer may take {self.max_new_tokens}; "
-                    f"the model's context is {context}. Shorten the question or set max_new_tokens lower"
+                    f"the model's context is {self.bridge.context}. Shorten the question or set max_new_tokens lower"
                 )
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         new = output[:, inputs["input_ids"].shape[1] :]
-        return [a.strip() for a in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _score(self, pictures: Sequence[Image.Image], questions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """S_c of each image with its question and answer, laid out as in training (one collator for both)."""
         rows = zip(pictures, questions, answers, strict=True)
-        batch = VQACollator(self.processor)([{"image": p, "question": q, "answer": a} for p, q, a in rows])
+        batch = self._on_device(self.collate([{"image": p, "question": q, "answer": a} for p, q, a in rows]))
+        image_inputs, text = self.bridge.inputs(batch)
+        image = self.bridge.encode_image(batch["pixel_values"], **image_inputs)
+        projected = self.heads.project_image(image, self.bridge.image_tokens(text))
+        return self.heads.score(projected, self.heads.project_text(self.bridge.encode_text(**text))).tolist()
+
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        image = self.bridge.encode_image(batch["pixel_values"].to(self.model.dtype))
-        text = self.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
-        return self.heads.score(self.heads.project_image(image), self.heads.project_text(text)).tolist()
-
-
-def _find_model(folder: Path) -> Path:
-    """`folder` or its `model/`, whichever holds a config.json, with weights in safetensors."""
-    found = next((f for f in (folder / "model", folder) if (f / "config.json").is_file()), None)
-    if found is None:
-        raise ValueError(f"no config.json in {folder} or in {folder / 'model'}; name the folder of a model or of a run")
-    if not any(found.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in _PICKLES for path in found.glob(pattern))
-        raise ValueError(
-            f"{found} holds no *.safetensors"
-            + (f", only {', '.join(pickles)}: a pickle runs code when it is read and is refused" if pickles else "")
-            + ". Save the model with save_pretrained, which writes safetensors"
-        )
-    return found
-
-
-def _find_heads(model_folder: Path) -> Path:
-    places = (model_folder / "cmcv", model_folder.parent / "cmcv")
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        raise ValueError(
-            f"no consistency heads for {model_folder}: neither {places[0]} nor {places[1]} is there. Immunise it "
-            "(cmai-fast immunize), which trains them, or copy their cmcv/ folder there"
-        )
-    return found
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}

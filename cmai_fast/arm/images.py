@@ -12,6 +12,9 @@ from PIL import Image
 def expected_size(processor: Any) -> tuple[int, int] | None:
     """(height, width) that the processor's image processor ends with; None where it takes pictures of any size."""
     images = processor.image_processor
+    cut = getattr(processor, "images_kwargs", {}).get("crop_to_patches", getattr(images, "crop_to_patches", False))
+    if cut or getattr(images, "image_grid_pinpoints", None):  # tiles of that size
+        return None
     size = getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
     fixed = dict(size) if size else {}
     return (fixed["height"], fixed["width"]) if {"height", "width"} <= set(fixed) else None

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen, patches_by_matmul, recomputed, unpacked
+from cmai_fast.bridge import (
+    Bridge,
+    frozen,
+    lean_activations,
+    patches_by_matmul,
+    recomputed,
+    unpacked,
+)
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.layout import Layout
 from cmai_fast.threat import PixelSpace
@@ -104,12 +111,18 @@ class Objective:
             images = self.bridge.images_per_row(values, **self._image)
             if values.dim() == 4 and bool((images == 1).all()):
                 return None
+        mask = self._image.get("pixel_attention_mask")
+        if values.dim() == 5 and mask is None and not self.space.mean.any():
+            raise ValueError(
+                "the processor's mean is 0, so a black tile looks like the zeros that fill up a sample, and would not "
+                "be attacked; expected a mean above 0, or a batch with pixel_attention_mask"
+            )
         return Layout(
             values,
             images,
             image_grid_thw=self._image.get("image_grid_thw"),
             patches=self.space.patches,
-            pixel_attention_mask=self._image.get("pixel_attention_mask"),
+            pixel_attention_mask=mask,
         )
 
     def pixels(self) -> Tensor:
@@ -135,6 +148,29 @@ class Objective:
             return self.layout.from_images(pictures)
         return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for (p,) in pictures])
 
+    def split(self, pixels: Tensor) -> list[Tensor]:
+        """Images as attacks take them to one tensor a sample: its own images, tiles or patches (u, C, h, w)."""
+        return list(pixels.unsqueeze(1)) if self.layout is None else self.layout.split(pixels)
+
+    def join(self, images: Sequence[Tensor]) -> Tensor:
+        """The reverse of `split`, for images of this batch's samples; they may come from batches of other samples.
+
+        Raises:
+            ValueError: images that this batch's model does not read so.
+        """
+        if self._pixel_values is None:
+            raise ValueError("the batch has no pixel_values; expected those that the model's processor made")
+        if self.layout is not None:
+            return self.layout.join(images)
+        expected, given = [(1, *value.shape) for value in self._pixel_values], [tuple(image.shape) for image in images]
+        if given != expected:
+            raise ValueError(
+                f"{len(given)} samples have images of shapes {sorted(set(given))}, and this model reads "
+                f"{len(expected)} of {sorted(set(expected))}; images that were made on one model fit another only if "
+                "it reads them alike"
+            )
+        return torch.cat(list(images)).to(self._pixel_values.device)
+
     def _pack(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
         return model_input if self.layout is None else self.layout.pack(model_input, rows)
 
@@ -152,9 +188,10 @@ class Objective:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, recomputing
-        where it does so in training, and its patch embedding quick at the pixels."""
+        where it does so in training, its MLPs lean, and its patch embedding quick at the pixels."""
         model = self.bridge.model
-        with unpacked(model), recomputed(model), patches_by_matmul(model), frozen(model, self.heads):
+        cheap = unpacked(model), recomputed(model), patches_by_matmul(model), lean_activations(model)
+        with cheap[0], cheap[1], cheap[2], cheap[3], frozen(model, self.heads):
             yield
 
     def text_projection(self) -> Tensor:

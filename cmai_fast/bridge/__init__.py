@@ -1,5 +1,6 @@
 """The three-part view (E_v, E_t, F) of a model."""
 
+from cmai_fast.bridge.activations import lean_activations
 from cmai_fast.bridge.bridge import Bridge, is_right, task_loss
 from cmai_fast.bridge.choose import bridge_of
 from cmai_fast.bridge.dual import DualBridge
@@ -16,6 +17,7 @@ __all__ = [
     "bridge_of",
     "frozen",
     "is_right",
+    "lean_activations",
     "patches_by_matmul",
     "recomputed",
     "set_recompute",

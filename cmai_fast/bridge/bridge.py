@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
 from cmai_fast.bridge.frozen import frozen
@@ -325,7 +326,8 @@ class Bridge:
         head: Any = self.model.get_output_embeddings() if self._vocabulary else None
         if head is None or not self._pays(head, int((text_inputs["labels"][:, 1:] != IGNORE).sum())):
             return None
-        sharded = any(hasattr(p, "device_mesh") for p in head.parameters())
+        # Processes that share a model must run it equally often, and each would look at its layer when it needs to.
+        sharded = any(isinstance(m, FSDPModule) for m in self.model.modules())
         random = any(isinstance(m, nn.Dropout) and m.p and m.training for m in head.modules())
         if sharded or random:
             return None
@@ -349,6 +351,8 @@ class Bridge:
         given: list[torch.Tensor] = []
 
         def marked(hidden: torch.Tensor) -> torch.Tensor:
+            if hidden.dim() != 3:
+                return plain(hidden)  # tokens of all samples in one row are not what `fuse` has targets for
             logits = plain(hidden[:1, :1])
             given.append(torch.linspace(-50, 50, logits.numel()).to(logits).view_as(logits))
             return given[-1]

@@ -17,20 +17,23 @@ from torch import nn
 _FLAG = "support_avx512bf16_for_cpu"
 
 
-def unpack(model: nn.Module) -> list[nn.Module]:
-    """From now on no 4-bit layer of `model` is packed or becomes so; returns the layers that might have been."""
-    layers = [m for m in model.modules() if getattr(m, _FLAG, False)]
-    for layer in layers:
+def unpack(model: nn.Module) -> None:
+    """From now on no 4-bit layer of `model` is packed or becomes so."""
+    for layer in _packable(model):
         setattr(layer, _FLAG, False)
         _unpack(layer)
-    return layers
+
+
+def _packable(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if getattr(m, _FLAG, False)]
 
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Inside, no 4-bit layer of `model` is packed or becomes so; on leaving, bitsandbytes may pack them again."""
-    layers = unpack(model)
+    layers = _packable(model)
     try:
+        unpack(model)
         yield
     finally:
         for layer in layers:

@@ -29,6 +29,9 @@ def attack(
     limit: options.Limit = 500,
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    attention: options.Attention = None,
     out: Annotated[Path, typer.Option(help="JSON file to write: totals, settings, and a verdict per question.")],
     progress: options.Progress = True,
 ) -> None:
@@ -48,6 +51,9 @@ def attack(
         seed=seed,
         batch_size=batch_size,
         out=out,
+        device=device,
+        dtype=dtype,
+        attention=attention,
         progress=progress,
         command=ctx.obj,
     )

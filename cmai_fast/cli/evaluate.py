@@ -29,6 +29,9 @@ def evaluate(
     limit: options.Limit = 500,
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    attention: options.Attention = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")],
     progress: options.Progress = True,
 ) -> None:
@@ -48,6 +51,9 @@ def evaluate(
         restarts=restarts,
         batch_size=batch_size,
         seed=seed,
+        device=device,
+        dtype=dtype,
+        attention=attention,
         progress=progress,
         command=ctx.obj,
     )

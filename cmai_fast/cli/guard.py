@@ -24,6 +24,9 @@ def guard(
         bool,
         typer.Option("--resize", help="Resize an image of another size than the model's, in place of refusing it."),
     ] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    attention: options.Attention = None,
 ) -> None:
     """Answer or reject: prints one decision as one line of JSON.
 
@@ -32,4 +35,5 @@ def guard(
     """
     from cmai_fast.arm import Guard
 
-    typer.echo(Guard.from_pretrained(model, threshold=threshold).decide(image, text, resize=resize).to_json())
+    guarded = Guard.from_pretrained(model, threshold=threshold, device=device, dtype=dtype, attention=attention)
+    typer.echo(guarded.decide(image, text, resize=resize).to_json())

@@ -61,6 +61,9 @@ def immunize(
     restarts: Annotated[int, typer.Option(min=1, help="Random starts of PGD.", rich_help_panel=_EVALUATION)] = 2,
     limit: Annotated[int, typer.Option(min=1, help="Test questions.", rich_help_panel=_EVALUATION)] = 500,
     seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    attention: options.Attention = None,
     progress: options.Progress = True,
 ) -> None:
     """Train a model against attacks, then attack it before and after.
@@ -95,6 +98,9 @@ def immunize(
         restarts=restarts,
         limit=limit,
         save_steps=save_steps,
+        device=device,
+        dtype=dtype,
+        attention=attention,
         command=ctx.obj,
     )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Annotated
 
@@ -43,3 +44,7 @@ def start(
     # Loading bars and advice of transformers would drown our own lines. A user's own setting stands.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Where PEFT is installed transformers imports bitsandbytes, which warns of kernels that no command needs.
+    quantizer = logging.getLogger("bitsandbytes")
+    if quantizer.level == logging.NOTSET:
+        quantizer.setLevel(logging.ERROR)

@@ -22,6 +22,20 @@ Limit = Annotated[int, typer.Option(min=1, help="Test questions to use, drawn wi
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples at a time; results do not depend on it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, or cuda:1.", show_default="cuda where torch sees one, else cpu")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Precision of the model's weights.", show_default="the checkpoint's"),
+]
+Attention = Annotated[
+    Literal["sdpa", "flash_attention_2"] | None,
+    typer.Option(
+        help="Kernels of attention; flash_attention_2 needs flash-attn, CUDA and 16 bits.",
+        show_default="sdpa where the model has it",
+    ),
+]
 
 
 def read_threat(norm: Literal["linf", "l2"], eps: str) -> ThreatModel:

@@ -1,7 +1,8 @@
 """Datasets in their official formats, and the collator that feeds them to a model."""
 
-from cmai_fast.data.collate import VQACollator, format_prompt
+from cmai_fast.data.collate import VQACollator
 from cmai_fast.data.easyvqa import EasyVQA, answer_choices
+from cmai_fast.data.prompt import format_prompt
 
 DATASETS = {EasyVQA.name: EasyVQA}
 

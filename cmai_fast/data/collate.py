@@ -2,82 +2,105 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-# 5,000 pictures of 64 x 64 in float32 take 250 MB.
-_CACHED_PIXELS, _CACHED_PICTURES = 64 * 64 * 3, 5_000
+from cmai_fast.data.pictures import RememberedPictures
+from cmai_fast.data.prompt import PromptForm, format_prompt
 
-
-def format_prompt(processor: Any, question: str) -> str:
-    """The chat prompt for one image and one question, up to where the model answers."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+_BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+Row = dict[str, np.ndarray]
 
 
 class VQACollator:
     """Collates samples (`image`, `question`, `answer`, optional `choices`, `sample_id`) into one batch.
 
+    Text and images are prepared by the processor's own call, whatever its family; docs/families.md says which are
+    tested. The prompt is that of `format_prompt`.
+
     Args:
-        processor: the model's own processor, with a chat template.
+        processor: the model's own processor. It is not changed.
         negatives: how many wrong answers of the sample's `choices` to add for the contrastive loss; 0 adds none.
         max_length: the model's context in tokens; a longer sample raises a ValueError.
         seed: of the draw of wrong answers; a sample's draw depends on (seed, sample id) alone.
 
-    A batch of N samples holds `input_ids`, `attention_mask`, `labels` (N, L; labels are -100 except on the response
-    and its end token), `pixel_values` (N, 3, H, W), `sample_ids` (N,), and with negatives K > 0
+    A batch of N samples holds `input_ids`, `attention_mask`, `labels` (N, L; padded on the left, labels are -100 except
+    on the response and its end token), `sample_ids` (N,), and what else the family's forward takes: `pixel_values`, for
+    LLaVA (N, 3, H, W), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... With negatives K > 0 it holds
     `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N * K, M): the same prompts closed by wrong
     answers, row i * K + k belonging to sample i.
+
+    Raises:
+        ValueError: a processor without chat template and known form of a prompt, or whose template does not fit.
     """
 
     def __init__(self, processor: Any, negatives: int = 0, max_length: int | None = None, seed: int = 0) -> None:
         self.processor, self.negatives, self.max_length, self.seed = processor, negatives, max_length, seed
-        self._pixels: dict[Any, torch.Tensor] = {}
+        self._form = PromptForm(processor)
+        self._call = copy.copy(processor)
+        self._call.image_processor = RememberedPictures(processor.image_processor)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pixel_values = torch.stack([self._encode_image(s["image"]) for s in samples])
-        batch = self.responses(samples, [s["answer"] for s in samples])
-        batch["pixel_values"] = pixel_values
+        texts, rows, batch = self._encode(samples)
+        batch.update(self._close(texts, rows, [s["answer"] for s in samples]))
         if all("sample_id" in s for s in samples):  # else the attack names samples by their places
             batch["sample_ids"] = torch.tensor([s["sample_id"] for s in samples])
         if self.negatives:
-            rows = [s for s in samples for _ in range(self.negatives)]
             wrong = [answer for s in samples for answer in self._wrong_answers(s)]
-            batch.update({f"negative_{k}": v for k, v in self.responses(rows, wrong).items()})
+            places = [i for i in range(len(samples)) for _ in range(self.negatives)]
+            closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
+            batch.update({f"negative_{k}": closed[k] for k in ("input_ids", "attention_mask", "labels")})
         return batch
 
-    def responses(self, samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (N, L) of the samples' questions closed by these answers."""
-        return self._encode_text(self._prompts(samples), list(answers))
-
     def prompts(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` (N, L) up to where the model answers, for `generate`."""
-        prompts = self.processor.tokenizer(
-            self._prompts(samples), padding=True, padding_side="left", return_tensors="pt"
+        """The batch up to where the model answers, without labels, for `generate`."""
+        _, rows, batch = self._encode(samples)
+        return {**batch, **self._padded(rows)}
+
+    def _encode(self, samples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
+        """Prompts as texts and as tokens, and what the family's forward takes beside the tokens."""
+        texts = [format_prompt(self.processor, s["question"]) for s in samples]
+        made = self._call(
+            images=[[s["image"]] for s in samples],  # some families want them by sample
+            text=list(texts),
+            padding=True,  # PaliGemma's processor cannot do without; it is taken off again
+            padding_side="right",  # positions of InstructBLIP's second text are counted from its first column
+            add_special_tokens=self._form.add_special_tokens,
         )
-        return {"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}
+        tokens = {k: np.array(made.pop(k)) for k in _BY_TOKEN if k in made}
+        real = tokens["attention_mask"].astype(bool)
+        rows = [{k: v[i, own] for k, v in tokens.items()} for i, own in enumerate(real)]
+        made.pop("labels", None)  # PaliGemma's own, of prompts without responses
+        return texts, rows, {k: torch.as_tensor(v) for k, v in made.items()}
 
-    def _prompts(self, samples: Sequence[dict[str, Any]]) -> list[str]:
-        """Chat prompts in which the image token stands as often as the image takes tokens."""
-        pixel_values = self._encode_image(samples[0]["image"])[None]
-        image_tokens = self.processor.replace_image_token({"pixel_values": pixel_values}, 0)
-        prompts = [format_prompt(self.processor, s["question"]) for s in samples]
-        return [p.replace(self.processor.image_token, image_tokens) for p in prompts]
+    def _close(self, texts: Sequence[str], rows: Sequence[Row], answers: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Prompts closed by these answers."""
+        closed, kind = [], {"attention_mask": 1, "token_type_ids": int(self._form.takes_suffix)}
+        for row, response in zip(rows, self._form.responses(texts, answers), strict=True):
+            more = {k: np.full(len(response), kind.get(k, 0)) for k in row} | {"input_ids": np.array(response)}
+            labels = np.concatenate([np.full(len(row["input_ids"]), -100), response])
+            closed.append({"labels": labels} | {k: np.concatenate([v, more[k]]) for k, v in row.items()})
+        longest = max(len(row["labels"]) for row in closed)
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(
+                f"a sample has {longest} tokens with its labels, the model's context is {self.max_length}; shorten the "
+                "text or use a model with a longer context (nothing is truncated silently)"
+            )
+        return self._padded(closed)
 
-    def _encode_image(self, image: Any) -> torch.Tensor:
-        """Normalised pixels (3, H, W). Small pictures are kept: a data set asks several questions about each."""
-        # Arrays only: the values of a PIL image are not all of it (a palette gives them their colours).
-        small = isinstance(image, np.ndarray) and image.size <= _CACHED_PIXELS
-        key = (image.dtype.str, image.shape, image.tobytes()) if small else None
-        value = self._pixels.get(key)
-        if value is None:
-            value = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-            if key is not None and len(self._pixels) < _CACHED_PICTURES:
-                self._pixels[key] = value
-        return value
+    def _padded(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        # Left padding: responses end at the same column, so logits are needed for a few columns only.
+        filling = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = {k: torch.full((len(rows), longest), filling.get(k, 0)) for k in rows[0]}
+        for i, row in enumerate(rows):
+            for k, v in row.items():
+                padded[k][i, longest - len(v) :] = torch.from_numpy(v)
+        return padded
 
     def _wrong_answers(self, sample: dict[str, Any]) -> list[str]:
         others = [c for c in sample.get("choices", ()) if c != sample["answer"]]
@@ -88,25 +111,3 @@ class VQACollator:
             )
         rng = np.random.default_rng((self.seed, int(sample.get("sample_id", 0))))
         return [others[j] for j in rng.integers(len(others), size=self.negatives)]
-
-    def _encode_text(self, prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        prompt_ids = tokenizer(prompts, add_special_tokens=True)["input_ids"]
-        answer_ids = tokenizer([" " + a for a in answers], add_special_tokens=False)["input_ids"]
-        rows = [p + a + [tokenizer.eos_token_id] for p, a in zip(prompt_ids, answer_ids, strict=True)]
-        longest = max(len(r) for r in rows)
-        if self.max_length is not None and longest > self.max_length:
-            raise ValueError(
-                f"a sample has {longest} tokens with its labels, the model's context is {self.max_length}; shorten the "
-                "text or use a model with a longer context (nothing is truncated silently)"
-            )
-        ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, -100)
-        # Left padding: responses end at the same column, so logits are needed for a few columns only.
-        for i, (row, prompt) in enumerate(zip(rows, prompt_ids, strict=True)):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
-            response = row[len(prompt) :]
-            labels[i, longest - len(response) :] = torch.tensor(response)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -31,6 +31,7 @@ from cmai_fast.evaluation.subject import Sample, Subject
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
+from cmai_fast.models.loading import chosen_device
 from cmai_fast.threat import ThreatModel
 
 RUN_FILE = "run.json"
@@ -65,6 +66,9 @@ class ImmunizeSettings:
     limit: int = 500
     save_steps: int = 100
     calibration_samples: int = 1000
+    device: str | None = None
+    dtype: str | None = None
+    attention: str | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -75,6 +79,9 @@ class ImmunizeSettings:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected above 0, finite")
+
+    def load(self, name: str) -> Subject:
+        return Subject.load(name, device=self.device, dtype=self.dtype, attention=self.attention)
 
 
 def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     args = training_arguments(settings, out)
     samples = _samples(settings.data, "test", settings.limit, settings.seed)
     suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
-    before = Subject.load(settings.model)
+    before = settings.load(settings.model)
     if not (out / RUN_FILE).is_file():
         write_results(asdict(settings), out / RUN_FILE)
     if before.heads is None:
@@ -105,7 +112,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     if not trained.is_file():
         record = train(before, settings, out, resume, progress)
         write_results(record, trained)
-    after = Subject.load(str(out / "model"))
+    after = settings.load(str(out / "model"))
     after.name = "immunised"
     results = _compare(before, after, samples, args.threat, suite, settings.seed, progress)
     data = load_dataset(settings.data, "train", settings.batch_size, settings.seed)
@@ -137,6 +144,9 @@ def evaluate(
     restarts: int = 2,
     batch_size: int = 64,
     seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
@@ -149,11 +159,13 @@ def evaluate(
     _check_empty(out)
     samples = _samples(data, "test", limit, seed)
     suite = [AttackSpec("pgd", steps, restarts), AttackSpec("apgd", 2 * steps)]
-    after, before = Subject.load(model), Subject.load(against) if against else None
+    how = {"device": device, "dtype": dtype, "attention": attention}
+    after, before = Subject.load(model, **how), Subject.load(against, **how) if against else None
     results = _compare(before, after, samples, threat, suite, seed, progress, batch_size)
     results["settings"] = {
         "model": model, "against": against, "data": data, "split": "test", "limit": limit, "eps": threat.eps,
-        "norm": threat.norm, "steps": steps, "restarts": restarts, "batch_size": batch_size, "command": command,
+        "norm": threat.norm, "steps": steps, "restarts": restarts, "batch_size": batch_size, **how,
+        "device": str(after.model.device), "command": command,
     } | _curve_setting(suite)  # fmt: skip
     results |= {"seed": seed, "versions": versions(), "sample_ids": [s["sample_id"] for s in samples]}
     out.mkdir(parents=True, exist_ok=True)
@@ -174,6 +186,9 @@ def attack(
     seed: int,
     batch_size: int,
     out: Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
@@ -181,7 +196,9 @@ def attack(
     spec = AttackSpec(attack_name, steps, restarts)
     if Path(out).exists():
         raise ValueError(f"{out} exists; name another file with --out, or delete it")
-    subject, samples = Subject.load(model), _samples(data, "test", limit, seed)
+    samples = _samples(data, "test", limit, seed)
+    how = {"device": device, "dtype": dtype, "attention": attention}
+    subject = Subject.load(model, **how)
     _, clean = clean_verdicts(subject, samples, batch_size, progress)
     attacked = run_attack(subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress)
     right, right_8bit = worst_case(clean, attacked.right), worst_case(clean, attacked.right_8bit)
@@ -196,7 +213,7 @@ def attack(
         "settings": {
             "model": model, "data": data, "split": "test", "attack": attack_name, "eps": threat.eps,
             "norm": threat.norm, "steps": steps, "restarts": restarts, "limit": limit, "batch_size": batch_size,
-            "command": command,
+            **how, "device": str(subject.model.device), "command": command,
         },
         "precision": str(subject.model.dtype),
         "seed": seed,
@@ -285,12 +302,19 @@ def _check_empty(out: Path) -> None:
 
 def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
     """The trainer's arguments for these settings, writing to `out`."""
+    device = chosen_device(settings.device)
+    if device.index is not None:
+        raise ValueError(
+            f"device is {settings.device!r}; training takes all devices that it sees: give cuda, and choose with "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
     same = (
         "eps norm inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps seed save_steps"
     )
     return MBATConfig(
         **{name: getattr(settings, name) for name in (*same.split(), "learning_rate", "muon")},
         output_dir=str(out),
+        use_cpu=device.type == "cpu",
         per_device_train_batch_size=settings.batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.max_steps // 20),
@@ -306,7 +330,7 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
 
 def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
     """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
-    subject = Subject.load(settings.model)
+    subject = settings.load(settings.model)
     args = training_arguments(settings, out)
     if before.threshold is not None:
         # What S_c means differs from heads to heads: inconsistent is what hardly any clean input scores.
@@ -334,9 +358,8 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
     finally:
         bar.progress.stop()  # an interrupted training leaves the terminal as it was
     seconds = time.perf_counter() - start
-    subject.model.cpu()  # where evaluation runs; Trainer takes a GPU if there is one
     if trainer.heads is not None:
-        heads = trainer.heads.cpu().eval()
+        heads = trainer.heads.to(subject.model.device).eval()
         after = Subject("immunised", subject.model, subject.processor, heads)
         scores = calibration_scores(after, settings.data, settings.calibration_samples, settings.seed, progress)
         threshold = fit_threshold(scores, "calibration")
@@ -356,7 +379,8 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
 def calibration_scores(subject: Subject, data: str, limit: int, seed: int, progress: bool) -> Tensor:
     """S_c (n,) of clean inputs of the calibration split with the model's own answers: what a threshold is set on."""
     held_out = _samples(data, "calibration", limit, seed)
-    images = torch.cat([x for _, _, x in batches(subject, held_out, 128, "calibration", progress)])
+    loader = batches(subject, held_out, 128, "calibration", progress)
+    images = [image.cpu() for objective, clean, _ in loader for image in objective.split(clean)]
     return torch.from_numpy(own_scores(subject, held_out, images, 128))
 
 
@@ -378,7 +402,7 @@ def add_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> N
     """Heads and a threshold for a model that came without, on its own features, before MBAT uses S_c."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
-        heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
+        heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim).to(subject.model.device)
     stream = training_batches(subject, settings.data, settings.batch_size, settings.seed)
     with Progress(disable=not progress) as bar:
         task = bar.add_task("consistency heads", total=HEAD_STEPS)
@@ -394,4 +418,4 @@ def training_batches(subject: Subject, data: str, batch_size: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     while True:
         rows = torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
-        yield collate([dataset[i] for i in rows])
+        yield {k: v.to(subject.model.device) for k, v in collate([dataset[i] for i in rows]).items()}

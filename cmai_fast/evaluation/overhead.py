@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,25 @@ class _Held:
 
     def __del__(self) -> None:
         self.owner.release(self.storage, self.size)
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """Memory held before a call, and the most during it: on a GPU what PyTorch had allocated, on the CPU the resident
+    set of the process (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return before, torch.cuda.max_memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the record of the largest resident set back to the present one
+    before = _resident_bytes("VmRSS")
+    run()
+    return before, _resident_bytes("VmHWM")
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def step_overhead(

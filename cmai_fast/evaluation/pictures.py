@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from cmai_fast.attacks import Objective
 from cmai_fast.evaluation.protocol import Attacked, Measured
 from cmai_fast.evaluation.subject import Sample, Subject
 from cmai_fast.threat import ThreatModel, round_to_8bit
@@ -33,25 +34,26 @@ def picture_grid(
     for against, m in measured.items():
         attacked = m.attacked[attack]
         for row in _rows(m, attacked, most):
-            clean = m.clean[row : row + 1]
-            adv = round_to_8bit(attacked.adv[row : row + 1], clean, threat)
+            sample, clean = samples[row], m.clean[row]
+            adv = round_to_8bit(attacked.adv[row][None], clean[None], threat)[0]
             amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
             answers = {
                 key: {
-                    "clean": subject.answers(clean, samples[row : row + 1])[0],
-                    "adversarial": subject.answers(adv, samples[row : row + 1])[0],
+                    "clean": subject.answers([clean], [sample])[0],
+                    "adversarial": subject.answers([adv], [sample])[0],
                 }
                 for key, subject in subjects.items()
             }
+            objective = subjects[against].objective(subjects[against].collate([sample]))
             pictures.append(
                 {
-                    "question": samples[row]["question"],
-                    "answer": samples[row]["answer"],
+                    "question": sample["question"],
+                    "answer": sample["answer"],
                     "against": against,
                     "amplification": round(amplification, 1),
-                    "clean_png": _png(clean),
-                    "perturbation_png": _png(0.5 + (adv - clean) * amplification),
-                    "adversarial_png": _png(adv),
+                    "clean_png": _png(objective, clean),
+                    "perturbation_png": _png(objective, 0.5 + (adv - clean) * amplification),
+                    "adversarial_png": _png(objective, adv),
                     **answers,
                 }
             )
@@ -70,8 +72,9 @@ def _rows(measured: Measured, attacked: Attacked, most: int) -> list[int]:
     return [int(i) for i in chosen[:most]]
 
 
-def _png(pixels: Tensor) -> str:
-    levels = (pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+def _png(objective: Objective, image: Tensor) -> str:
+    """The picture of one sample as the model sees it; its tiles side by side where it is cut into tiles."""
+    (pictures,) = objective.pictures(objective.join([image.clamp(0, 1)]))
     buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, format="PNG")
+    Image.fromarray(np.hstack(pictures)).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

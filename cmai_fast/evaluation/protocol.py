@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from cmai_fast.attacks import ATTACKS, AttackResult, Passes
+from cmai_fast.attacks import ATTACKS, AttackResult, Objective, Passes
 from cmai_fast.evaluation.subject import Sample, Subject
 from cmai_fast.metrics import (
     accuracy,
@@ -52,9 +52,10 @@ class AttackSpec:
 
 @dataclass
 class Attacked:
-    """What an attack did to all samples: images (N, C, H, W) in [0, 1], verdicts (N,) bool, price, bad gradients."""
+    """What an attack did to all samples: images in [0, 1], as `Objective.split` gives them, verdicts (N,) bool, price,
+    bad gradients."""
 
-    adv: Tensor
+    adv: list[Tensor]
     right: np.ndarray
     right_8bit: np.ndarray
     passes: Passes
@@ -67,19 +68,19 @@ class Measured:
     """The record that goes into results.json, and the images and verdicts it rests on."""
 
     record: dict[str, Any]
-    clean: Tensor
+    clean: list[Tensor]
     clean_right: np.ndarray
     attacked: dict[str, Attacked] = field(default_factory=dict)
 
 
 def batches(
     subject: Subject, samples: Sequence[Sample], size: int, what: str, progress: bool
-) -> Iterator[tuple[Sequence[Sample], dict[str, Tensor], Tensor]]:
-    """Samples, their collated batch, and their clean images (n, C, H, W) in [0, 1], with a progress bar."""
+) -> Iterator[tuple[Objective, Tensor, Tensor]]:
+    """Objectives of the samples, `size` at a time, their clean images in [0, 1] and ids (n,), with a progress bar."""
     for start in track(range(0, len(samples), size), f"{subject.name}: {what}", disable=not progress, transient=False):
-        part = samples[start : start + size]
-        batch = subject.collate(part)
-        yield part, batch, subject.space.to_pixels(batch["pixel_values"])
+        batch = subject.collate(samples[start : start + size])
+        objective = subject.objective(batch)
+        yield objective, objective.pixels(), batch["sample_ids"]
 
 
 def run_attack(
@@ -94,20 +95,25 @@ def run_attack(
 ) -> Attacked:
     """One attack on all samples. Verdicts are also given for the images rounded to 8 bits inside the ball."""
     start, passes, nonfinite = time.perf_counter(), Passes(), 0
-    adv, right, right_8bit = [], [], []
+    adv: list[Tensor] = []
+    right, right_8bit = [], []
     what = f"{spec.key} at {_eps_text(threat)}"
-    for _, batch, clean in batches(subject, samples, batch_size, what, progress):
+    for objective, clean, sample_ids in batches(subject, samples, batch_size, what, progress):
         result: AttackResult = ATTACKS[spec.name](
-            subject.objective(batch), clean, threat, steps=spec.steps, restarts=spec.restarts, seed=seed,
-            sample_ids=batch["sample_ids"],
-        )  # fmt: skip
+            objective, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=seed, sample_ids=sample_ids
+        )
         passes = passes + result.passes
         nonfinite += int(result.nonfinite.sum())
-        adv.append(result.adv)
+        adv += _kept(objective, result.adv)
         right.append(~result.fooled)
-        right_8bit.append(subject.right(round_to_8bit(result.adv, clean, threat), batch))
-    verdicts = torch.cat(right).numpy(), torch.cat(right_8bit).numpy()
-    return Attacked(torch.cat(adv), *verdicts, passes, time.perf_counter() - start, nonfinite)
+        right_8bit.append(subject.right(round_to_8bit(result.adv, clean, threat), objective))
+    verdicts = torch.cat(right).cpu().numpy(), torch.cat(right_8bit).cpu().numpy()
+    return Attacked(adv, *verdicts, passes, time.perf_counter() - start, nonfinite)
+
+
+def _kept(objective: Objective, pixels: Tensor) -> list[Tensor]:
+    """On the CPU, so that a device holds the images of one batch only."""
+    return [image.cpu() for image in objective.split(pixels)]
 
 
 def measure(
@@ -117,7 +123,7 @@ def measure(
     suite: Sequence[AttackSpec],
     *,
     curve: AttackSpec | None = None,
-    transferred: dict[str, Tensor] | None = None,
+    transferred: dict[str, list[Tensor]] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -127,8 +133,8 @@ def measure(
     Args:
         suite: Acc_robust is over the worst of these, sample by sample; the first gives the S_c of attacked inputs.
         curve: the attack for robust accuracy over eps; None leaves the curve out.
-        transferred: adversarial images made elsewhere for the same samples, (N, C, H, W) in [0, 1], by name; they join
-            the suite.
+        transferred: adversarial images made elsewhere for the same samples, as in `Attacked`, by name; they join the
+            suite.
     """
     clean, clean_right = clean_verdicts(subject, samples, batch_size, progress)
     measured = Measured({"acc_clean": accuracy(clean_right), "n": len(samples)}, clean, clean_right)
@@ -137,7 +143,7 @@ def measure(
             subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress
         )
     for name, images in (transferred or {}).items():
-        measured.attacked[name] = _transferred(subject, samples, images, measured.clean, threat, batch_size)
+        measured.attacked[name] = _transferred(subject, samples, images, threat, batch_size)
     robust = worst_case(clean_right, *(a.right for a in measured.attacked.values()))
     record = measured.record
     record["precision"] = str(subject.model.dtype)
@@ -157,26 +163,26 @@ def measure(
 
 def clean_verdicts(
     subject: Subject, samples: Sequence[Sample], batch_size: int, progress: bool
-) -> tuple[Tensor, np.ndarray]:
-    """Clean images (N, C, H, W) in [0, 1] and whether each is answered right."""
-    images, right = [], []
-    for _, batch, clean in batches(subject, samples, batch_size, "clean", progress):
-        images.append(clean)
-        right.append(subject.right(clean, batch))
-    return torch.cat(images), torch.cat(right).numpy()
+) -> tuple[list[Tensor], np.ndarray]:
+    """Clean images in [0, 1], one a sample, and whether each is answered right."""
+    images: list[Tensor] = []
+    right = []
+    for objective, clean, _ in batches(subject, samples, batch_size, "clean", progress):
+        images += _kept(objective, clean)
+        right.append(subject.right(clean, objective))
+    return images, torch.cat(right).cpu().numpy()
 
 
 def _transferred(
-    subject: Subject, samples: Sequence[Sample], adv: Tensor, clean: Tensor, threat: ThreatModel, batch_size: int
+    subject: Subject, samples: Sequence[Sample], adv: list[Tensor], threat: ThreatModel, batch_size: int
 ) -> Attacked:
     right, right_8bit, start = [], [], time.perf_counter()
-    rounded = round_to_8bit(adv, clean, threat)
-    for i, (_, batch, _) in enumerate(batches(subject, samples, batch_size, "transferred", False)):
-        part = slice(i * batch_size, i * batch_size + batch_size)
-        right.append(subject.right(adv[part], batch))
-        right_8bit.append(subject.right(rounded[part], batch))
+    for i, (objective, clean, _) in enumerate(batches(subject, samples, batch_size, "transferred", False)):
+        part = objective.join(adv[i * batch_size : (i + 1) * batch_size])
+        right.append(subject.right(part, objective))
+        right_8bit.append(subject.right(round_to_8bit(part, clean, threat), objective))
     seconds = time.perf_counter() - start
-    return Attacked(adv, torch.cat(right).numpy(), torch.cat(right_8bit).numpy(), Passes(), seconds)
+    return Attacked(adv, torch.cat(right).cpu().numpy(), torch.cat(right_8bit).cpu().numpy(), Passes(), seconds)
 
 
 def _attack_record(attacked: Attacked, clean_right: np.ndarray, spec: AttackSpec | None) -> dict[str, Any]:
@@ -240,13 +246,13 @@ def _add_consistency(measured: Measured, subject: Subject, samples: Sequence[Sam
     record["detection"] = detection
 
 
-def own_scores(subject: Subject, samples: Sequence[Sample], images: Tensor, batch_size: int) -> np.ndarray:
-    """S_c (N,) of images (N, C, H, W) in [0, 1] with the model's own answers."""
+def own_scores(subject: Subject, samples: Sequence[Sample], images: Sequence[Tensor], batch_size: int) -> np.ndarray:
+    """S_c (N,) of images in [0, 1], one a sample, with the model's own answers."""
     parts = [
         subject.own_scores(images[i : i + batch_size], samples[i : i + batch_size])[0]
         for i in range(0, len(samples), batch_size)
     ]
-    return torch.cat(parts).double().numpy()
+    return torch.cat(parts).double().cpu().numpy()
 
 
 def _distribution(scores: np.ndarray) -> dict[str, Any]:

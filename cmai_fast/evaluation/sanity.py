@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmai_fast import ops
+from cmai_fast.attacks.state import random_start
 from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, run_attack
 from cmai_fast.evaluation.subject import Sample, Subject
 from cmai_fast.threat import ThreatModel
@@ -98,11 +98,11 @@ def _noise(
     subject: Subject, samples: Sequence[Sample], measured: Measured, threat: ThreatModel, batch_size: int, seed: int
 ) -> Check:
     right = []
-    for _, batch, clean in batches(subject, samples, batch_size, "noise", False):
-        noisy = torch.empty_like(clean)
-        eps = torch.full((len(clean),), threat.eps)
-        ops.random_start_(noisy, clean, eps, batch["sample_ids"], seed + 1, threat.norm)
-        right.append(subject.right(noisy, batch))
+    for objective, clean, sample_ids in batches(subject, samples, batch_size, "noise", False):
+        noisy, rows = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
+        eps = torch.full((len(clean),), threat.eps, device=clean.device)
+        random_start(objective, noisy, clean, eps, sample_ids.to(clean.device), rows, seed + 1, threat.norm)
+        right.append(subject.right(noisy, objective))
     share, robust = float(torch.cat(right).float().mean()), measured.record["acc_robust"]
     return _check("random noise is weaker than gradients", share >= robust, share, robust)
 

@@ -47,6 +47,9 @@ class MBATConfig(TrainingArguments):
         default="none",
         metadata={"help": "Activations computed again instead of kept: none, encoder, selective or full."},
     )
+    eval_attack_steps: int = field(
+        default=20, metadata={"help": "Steps of the PGD attack in evaluations at full eps; 0: clean metrics alone."}
+    )
     heads_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the consistency heads."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Collators of image-text data need them all."})
 
@@ -56,6 +59,8 @@ class MBATConfig(TrainingArguments):
             raise ValueError(f"inner is {self.inner!r}; expected one of {', '.join(SOLVERS)}, none")
         if self.inner_steps < 1:
             raise ValueError(f"inner_steps is {self.inner_steps}; expected at least 1 step of the inner problem")
+        if self.eval_attack_steps < 0:
+            raise ValueError(f"eval_attack_steps is {self.eval_attack_steps}; expected at least 1, or 0 for no attack")
         if self.inner_step_size is not None and not 0 < self.inner_step_size < math.inf:
             raise ValueError(f"inner_step_size is {self.inner_step_size}; expected above 0 and finite, or None")
         if self.inner == "bridge":
@@ -70,9 +75,10 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; expected a finite weight of at least 0")
         if self.recompute not in MODES:
             raise ValueError(f"recompute is {self.recompute!r}; expected one of {', '.join(MODES)}")
-        if self.recompute != "none" and self.gradient_checkpointing:
+        theirs = "activation_checkpointing" if self.activation_checkpointing else "gradient_checkpointing"
+        if self.recompute != "none" and getattr(self, theirs):
             raise ValueError(
-                f"recompute is {self.recompute!r} and gradient_checkpointing is set, which would replace it; expected "
+                f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "
                 "one of the two (recompute='full' is the same thing)"
             )
         if self.trainable not in ("all", "vision"):

@@ -1,7 +1,8 @@
 """Training beside a quantised language model: it is frozen in 4 or 8 bits, and the vision side learns.
 
 The language model is most of the memory, and under an image perturbation it only has to pass gradients on. Gradients
-reach the pixels through its quantised weights; none is computed for them.
+reach the pixels through its quantised weights; none is computed for them. Adapters (`cmai_fast.mbat.adapters`) learn
+beside them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from cmai_fast.bridge import Bridge, bridge_of
+from cmai_fast.mbat.adapters import has_adapters
 
 
 def quantized_language_model(
@@ -57,7 +59,7 @@ def quantized_language_model(
 
 def _outside_language_model(model: Any) -> list[str]:
     """The names of the largest modules that hold nothing of the language model."""
-    language = bridge_of(model).text_model
+    language = bridge_of(model, empty=True).text_model
 
     def outside(name: str, module: nn.Module) -> Iterator[str]:
         if module is language:
@@ -87,17 +89,17 @@ def check_vision_side(bridge: Bridge) -> None:
                 )
 
 
-def freeze_language_model(bridge: Bridge) -> None:
-    """Its parameters and those of the output layer stay as they are: norms and embeddings too."""
+def freeze_language_model(bridge: Bridge, adapters: set[nn.Parameter]) -> None:
+    """Its own parameters and those of the output layer stay as they are, norms and embeddings too; `adapters` learn."""
     parts = (bridge.text_model, bridge.model.get_output_embeddings())
-    for p in (p for part in parts if part is not None for p in part.parameters()):
+    for p in {p for part in parts if part is not None for p in part.parameters()} - adapters:
         p.requires_grad_(False)
 
 
 @contextmanager
 def trainable_in_part(model: Any) -> Iterator[None]:
     """Inside, `Trainer` takes a quantised model that has no adapters, since what is quantised of it is frozen."""
-    if not is_quantized(model) or getattr(model, "_hf_peft_config_loaded", False):
+    if not is_quantized(model) or has_adapters(model):
         yield
         return
     model._hf_peft_config_loaded = True  # what `validate_quantization_for_training` asks for

@@ -5,28 +5,44 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import bridge_of, frozen, set_recompute, unpack
+from cmai_fast.bridge import DualBridge, bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
-from cmai_fast.mbat import ranks
+from cmai_fast.mbat import ranks, shards
+from cmai_fast.mbat.adapters import (
+    WEIGHTS,
+    adapter_parameters,
+    check_saving,
+    has_adapters,
+    load_adapters,
+    low_rank_parameters,
+)
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.inner import maximise
+from cmai_fast.mbat.inner import InnerResult, maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.mbat.parts import DoesNotFitError, Draws, Part, View, agreed, cut, gradients_aside
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
+from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
 _STATE = "mbat.json"
+_HEADS_OPTIMIZER = "heads_optimizer.pt"
+# `eps` in the [0, 1] pixel range.
+_IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
 
 
 class MBATTrainer(Trainer):
@@ -45,7 +61,15 @@ class MBATTrainer(Trainer):
     (`cmai_fast.data.VQACollator` makes them all).
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
-    with the whole batch; sharded models (FSDP, DeepSpeed) raise ValueError.
+    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each has a part of the model; FSDP1 and DeepSpeed raise
+    ValueError.
+
+    `evaluate` and `eval_strategy` report, besides what `Trainer` does, the means over samples of L_task (`eval_loss`,
+    `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
+    `eval_robust_s_c`): clean, and under PGD at the full `eps` (`MBATConfig.eval_attack_steps`).
+
+    Of a model with adapters (PEFT's LoRA, by `add_adapter` or `get_peft_model`) the adapters are saved, alone; anything
+    else that is trainable raises ValueError.
 
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
@@ -86,39 +110,85 @@ class MBATTrainer(Trainer):
         self.passes = Passes()
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
+        self._rows_at_once: int | None = None  # where memory ran out
+        self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
+        self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
+        self._seen = 0
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
-            freeze_language_model(self.bridge)
+            freeze_language_model(self.bridge, adapter_parameters(model))
             unpack(model)  # for good: evaluation in mid-training would round the weights a little
-            check_vision_side(self.bridge)
+            if not has_adapters(model):
+                check_vision_side(self.bridge)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient, so there is nothing to train; "
-                "requires_grad_() sets what is frozen free"
+                "requires_grad_() sets what is frozen free, is_trainable=True an adapter that is loaded"
             )
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
             super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                f"the model is to be sharded ({self.accelerator.distributed_type}); MBATTrainer runs in one process or "
-                "with a copy of the model in each (torchrun, accelerate launch without FSDP or DeepSpeed)"
-            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+            self._check_sharding()
         # The loss of a step is a mean over samples, whatever the model does with `num_items_in_batch`.
         self.model_accepts_loss_kwargs = False
         if self.heads is not None:
             self.heads.to(args.device)
             ranks.copy_from_first(self.heads.parameters())
 
+    def _check_sharding(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed is asked for; under accelerate its optimizer steps at the end of a backward pass, and a "
+                "step of MBATTrainer has two. Shard the model by FSDP2 instead: MBATConfig(fsdp=True)"
+            )
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "the model was loaded in parts (distributed_config); load it whole, and MBATConfig(fsdp=True) shards it"
+            )
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP{plugin.fsdp_version} is asked for; MBATTrainer runs parts of the model past its forward, which "
+                "FSDP2 alone allows. Set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
+            )
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(
+                f"fsdp's state_dict_type is {plugin.state_dict_type}, with which no plain model would be saved; "
+                "expected FULL_STATE_DICT"
+            )
+        if self.args.muon or is_quantized(self.model):
+            what = "muon is set" if self.args.muon else "the model is quantised"
+            raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+        if isinstance(self.bridge, DualBridge):
+            raise ValueError(
+                f"{type(self.model).__name__} is to be sharded by FSDP2, but accelerate cannot shard dual encoders; "
+                "leave fsdp out (each process then has a copy)"
+            )
+        if plugin.transformer_cls_names_to_wrap is None:
+            # Accelerate asks for all of `_no_split_modules`; LLaVA's names layers of CLIP's text side, which it lacks.
+            there = {type(m).__name__ for m in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(there & set(getattr(self.model, "_no_split_modules", ())))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        shards.run_through_root(self.bridge)
+        return prepared
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, or `MuonAdamW`, with the heads as a parameter group of their own."""
+        # Not sooner: users free parameters between making the trainer and train().
+        check_saving(self.model, Path(self.args.output_dir))
         if self.args.muon and self.optimizer is None:
             self.optimizer = self._muon(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
         if self.heads is None or not self.args.gamma:
             return optimizer
         heads = list(self.heads.parameters())
+        if self.is_fsdp_enabled:
+            self._step_heads_after(optimizer, self.heads)
+            return optimizer
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not known & {id(p) for p in heads}:
             optimizer.add_param_group({"params": heads, "lr": self.args.heads_learning_rate, "weight_decay": 0.0})
@@ -126,9 +196,30 @@ class MBATTrainer(Trainer):
             optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())
         return optimizer
 
+    def _step_heads_after(self, optimizer: torch.optim.Optimizer, heads: ConsistencyHeads) -> None:
+        """Gives the heads an optimizer of their own, of the same kind, that steps behind `optimizer` at its schedule.
+
+        What is sharded and what each process has whole cannot stand in one: FSDP2 knows the model's parameters alone.
+        """
+        if self._heads_optimizer is not None:
+            return
+        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        group = {"params": list(heads.parameters()), "lr": self.args.heads_learning_rate, "weight_decay": 0.0}
+        own = self._heads_optimizer = kind([group], **settings)
+        start = optimizer.param_groups[0]["lr"]
+
+        def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            for group in own.param_groups:
+                group["lr"] = self.args.heads_learning_rate * stepped.param_groups[0]["lr"] / start
+            own.step()
+            own.zero_grad()
+
+        optimizer.register_step_post_hook(step)
+
     def _muon(self, model: nn.Module) -> torch.optim.Optimizer:
         args, decayed = self.args, set(self.get_decay_parameter_names(model))
-        matrices = set(hidden_matrices(model))
+        # Muon is for a weight's own update: two orthogonal updates of LoRA's factors do not make one of their product.
+        matrices = set(hidden_matrices(model)) - low_rank_parameters(model)
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -153,54 +244,123 @@ class MBATTrainer(Trainer):
     ) -> Tensor:
         """One MBAT step; returns the total loss, 0-d, detached.
 
-        The clean branch runs backward to the bridge first: that gives the language model its gradient and p, the bridge
-        gradient, in one go. The vision side then runs backward once for both branches.
+        The language side reads h_v as a leaf and goes backward to it: that gives the language model its gradients, and
+        p, the bridge gradient, in one go. The vision side then goes backward once, for all that has gathered at h_v.
+
+        Where memory runs out the step is done again in two halves, or more, and so are the next ones; gradients are
+        those of the whole batch. That costs a second pass of the vision side. With a sharded model, or when a single
+        sample does not fit, torch.OutOfMemoryError says what else helps.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        ranks.check_equal(len(inputs["labels"]))
-        image, text = self.bridge.inputs(inputs)
-        share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
-        args = self.args
+        rows = len(inputs["labels"])
+        ranks.check_equal(rows)
+        inputs.setdefault("sample_ids", ranks.row_numbers(rows))
+        trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
+        trained = [p for p in trained if p.requires_grad]
+        passes, draws = self.passes, Draws(self.args.device)
+        # Lean around the backward passes too: what they compute again must be what ran.
+        with lean_activations(self.bridge.model), self._aside(trained):
+            while True:
+                size = min(rows, self._rows_at_once or rows)
+                try:
+                    parts, total = self._step(inputs, size)
+                    break
+                except DoesNotFitError as error:
+                    self._halve(size, error)
+                # Out of `except`, which holds on to all that the attempt had made.
+                clear_device_cache(garbage_collection=True)
+                for p in trained:
+                    p.grad = None
+                self.passes = passes
+                draws.again()
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(shards.whole(trained))
+            shards.reshard(self.model)
+        if self.schedule is not None and "s_c_adv" in parts and self.args.inner != "none":
+            self.schedule.update(ranks.gather(parts["s_c_adv"]))
+            parts["beta"] = torch.tensor(self.schedule.beta)
+        self._record({name: value.mean() for name, value in parts.items()})
+        return total * self._share
+
+    @property
+    def _share(self) -> float:
+        """Of a batch in the gradients of an optimizer's step."""
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
+
+    def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
+
+    def _halve(self, size: int, error: DoesNotFitError) -> None:
+        if shards.is_sharded(self.model):
+            raise torch.OutOfMemoryError(
+                f"{size} samples do not fit into memory ({error}); a sharded model's step is not cut into parts. Halve "
+                "per_device_train_batch_size and double gradient_accumulation_steps"
+            ) from error
+        if size == 1:
+            raise torch.OutOfMemoryError(
+                f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
+                "4 bits (quantized_language_model), or let the processor make smaller images"
+            ) from error
+        self._rows_at_once = (size + 1) // 2
+        warnings.warn(
+            f"{size} samples at once do not fit into memory ({error}). From now on a step takes at most "
+            f"{self._rows_at_once} at once; its gradients are those of the whole batch",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _step(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts of the loss, by name, and the total, detached; gradients are left in place. At most `size` samples
+        at once."""
+        args, count = self.args, len(inputs["labels"])
+        alone = shards.is_sharded(self.model)  # whose processes meet at every layer
+        together: Any = (lambda run: run()) if alone else agreed
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            features = self.bridge.encode_image(inputs["pixel_values"], **image)
-            leaf = features.detach().requires_grad_()
-            loss_clean, p = self._clean_branch(leaf, text, share)
-            parts = {"loss_clean": loss_clean}
-            remainder = features.new_zeros(())
-            if leaf.grad is not None:
-                remainder = remainder + (features * leaf.grad).sum()
-            adversarial = None
-            own, wrong = self._read_texts(inputs, text)
-            if args.inner != "none":
-                heads = self.heads if self.beta else None
-                objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, own)
-                adv = self._attack(objective, inputs.get("sample_ids"), p)
-                adversarial = objective.encode(self.space.to_model(adv).to(features.dtype))
-                loss_adv = self.bridge.losses(adversarial, **text)[0].mean()
-                self._count(full_forward=1, full_backward=1)
-                remainder = remainder + share * args.lam * loss_adv
-                parts["loss_adv"] = loss_adv.detach()
-            if own is not None:
-                contrastive, s_c = self._contrast(features, adversarial, text, own, wrong)
-                remainder = remainder + share * args.gamma * contrastive
-                parts["loss_contrastive"] = contrastive.detach()
-                parts["s_c_adv"] = s_c.mean()
+            whole = size >= count
+            batches = [inputs] if whole else cut(Objective(self.bridge, self.space, inputs), inputs, size)
+            parts = together(lambda: [self._language_side(b, len(b["labels"]) / count, keep=whole) for b in batches])
+            found = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+            if self.heads is not None:
+                found["loss_contrastive"], found["s_c_adv"] = self._contrast(parts, self.bridge.inputs(inputs)[1])
         weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
         weights["loss_contrastive"] = args.gamma
-        total = torch.stack([weights[k] * v for k, v in parts.items() if k in weights]).sum()
-        self._refuse_divergence("loss", float(total), {k: float(v) for k, v in parts.items()})
-        if remainder.requires_grad:
-            self.accelerator.backward(remainder)
-        if self.accelerator.sync_gradients:
-            trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
-            ranks.average_gradients([p for p in trained if p.requires_grad])
-        if self.schedule is not None and adversarial is not None:
-            self.schedule.update(ranks.gather(s_c))
-            parts["beta"] = torch.tensor(self.schedule.beta)
-        self._record(parts)
-        return total * share
+        total = torch.stack([weights[k] * v for k, v in found.items() if k in weights]).sum()
+        self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
+        together(lambda: self._vision_side(parts))
+        return found, total
+
+    def _language_side(self, inputs: dict[str, Tensor], share: float, *, keep: bool) -> Part:
+        """The clean branch, the attack and the adversarial branch, whose gradients it leaves at the language model and
+        at the leaves of the views. `share` of these samples in the batch; `keep`: the vision side's graph."""
+        args, (image, text) = self.args, self.bridge.inputs(inputs)
+        clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
+        loss, p = self._clean_branch(clean.leaf, text, share * self._share)
+        part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": share * loss})
+        if args.inner == "none":
+            return part
+        heads = self.heads if self.beta else None
+        objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, part.own)
+        result = self._attack(objective, inputs["sample_ids"], p)
+        model_input = self.space.to_model(result.adv).to(clean.leaf.dtype)
+        adversarial = View.of(lambda: objective.encode(model_input), args.device, keep=keep)
+        part.views.append(adversarial)
+        with torch.set_grad_enabled(args.lam > 0):
+            loss = self.bridge.losses(adversarial.leaf, **text)[0].mean()
+        self._count(full_forward=1, full_backward=1)
+        if args.lam:
+            self.accelerator.backward(share * self._share * args.lam * loss)
+        part.sums |= {"loss_adv": share * loss.detach(), "nonfinite_gradients": result.nonfinite.sum().float()}
+        return part
+
+    def _vision_side(self, parts: list[Part]) -> None:
+        for part in parts:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                remainder = torch.stack([view.pulled_back() for view in part.views]).sum()
+            self._count(vision_forward=sum(view.features is None for view in part.views))
+            if remainder.requires_grad:
+                self.accelerator.backward(remainder)
 
     def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], share: float) -> tuple[Tensor, Tensor | None]:
         """L_task of the clean images (0-d, detached) and p per sample, (N, T, D) or None where no solver asks for it.
@@ -237,25 +397,24 @@ class MBATTrainer(Trainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
-    def _attack(self, objective: Objective, sample_ids: Tensor | None, p: Tensor | None) -> Tensor:
-        """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
-        evaluation mode."""
+    def _attack(self, objective: Objective, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
+        """Adversarial images, made on the model as it is now, in evaluation mode."""
         args = self.args
-        result = maximise(
-            objective,
-            objective.pixels(),
-            ThreatModel(args.threat.norm, args.eps * self._eps_share()),
-            args.inner,
-            steps=args.inner_steps,
-            step_size=args.inner_step_size,
-            refreshes=args.refreshes,
-            bridge_gradient=p,
-            seed=args.seed + 7_919 * self.state.global_step,
-            sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
-        )
+        with shards.quiet(self.model):
+            result = maximise(
+                objective,
+                objective.pixels(),
+                ThreatModel(args.threat.norm, args.eps * self._eps_share()),
+                args.inner,
+                steps=args.inner_steps,
+                step_size=args.inner_step_size,
+                refreshes=args.refreshes,
+                bridge_gradient=p,
+                seed=args.seed + 7_919 * self.state.global_step,
+                sample_ids=sample_ids,
+            )
         self.passes = self.passes + result.passes
-        self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
-        return result.adv
+        return result
 
     @property
     def beta(self) -> float:
@@ -267,28 +426,33 @@ class MBATTrainer(Trainer):
         warmup = self.args.eps_warmup * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
 
-    def _contrast(
-        self, clean: Tensor, adversarial: Tensor | None, text: dict[str, Tensor], own: Tensor, wrong: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
+
+        Its gradients are left at the heads and at the leaves of all views. `text` is that of the whole batch.
 
         The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
         second pass of the language model for each wrong answer. Of several processes each computes the loss of the
         whole batch: the samples of the others are negatives too.
         """
         assert self.heads is not None
-        heads = self.heads
-        grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
-        with grad:
-            t = heads.project_text(own)
-            t_wrong = None if wrong is None else ranks.gather(heads.project_text(wrong))
+        heads, weight = self.heads, self._share * self.args.gamma
+        with torch.set_grad_enabled(weight > 0):
+            t = torch.cat([heads.project_text(part.own) for part in parts if part.own is not None])
+            wrong = [heads.project_text(part.wrong) for part in parts if part.wrong is not None]
+            t_wrong = ranks.gather(torch.cat(wrong)) if wrong else None
             same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
-            tokens = self.bridge.image_tokens(text)
-            views = [clean] if adversarial is None else [clean, adversarial]
-            projected = [heads.project_image(v, tokens) for v in views]
+            tokens = [self.bridge.image_tokens(part.texts) for part in parts]
+            projected = [
+                torch.cat([heads.project_image(view.leaf, n) for view, n in zip(views, tokens, strict=True)])
+                for views in zip(*(part.views for part in parts), strict=True)
+            ]
             every_t = ranks.gather(t)
             losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
-        return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
+            loss = torch.stack(losses).mean()
+        if weight:
+            self.accelerator.backward(weight * loss)
+        return loss.detach(), heads.score(projected[-1], t).detach()
 
     def _count(self, **passes: int) -> None:
         self.passes = self.passes + Passes(**passes)
@@ -320,14 +484,82 @@ class MBATTrainer(Trainer):
             self._steps_in_sums = 0
         super().log(logs, start_time)
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's, and the means of `robust_eval.verdicts` over samples, each counted once whatever process has it.
+
+        Nothing of it reaches training: model and random state are as they were. A metric that `compute_metrics` returns
+        under one of these names stands.
+        """
+        self._verdicts, self._seen = defaultdict(list), 0
+        try:
+            with untouched(self.model, self.args.device):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            means = {
+                f"{metric_key_prefix}_{name}": float(torch.cat(parts).double().mean())
+                for name, parts in self._verdicts.items()
+            }
+        finally:
+            self._verdicts = None
+        loss = {k: v for k, v in means.items() if k == f"{metric_key_prefix}_loss"}
+        return output._replace(metrics={**means, **(output.metrics or {}), **loss})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's; the loss of a batch that can be trained on is its mean L_task, as `loss_clean` of training is."""
+        inputs = self._prepare_inputs(inputs)
+        loss = None
+        if all(inputs.get(k) is not None for k in ("pixel_values", *self.bridge.needs)):
+            rows = len(inputs["labels"])
+            places = self._seen + ranks.row_numbers(rows)
+            self._seen += rows * ranks.count()
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                found = verdicts(
+                    self.bridge, self.space, inputs, self.heads, self.args.threat, self.args.eval_attack_steps,
+                    seed=self.args.seed, sample_ids=inputs.get("sample_ids", places.to(self.args.device)),
+                )  # fmt: skip
+            loss = found["loss"].mean()
+            if self._verdicts is not None:
+                for name, value in found.items():
+                    self._verdicts[name].append(self._of_each_sample(value))
+            if prediction_loss_only:
+                return loss, None, None
+        own = {k: v for k, v in inputs.items() if k != "sample_ids" and not k.startswith("negative_")}
+        plain, logits, labels = super().prediction_step(model, own, prediction_loss_only, ignore_keys)
+        return plain if loss is None else loss, logits, labels
+
+    def _of_each_sample(self, rows: Tensor) -> Tensor:
+        """(n,) of each process to those of all, on the CPU, without what fills up the last batch."""
+        state = self.accelerator.gradient_state
+        if ranks.count() > 1 and state.end_of_dataloader and state.remainder < 0 and not self.args.dataloader_drop_last:
+            raise ValueError(
+                "the evaluation data have no length, so samples that fill up the last batch of several processes "
+                "cannot be told from the others; give a dataset with __len__, or set dataloader_drop_last"
+            )
+        return self.accelerator.gather_for_metrics(rows).cpu()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
         super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        check_saving(self.model, Path(output_dir or self.args.output_dir))
         super()._save(output_dir, state_dict)
-        if self.heads is not None:
+        if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -349,8 +581,56 @@ class MBATTrainer(Trainer):
             if path.is_file():
                 _flush(path)
         (folder / COMPLETE).touch()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         best = self.state.best_model_checkpoint
         rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save:
+            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)  # model.safetensors holds the same
+            if self._heads_optimizer is not None:
+                torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if not (folder / "optimizer.bin").is_file():
+            raise ValueError(
+                f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
+                "optimizer. Go on without FSDP, or start a new run from its weights"
+            )
+        shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
+        for part, file in ((self.lr_scheduler, "scheduler.pt"), (self._heads_optimizer, _HEADS_OPTIMIZER)):
+            if part is not None:
+                part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
+        checkpoint = Path(checkpoint_folder)
+        if not (checkpoint / COMPLETE).is_file():
+            return  # Trainer's own call comes too early: `_save_checkpoint` calls again
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.heads is not None and (self.args.hub_always_push or not uploading):
+            heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
+            heads.save_pretrained(Path(self.args.output_dir) / "cmcv")
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, and the settings of adversarial training in it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        settings = "\n".join(f"- {name}: {getattr(self.args, name)}" for name in _IN_CARD)
+        before, heading, after = path.read_text(encoding="utf-8").partition("### Framework versions")
+        card = f"{before}### Adversarial training (MBAT)\n\n{settings}\n\n{heading}{after}"
+        path.write_text(card, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -358,10 +638,6 @@ class MBATTrainer(Trainer):
             raise ValueError(
                 f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
                 "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
-            )
-        if not any(folder.glob("*.safetensors*")):
-            raise ValueError(
-                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
             )
         self._load_weights(folder, self.model if model is None else model)
         if self.heads is not None:
@@ -379,12 +655,24 @@ class MBATTrainer(Trainer):
         """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
 
         `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
-        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had.
+        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does
+        it find adapters that `add_adapter` put into a model.
         """
+        if has_adapters(model):
+            load_adapters(folder, model)
+            return
+        if (folder / WEIGHTS).is_file():
+            raise ValueError(
+                f"{folder} holds adapters alone, and the model has none; resume with the model they are of"
+            )
+        if not any(folder.glob("*.safetensors*")):
+            raise ValueError(
+                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
+            )
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(str(folder), model)
             return
-        saved, report = type(model).from_pretrained(
+        saved, report = shards.plain_class(model).from_pretrained(
             folder, use_safetensors=True, dtype=model.dtype, output_loading_info=True
         )
         wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
@@ -395,7 +683,7 @@ class MBATTrainer(Trainer):
         state, frozen_codes = saved.state_dict(), is_quantized(model)
         if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
             state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
-        model.load_state_dict(state, strict=not frozen_codes)
+        shards.load(model, state, strict=not frozen_codes)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -405,7 +693,10 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """`parameters` learn and nothing else; beside adapters, those of them that already did."""
     keep = set(parameters)
+    if has_adapters(model):
+        keep = {p for p in keep if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(p in keep)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -17,15 +18,16 @@ def resolve(name_or_path: str | Path) -> str | Path:
     """Where a model is: what `from_pretrained` takes.
 
     Args:
-        name_or_path: a bundled model's name, the folder of a `transformers` model, the folder of a run (its `model/` is
-            meant), or a model id of the Hugging Face hub (`owner/name`).
+        name_or_path: a bundled model's name, the folder of a `transformers` model or of adapters (LoRA), the folder of
+            a run (its `model/` is meant), or a model id of the Hugging Face hub (`owner/name`).
 
     Returns:
         A folder; or the id, unchanged, where it has the form of one and no such folder exists. Bundled names come
         before folders of the same name: write `./name` for the folder.
 
     Raises:
-        ValueError: a name that is none of these, or a folder without a model; names what is known.
+        ValueError: a name that is none of these, or a folder without a model; names what is known. Also adapters
+            without PEFT, which reads them.
     """
     name = str(name_or_path)
     if name in BUNDLED:
@@ -33,7 +35,7 @@ def resolve(name_or_path: str | Path) -> str | Path:
     folder = Path(name_or_path)
     if name and folder.is_dir():
         for candidate in (folder, folder / "model"):
-            if (candidate / "config.json").is_file():
+            if is_model(candidate):
                 return candidate
         raise ValueError(f"no config.json in {folder} or in {folder / 'model'}; name the folder of a model or of a run")
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
@@ -42,3 +44,18 @@ def resolve(name_or_path: str | Path) -> str | Path:
         f"unknown model {name!r}: it is no bundled model ({', '.join(BUNDLED) or 'none is installed'}), no folder that "
         "exists, and no id of the Hugging Face hub (owner/name). Check the spelling, or name a local folder or hub id"
     )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether the folder holds a model, or adapters that name theirs.
+
+    Raises:
+        ValueError: adapters alone, and PEFT is not installed.
+    """
+    if (folder / "config.json").is_file():
+        return True
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"{folder} holds adapters, which need PEFT; pip install 'cmai-fast[lora]'")
+    return True

@@ -127,11 +127,16 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
 
 
 def _kernel_of(name: str) -> Callable[..., Any]:
-    check = CHECKS[name]
+    check, mutates = CHECKS[name], name.endswith("_")
     plans: dict[Any, Callable[..., Any]] = {}
     _PLANS.append(plans)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        if mutates and args[0].grad_fn is not None:
+            raise RuntimeError(
+                f"adv has a grad_fn ({args[0].grad_fn.name()}), and a step in place has no gradient, so what comes "
+                "before it would get a wrong one; pass adv.detach()"
+            )
         signature = _signature(args, kwargs)
         plan = plans.get(signature)
         if plan is None:

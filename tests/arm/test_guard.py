@@ -2,7 +2,6 @@ import dataclasses
 import io
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,7 +267,7 @@ def test_a_pickle_checkpoint_is_refused_and_never_opened(run_folder, tmp_path):
 
 
 def test_safetensors_are_asked_for_whatever_the_caller_says(run_folder, monkeypatch):
-    import transformers
+    from cmai_fast.models import loading
 
     seen = {}
 
@@ -276,7 +275,7 @@ def test_safetensors_are_asked_for_whatever_the_caller_says(run_folder, monkeypa
         seen.update(kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformers, "AutoModelForImageTextToText", SimpleNamespace(from_pretrained=record))
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", record)
     with pytest.raises(KeyboardInterrupt):
         Guard.from_pretrained(run_folder, use_safetensors=False)
     assert seen["use_safetensors"] is True
@@ -288,7 +287,7 @@ def test_truncated_weights_are_named(run_folder, tmp_path):
     whole = weights.read_bytes()
     weights.unlink()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=r"weights in .*model are damaged"):
+    with pytest.raises(ValueError, match=r"cannot load the model '.*': its weights are damaged"):
         Guard.from_pretrained(folder)
 
 

@@ -1,5 +1,6 @@
 """The recipes run for hours; a few steps of the tiny model show that they still fit the library."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cmai_fast.evaluation.subject import Subject
 def recipes(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "recipes"))
     yield
-    for name in ("harden_vision", "full_strength", "build_easyvqa_llava"):
+    for name in ("harden_vision", "full_strength", "build_easyvqa_llava", "at_size", "sized_models", "on_gpu"):
         sys.modules.pop(name, None)
 
 
@@ -78,3 +79,123 @@ def test_every_defence_of_the_table_has_settings_that_the_trainer_takes(recipes,
         args = training_arguments(settings, tmp_path)
         assert (args.eps, args.seed, args.muon) == (16 / 255, 3, True)
         assert (settings.model == "easyvqa-llava") == (defence not in ("hardened", "immune"))
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SMALL = {
+    "llava": lambda m: m.llava(VISION | {"image_size": 28, "patch_size": 14, "projection_dim": 16}, TEXT),
+    "qwen2.5-vl": lambda m: m.qwen2_5_vl(
+        {
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+            "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1],
+        },
+        TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
+        side=56,
+    ),
+    "clip": lambda m: m.clip(
+        VISION | {"image_size": 28, "patch_size": 14, "projection_dim": 16}, VISION | {"projection_dim": 16}, width=16
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "bits"), [("llava", None), ("llava", 4), ("llava", 8), ("qwen2.5-vl", 4), ("clip", None)]
+)
+def test_a_step_at_size_is_measured(recipes, model, bits, tmp_path, monkeypatch):
+    import at_size
+    import sized_models
+
+    built, build = [], sized_models.build
+
+    def remember(*args):
+        built.append(build(*args))
+        built.append({name: p.clone() for name, p in built[0].named_parameters()})
+        return built[0]
+
+    monkeypatch.setattr(at_size, "build", remember)
+    monkeypatch.setattr(at_size, "MODELS", {"small": lambda: SMALL[model](sized_models)})
+    out = tmp_path / "small.json"
+    command = [
+        "at_size.py",
+        "--model",
+        "small",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--inner-steps",
+        "2",
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", command + (["--bits", str(bits)] if bits else []))
+    at_size.main()
+    found = json.loads(out.read_text())
+    assert found["over_clean"]["clean"] == 1.0 and set(found["seconds_a_step"]) == set(at_size.STEPS)
+    assert all(bytes_ > 0 for bytes_ in found["peak_bytes"].values())
+    after, before = built
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and not any("language_model" in name or "text_model" in name for name in moved)
+    assert {type(m).__name__ for m in after.modules()} >= (
+        {"Linear4bit"} if bits == 4 else {"Linear8bitLt"} if bits else set()
+    )
+    assert not any(t.is_meta for t in (*after.parameters(), *after.buffers()))
+
+
+def test_the_models_at_size_have_their_published_sizes(recipes):
+    import sized_models
+    from accelerate import init_empty_weights
+    from transformers import AutoModel, AutoModelForImageTextToText
+
+    for name, billions in (("llava-7b", 7.06), ("qwen2.5-vl-7b", 8.29), ("clip-l-336", 0.43), ("llava-100m", 0.143)):
+        kind = AutoModel if name.startswith("clip") else AutoModelForImageTextToText
+        with init_empty_weights(include_buffers=False):
+            model = kind.from_config(sized_models.MODELS[name]().config)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == pytest.approx(billions, abs=0.006), name
+
+
+def test_targets_at_size_are_judged_by_what_was_measured(recipes, tmp_path):
+    import at_size
+    import on_gpu
+    import sized_models
+
+    assert on_gpu.targets("llava-7b", tmp_path) == []
+    for name, ratio in (("llava-7b", 2.4), ("llava-7b", 2.6)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"over_clean": {"mbat-bridge-r0": ratio}}))
+        (judged,) = on_gpu.targets(name, tmp_path)
+        assert judged["measured"] == ratio and judged["met"] == (ratio < 2.5)
+    for name, (command, asked) in on_gpu.AT_SIZE.items():
+        assert command[command.index("--model") + 1] in sized_models.MODELS
+        steps = command[command.index("--only") + 1 :] if "--only" in command else list(at_size.STEPS)
+        assert all(step in steps for _, step in asked), name
+
+
+def test_runs_on_a_gpu_add_up_and_a_failure_is_recorded(recipes, tmp_path, monkeypatch):
+    import on_gpu
+
+    def command(name, code):
+        write = (
+            f"open({str(tmp_path / name)!r} + '.json', 'w').write('{{\"over_clean\": {{\"mbat-bridge-r0\": 2.0}}}}')"
+        )
+        return [sys.executable, "-c", f"{write if not code else 0}; print('done'); raise SystemExit({code})"]
+
+    commands = {"tests": command("tests", 1), "llava-7b": command("llava-7b", 0), "clip-l-336": ["no-such-tool"]}
+    for name, value in (("is_available", True), ("get_device_name", "H"), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(on_gpu, "commands", lambda out: commands)
+    codes = []
+    for only in commands:
+        monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--out", str(tmp_path), "--only", only])
+        codes.append(on_gpu.main())
+    runs = json.loads((tmp_path / "gpu.json").read_text())["runs"]
+    assert codes == [1, 1, 1]  # a failure that stands in gpu.json is not forgotten
+    assert [runs[n]["exit_code"] for n in commands] == [1, 0, None]
+    assert runs["llava-7b"]["targets"][0]["met"] and runs["llava-7b"]["tail"] == ["done"]
+    assert runs["clip-l-336"]["tail"] == ["no-such-tool is not installed"]
+    monkeypatch.setattr(on_gpu, "versions", lambda: {"commit": "another"})
+    on_gpu.main()
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["runs"]) == ["clip-l-336"]

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from cmai_fast.bridge import Bridge, is_right, task_loss
+from cmai_fast.bridge import Bridge, bridge_of, is_right, task_loss
 from own_answers import Case, answer_itself
 
 
@@ -172,6 +174,18 @@ def test_bad_input_is_named(case, bridge):
         bridge.encode_text(**empty)
     with pytest.raises(ValueError, match=r"129 tokens with its labels, the model's context is 128"):
         bridge.fuse(features, **case.batch(extra=129 - batch["input_ids"].shape[1]))
+
+
+def test_a_model_without_values_is_refused(tiny_model):
+    with torch.device("meta"):
+        empty = type(tiny_model)(tiny_model.config)
+    number = len(list(empty.parameters()))
+    with pytest.raises(ValueError, match=rf"{number} parameters of LlavaFor.* on the meta device \(model\."):
+        bridge_of(empty)
+    whole = copy.deepcopy(tiny_model)
+    whole.lm_head.weight = torch.nn.Parameter(whole.lm_head.weight.to("meta"))
+    with pytest.raises(ValueError, match=r"1 parameters of .* on the meta device \(lm_head\.weight\)"):
+        bridge_of(whole)
 
 
 def test_a_model_without_the_protocol_is_refused_by_what_it_lacks():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from cmai_fast.attacks import Objective
 from cmai_fast.bridge import Bridge, bridge_of, is_right, task_loss
@@ -245,6 +246,27 @@ def test_another_layer_is_looked_at_anew(chunked):
     model.get_output_embeddings = lambda: unused
     bridge.losses(features, **text)
     assert len(chunked) == 1
+
+
+def test_sharded_models_take_the_plain_path(chunked):
+    """Their processes would look at the layer at different steps, and wait for each other."""
+    model = copy.deepcopy(llava.model()).double()
+    bridge, features, text = batch_of(llava, model)
+    model.__class__ = type("Sharded", (FSDPModule, type(model)), {})
+    bridge.losses(features, **text)
+    assert bridge._last is None and not chunked
+
+
+def test_a_layer_that_reads_tokens_in_one_row_takes_the_plain_path(chunked):
+    class InOneRow(nn.Linear):
+        def __call__(self, hidden: Tensor) -> Tensor:
+            return super().__call__(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+    model = copy.deepcopy(llava.model()).double()
+    model.lm_head.__class__ = InOneRow
+    bridge, features, text = batch_of(llava, model)
+    losses, _ = bridge.losses(features, **text)
+    assert torch.equal(losses, task_loss(*bridge.fuse(features, **text))) and not chunked
 
 
 def test_looking_draws_no_random_numbers(chunked, monkeypatch):

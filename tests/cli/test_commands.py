@@ -30,7 +30,7 @@ def test_immunize_hands_on_every_option(run, replace_experiment, results):
         "immunize --model m --data d --eps 4/255 --norm l2 --inner pgd --steps 7 --refreshes 2 --alpha 0.5 --beta 0.2 "
         "--lam 0.3 --gamma 0.4 --no-arm --trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 --muon "
         "--eps-warmup 0.6 --save-steps 13 --attack-steps 14 --restarts 3 --limit 15 --seed 16 --out 'a b' --resume "
-        "--no-progress"
+        "--no-progress --device cuda:1 --dtype bfloat16 --attention sdpa"
     )
     done = run(*shlex.split(typed))
     assert done.exit_code == 0, done.output
@@ -39,7 +39,7 @@ def test_immunize_hands_on_every_option(run, replace_experiment, results):
             model="m", data="d", eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2, alpha=0.5, beta=0.2,
             lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
             muon=True, eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16,
-            command=f"cmai-fast {typed}",
+            device="cuda:1", dtype="bfloat16", attention="sdpa", command=f"cmai-fast {typed}",
         ),
         Path("a b"),
     )  # fmt: skip
@@ -66,13 +66,13 @@ def test_attack_hands_on_every_option(run, replace_experiment):
     called = replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75})
     typed = (
         "attack --model m --data d --attack apgd --eps 0.03 --norm linf --steps 7 --restarts 3 --limit 9 "
-        "--batch-size 5 --seed 4 --out a.json --no-progress"
+        "--batch-size 5 --seed 4 --out a.json --no-progress --device cpu --dtype float16 --attention flash_attention_2"
     )
     done = run(*typed.split())
     assert called.args == ("m", "d", "apgd", ThreatModel("linf", 0.03))
     assert called.kwargs == {
         "steps": 7, "restarts": 3, "limit": 9, "seed": 4, "batch_size": 5, "out": Path("a.json"), "progress": False,
-        "command": f"cmai-fast {typed}",
+        "device": "cpu", "dtype": "float16", "attention": "flash_attention_2", "command": f"cmai-fast {typed}",
     }  # fmt: skip
     said = as_one_line(done.stdout)
     assert "9 questions: clean accuracy 100.0%, robust accuracy 25.0%, attack success 75.0%." in said
@@ -90,14 +90,14 @@ def test_evaluate_hands_on_every_option(run, replace_experiment, results):
     called = replace_experiment("evaluate", results)
     typed = (
         "evaluate --model m --against u --data d --eps 1.5 --norm l2 --steps 7 --restarts 3 --limit 9 --batch-size 5 "
-        "--seed 4 --out runs/e --no-progress"
+        "--seed 4 --out runs/e --no-progress --device cpu --dtype float32 --attention sdpa"
     )
     done = run(*typed.split())
     assert done.exit_code == 0, done.output
     assert called.args == ("m", "d", ThreatModel("l2", 1.5))
     assert called.kwargs == {
         "against": "u", "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4,
-        "progress": False, "command": f"cmai-fast {typed}",
+        "progress": False, "device": "cpu", "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_the_examples_work(run, replace_experiment, results, monkeypatch, line):
     replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75})
     answer = Decision("red", 0.5, 0.1, "answer", "what color is the shape?")
     guard = type("FakeGuard", (), {"decide": lambda self, image, text, resize: answer})()
-    monkeypatch.setattr(Guard, "from_pretrained", lambda model, threshold: guard)
+    monkeypatch.setattr(Guard, "from_pretrained", lambda model, **how: guard)
     write_results(results, Path("runs/a/results.json"))
     done = run(*shlex.split(line, comments=True)[1:])
     assert done.exit_code == 0, done.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 
 import pytest
 from safetensors import SafetensorError
@@ -59,6 +60,23 @@ def test_an_error_is_one_line_and_an_exit_code(run, replace_experiment, error, c
     replace_experiment("evaluate", error)
     done = evaluate(run)
     assert (done.exit_code, done.stderr, done.stdout) == (code, line + "\n", "")
+
+
+@pytest.mark.parametrize("own, heard", [(logging.NOTSET, []), (logging.WARNING, ["no such kernel"])])
+def test_bitsandbytes_does_not_speak_between_our_lines(run, results, monkeypatch, caplog, own, heard):
+    """Where PEFT is installed transformers imports it, and it warns as it is imported; a user's own level stands."""
+    logger = logging.getLogger("bitsandbytes")
+    monkeypatch.setattr(
+        "cmai_fast.evaluation.experiment.evaluate",
+        lambda *_, **__: logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no such kernel") or results,
+    )
+    before = logger.level
+    try:
+        logger.setLevel(own)
+        assert evaluate(run, "--eps", "8/255").exit_code == 0
+    finally:
+        logger.setLevel(before)
+    assert caplog.messages == heard
 
 
 def test_the_traceback_is_there_on_request(run, replace_experiment, monkeypatch):

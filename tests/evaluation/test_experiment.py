@@ -23,7 +23,7 @@ from cmai_fast.attacks import Passes
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.evaluation import experiment
 from cmai_fast.evaluation import results as results_module
-from cmai_fast.evaluation.experiment import ImmunizeSettings, attack, evaluate, immunize
+from cmai_fast.evaluation.experiment import ImmunizeSettings, attack, evaluate, immunize, training_arguments
 from cmai_fast.evaluation.protocol import Attacked, Measured
 from cmai_fast.evaluation.results import read_results
 from cmai_fast.evaluation.subject import Subject
@@ -444,6 +444,20 @@ def test_attack_refuses(model_folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             run_attack(model_folder, tmp_path / "new.json", **changes)
     assert not (tmp_path / "new.json").exists()
+
+
+def test_training_runs_where_evaluation_does(settings, tmp_path, monkeypatch):
+    assert training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
+    asked = {}
+    monkeypatch.setattr(experiment, "MBATConfig", lambda **arguments: asked.update(arguments))
+    for device in ("cuda", None):
+        training_arguments(replace(settings, device=device), tmp_path)
+        assert asked.pop("use_cpu") is False
+    with pytest.raises(ValueError, match=r"device is 'cuda:1'.*CUDA_VISIBLE_DEVICES=1"):
+        training_arguments(replace(settings, device="cuda:1"), tmp_path)
 
 
 def test_training_batches_depend_on_the_seed_alone(model_folder):

@@ -28,7 +28,7 @@ def pixels(png):
 
 def row_of(picture, measured):
     """The place among the samples, by the clean picture."""
-    return next(i for i, x in enumerate(measured.clean) if (levels(x) == pixels(picture["clean_png"])).all())
+    return next(i for i, x in enumerate(measured.clean) if (levels(x[0]) == pixels(picture["clean_png"])).all())
 
 
 def levels(image):
@@ -47,7 +47,7 @@ def test_pictures_are_what_the_model_saw(subject, samples, measured):
         row = row_of(picture, measured)
         assert picture["question"] == samples[row]["question"] and picture["answer"] == samples[row]["answer"]
         # The answers are those to the 8-bit picture that is shown.
-        shown = torch.from_numpy(adv).permute(2, 0, 1)[None].float() / 255
+        shown = torch.from_numpy(adv).permute(2, 0, 1)[None, None].float() / 255
         assert picture["undefended"] == {
             "clean": samples[row]["answer"], "adversarial": subject.answers(shown, samples[row : row + 1])[0],
         }  # fmt: skip

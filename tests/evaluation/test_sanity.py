@@ -71,7 +71,7 @@ def test_masked_gradients_are_exposed(subject, samples, honest):
 
 
 def test_transferred_images_are_weaker_than_those_made_for_the_model(subject, samples, honest):
-    noise = (honest.clean + THREAT.eps * (2 * torch.rand_like(honest.clean) - 1)).clamp(0, 1)
+    noise = [(x + THREAT.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1) for x in honest.clean]
     assert check(subject, samples, transferred={"transfer": noise})[TRANSFER]
 
 

@@ -57,10 +57,13 @@ def clean(make_objective, batch):
 
 @pytest.fixture
 def make_trainer(make_tiny, data, tmp_path):
-    """`make_trainer(callbacks=None, heads=None, eval_dataset=None, **config)`: a trainer on a new tiny model."""
+    """`make_trainer(model=None, callbacks=None, heads=None, eval_dataset=None, **config)`; None: a new tiny model."""
 
-    def make(*, callbacks: Any = None, heads: Any = None, eval_dataset: Any = None, **config: Any) -> MBATTrainer:
-        model, processor = make_tiny()
+    def make(
+        *, model: Any = None, callbacks: Any = None, heads: Any = None, eval_dataset: Any = None, **config: Any
+    ) -> MBATTrainer:
+        tiny, processor = make_tiny()
+        model = model or tiny
         defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "out"),
             "inner_steps": 2,

@@ -1,45 +1,143 @@
-"""Run by test_ranks.py in one or several processes: trains the model in a folder and saves what became of it."""
+"""Run by other tests in one or several processes: trains the model in a folder and saves what became of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 
 
-def main(folder: Path, name: str, settings: dict) -> None:
+class ShardedOnTheCPU(MBATTrainer):
+    """Accelerate shards on accelerators alone and leaves a CPU's processes a copy each; this says that it may.
+
+    All the rest is its own: what it wraps by `fully_shard`, how it prepares the optimizer, what it clips and saves.
+    """
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        assert state.distributed_type == DistributedType.MULTI_CPU
+        for shared in (state._shared_state, PartialState._shared_state):
+            shared["distributed_type"] = DistributedType.FSDP
+        state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
+def count_traffic(trainer: MBATTrainer) -> Counter:
+    """How often collectives that carry gradients were called and a trainable projector ran, `in attacks` and `outside`,
+    as the run goes on."""
+    counts, place = Counter(), ["outside"]
+
+    def counted(name, collective):
+        def call(*args, **kwargs):
+            counts[f"{name} {place[0]}"] += 1
+            return collective(*args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single"):  # the last since PyTorch 2.13
+        if hasattr(dist, name):
+            setattr(dist, name, counted(name.removesuffix("_tensor").removesuffix("_single"), getattr(dist, name)))
+
+    def look(projector, *_):
+        counts[f"trainable projector {place[0]}"] += any(p.requires_grad for p in projector.parameters())
+
+    trainer.model.model.multi_modal_projector.register_forward_hook(look)
+    attack = trainer._attack
+
+    def in_attack(*args):
+        place[0] = "in attacks"
+        try:
+            return attack(*args)
+        finally:
+            place[0] = "outside"
+
+    trainer._attack = in_attack
+    return counts
+
+
+def kill_at(trainer: MBATTrainer, where: str) -> None:
+    """SIGKILL to this process: `in step N` between its batches, `saving step N` when the model is written."""
+    step = int(where.rsplit(" ", 1)[1])
+
+    class Kill(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == step - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_mid_save(folder: str) -> None:
+        if folder.endswith(f"-{step}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(folder)
+
+    if where.startswith("in"):
+        trainer.add_callback(Kill())
+    else:
+        save, trainer._save_optimizer_and_scheduler = trainer._save_optimizer_and_scheduler, in_mid_save
+
+
+def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
+    for part in settings.pop("freeze", ()):
+        model.model.get_submodule(part).requires_grad_(False)
     processor = AutoProcessor.from_pretrained(folder / "model")
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # heads of its own, until it is given those of the first
     width = model.config.get_text_config().hidden_size
     heads = ConsistencyHeads(width, width, dim=8, hidden=16).double()
     args = MBATConfig(output_dir=str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
-    trainer = MBATTrainer(
+    trainer = (ShardedOnTheCPU if args.fsdp else MBATTrainer)(
         model,
         args,
         heads=heads,
         train_dataset=load_dataset("easyvqa", "train", 48, seed=3),
+        eval_dataset=load_dataset("easyvqa", "test", 10, seed=3),
         data_collator=VQACollator(processor, negatives=1),
         processing_class=processor,
     )
+    counts = count_traffic(trainer)
+    if kill:
+        kill_at(trainer, kill)
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
     logs = [entry for entry in trainer.state.log_history if "loss_adv" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    weights = {f"model.{k}": v for k, v in trainer.model.named_parameters()}
+    weights |= {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
+    assert {isinstance(v, DTensor) for k, v in weights.items() if k.startswith("model.")} == {bool(args.fsdp)}
+    weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()}
     if args.process_index == 0:
-        weights = {f"model.{k}": v for k, v in trainer.model.named_parameters()}
-        weights |= {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
         save_file({k: v.detach().contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps({"logs": logs, "arm": trainer.schedule.state_dict()}))
+        (folder / f"{name}.json").write_text(
+            json.dumps(
+                {
+                    "logs": logs,
+                    "evaluations": evaluations,
+                    "arm": trainer.schedule.state_dict(),
+                    "counts": +counts,
+                }
+            )
+        )
+    if dist.is_initialized():
+        dist.barrier()  # or the launcher could end the first, which still writes, with the others
+        # An interpreter that shuts down in the usual way aborts now and then ("terminate called without an active
+        # exception"): a thread of gloo's is still there.
+        os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), *sys.argv[4:])

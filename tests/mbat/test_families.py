@@ -61,9 +61,9 @@ def test_gradients_are_those_of_the_formula(family, tmp_path, refreshes):
     model = copy.deepcopy(trainer.model).train()
     total = trainer.training_step(trainer.model, batch)
     objective = Objective(bridge_of(model), trainer.space, batch)
-    clean = objective.pixels()
-    assert (found[0] - clean).abs().amax() > 1 / 255
-    clean_loss, adv_loss = (objective(trainer.space.to_model(x)).loss.mean() for x in (clean, found[0]))
+    clean, adv = objective.pixels(), found[0].adv
+    assert (adv - clean).abs().amax() > 1 / 255
+    clean_loss, adv_loss = (objective(trainer.space.to_model(x)).loss.mean() for x in (clean, adv))
     loss = 0.6 * clean_loss + 0.4 * adv_loss
     torch.testing.assert_close(total, loss.detach(), rtol=1e-4, atol=1e-5)
     loss.backward()
@@ -86,6 +86,24 @@ def test_a_run_trains_the_vision_side_saves_and_is_loaded_again(family, tmp_path
     again._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     for (name, p), q in zip(trainer.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@every_family
+def test_evaluation_and_prediction(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, eval_attack_steps=2)
+    metrics = trainer.evaluate(Samples(family))
+    batch = family.batch(family.model(), family.samples())
+    objective = Objective(bridge_of(trainer.model), trainer.space, batch)
+    with torch.no_grad(), objective.lent():
+        expected = objective(trainer.space.to_model(objective.pixels()))
+    assert metrics["eval_loss"] == pytest.approx(float(expected.loss.mean()), rel=1e-3, abs=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx(float(expected.right.float().mean()))
+    assert metrics["eval_robust_loss"] >= metrics["eval_loss"] - 1e-6
+    assert {"eval_robust_accuracy", "eval_s_c", "eval_robust_s_c"} <= set(metrics)
+    # The outputs of BLIP-2's language model hold its cache, which no Trainer can gather.
+    predicted = trainer.predict(Samples(family), ignore_keys=["past_key_values", "language_model_outputs"])
+    assert predicted.predictions is not None
+    assert predicted.metrics["test_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
 @every_family

@@ -1,4 +1,5 @@
-"""Two processes with half of the batch each train as one with all of it does."""
+"""Two processes with half of the batch each train as one with all of it does, with a copy of the model each or with
+its shards."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
+from cmai_fast.bridge import DualBridge
+from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
@@ -22,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.5,
     "inner_steps": 2, "refreshes": 1, "beta": 0.2, "gamma": 0.5, "tau_train": 0.9, "logging_steps": 1,
     "save_steps": 2, "lr_scheduler_type": "constant", "weight_decay": 0.01,
+    # Ten samples: the last batch of two processes is filled up with samples that must not count.
+    "eval_strategy": "steps", "eval_steps": 2, "eval_attack_steps": 2, "per_device_eval_batch_size": 4,
 }  # fmt: skip
 
 
@@ -34,14 +41,16 @@ def folder(make_tiny, tmp_path_factory) -> Path:
 
 
 def train(folder: Path, name: str, processes: int, **changes: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and what the run said of itself; a run of this name is made once."""
     settings = SETTINGS | {"per_device_train_batch_size": 8 // processes} | changes
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [*command, json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if not (folder / f"{name}.safetensors").exists():
+        done = subprocess.run(
+            [*command, json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
     return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
 
 
@@ -49,6 +58,20 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
     assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_evaluations(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one["evaluations"]
+    names = ("loss", "accuracy", "s_c", "robust_loss", "robust_accuracy", "robust_s_c")
+    for mine, whole in zip(two["evaluations"], one["evaluations"], strict=True):
+        for name in names:
+            assert mine[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-6), name
+
+
+def assert_attacked(said: dict[str, Any]) -> None:
+    """Some answers were right to begin with, and the attack changed something."""
+    last = said["evaluations"][-1]
+    assert 0 < last["eval_accuracy"] < 1 and last["eval_robust_loss"] > last["eval_loss"]
 
 
 def test_unequal_parts_of_a_batch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +87,10 @@ def test_unequal_parts_of_a_batch_are_named(monkeypatch: pytest.MonkeyPatch) -> 
             ranks.check_equal(3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "inner": "pgd", "muon": True}])
+MUON = {"gradient_accumulation_steps": 2, "inner": "pgd", "muon": True, "learning_rate": 0.02}
+
+
+@pytest.mark.parametrize("changes", [{}, MUON])
 def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path, changes: dict[str, Any]) -> None:
     tag = "-".join(map(str, changes.values()))
     one, one_said = train(folder, f"one{tag}", 1, **changes)
@@ -77,11 +103,100 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path
     for mine, whole in zip(two_said["logs"], one_said["logs"], strict=True):
         for key in ("loss_clean", "loss_adv", "loss_contrastive", "s_c_adv"):
             assert mine[key] == pytest.approx(whole[key], rel=1e-5), key
+    assert_same_evaluations(one_said, two_said)
+    if changes:
+        assert_attacked(two_said)
 
 
 def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
-    if not (folder / "two.safetensors").exists():  # the test above makes it too
-        train(folder, "two", 2)
-    whole = load_file(folder / "two.safetensors")
+    whole, _ = train(folder, "two", 2)
     rest, _ = train(folder, "rest", 2, resume_from_checkpoint=str(folder / "two" / "checkpoint-2"))
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
+
+
+# Samples of a process are fooled before those of the other, which go on; adaptive steps follow the schedule.
+ADAPTIVE = {
+    "max_steps": 8, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01,
+    "lr_scheduler_type": "linear", "lam": 0.1, "eps": 0.5, "eval_steps": 4, "eval_attack_steps": 5, "save_steps": 4,
+    "eval_strategy": "steps", "per_device_eval_batch_size": 2,
+}  # fmt: skip
+
+
+# No weight gets a gradient before the attack, so those of the first micro-batch are still to be reduced in it.
+ADVERSARIAL = {"lam": 1.0, "inner": "pgd", "gradient_accumulation_steps": 2, "eval_strategy": "no"}
+# The last pass of the language model in a step is one without a gradient (E_t), which leaves parameters gathered.
+LANGUAGE = {"freeze": ["vision_tower", "multi_modal_projector"], "inner": "none", "eval_strategy": "no"}
+
+
+@pytest.mark.parametrize(
+    "tag, changes", [("-adaptive", ADAPTIVE), ("-adversarial", ADVERSARIAL), ("-language", LANGUAGE)]
+)
+def test_shards_train_as_one_process_with_the_whole_model(folder: Path, tag: str, changes: dict[str, Any]) -> None:
+    one, one_said = train(folder, f"one{tag}", 1, **changes)
+    two, two_said = train(folder, f"shards{tag}", 2, fsdp=True, **changes)
+    assert_same(one, two)
+    assert two_said["arm"] == pytest.approx(one_said["arm"])
+    assert two_said["counts"]["reduce_scatter outside"] > 0
+    assert ("trainable projector outside" in two_said["counts"]) == ("freeze" not in changes)
+    assert not any(what.endswith("in attacks") for what in two_said["counts"])
+    if changes["eval_strategy"] != "no":
+        assert_same_evaluations(one_said, two_said)
+        assert_attacked(two_said)
+
+
+def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path) -> None:
+    whole, _ = train(folder, "shards-adaptive", 2, fsdp=True, **ADAPTIVE)
+    saved = folder / "shards-adaptive" / "checkpoint-8"
+    model = AutoModelForImageTextToText.from_pretrained(saved)
+    assert type(model).__name__ == model.config.architectures[0] == "LlavaForConditionalGeneration"
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, whole[f"model.{name}"]), name
+    heads, _ = ConsistencyHeads.from_pretrained(saved / "cmcv")
+    assert all(torch.equal(p, whole[f"heads.{name}"]) for name, p in heads.named_parameters())
+    assert not list(saved.glob("pytorch_model*"))
+    before = str(folder / "shards-adaptive" / "checkpoint-4")
+    rest, _ = train(folder, "rest-of-shards", 2, fsdp=True, **ADAPTIVE, resume_from_checkpoint=before)
+    assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
+
+
+def plugin(version: int = 2, kind: str = "FULL_STATE_DICT") -> SimpleNamespace:
+    return SimpleNamespace(fsdp_version=version, state_dict_type=kind, transformer_cls_names_to_wrap=None)
+
+
+@pytest.mark.parametrize(
+    "deepspeed, plugin, muon, message",
+    [
+        (True, None, False, "DeepSpeed is asked for; .* Shard the model by FSDP2 instead"),
+        (False, plugin(version=1), False, "FSDP1 is asked for"),
+        (False, plugin(kind="StateDictType.SHARDED_STATE_DICT"), False, "state_dict_type is StateDictType.SHARDED"),
+        (False, plugin(), True, "muon is set, and the model is to be sharded"),
+    ],
+)
+def test_other_ways_to_shard_are_refused_by_name(make_trainer, deepspeed, plugin, muon, message) -> None:
+    trainer = make_trainer(muon=muon)
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = deepspeed, not deepspeed
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=message):
+        trainer._check_sharding()
+
+
+def test_a_model_loaded_in_parts_is_refused(make_trainer) -> None:
+    trainer = make_trainer()
+    trainer.is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="the model was loaded in parts"):
+        trainer._check_sharding()
+
+
+def test_a_dual_encoder_is_not_sharded(make_trainer) -> None:
+    trainer = make_trainer()
+    trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin()))
+    trainer.bridge = DualBridge.__new__(DualBridge)
+    with pytest.raises(ValueError, match="accelerate cannot shard dual encoders; leave fsdp out"):
+        trainer._check_sharding()
+
+
+def test_layers_to_wrap_are_those_that_the_model_has(make_trainer) -> None:
+    trainer, chosen = make_trainer(), plugin()
+    trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=chosen))
+    trainer._check_sharding()
+    assert chosen.transformer_cls_names_to_wrap == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]

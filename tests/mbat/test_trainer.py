@@ -50,8 +50,9 @@ class Recording:
         attack, step = trainer._attack, trainer.training_step
 
         def keep_adv(*args):
-            self.adv.append(attack(*args))
-            return self.adv[-1]
+            result = attack(*args)
+            self.adv.append(result.adv)
+            return result
 
         def keep_batch(model, inputs, *args):
             self.batches.append({k: v.clone() for k, v in inputs.items()})
@@ -494,9 +495,9 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
         seen.append(objective.text_features)
         return objective
 
-    def spy_contrast(clean, adversarial, text, own, other):
-        seen.extend((own, other))
-        return contrast(clean, adversarial, text, own, other)
+    def spy_contrast(parts, text):
+        seen.extend((parts[0].own, parts[0].wrong))
+        return contrast(parts, text)
 
     monkeypatch.setattr(trainer_module, "Objective", spy_objective)
     monkeypatch.setattr(trainer, "_contrast", spy_contrast)
@@ -571,9 +572,25 @@ def test_mixed_precision_reaches_both_sides(make_trainer, batch):
     )
 
 
-def test_two_kinds_of_recomputation_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="recompute is 'selective' and gradient_checkpointing is set"):
-        MBATConfig(output_dir=str(tmp_path), recompute="selective", gradient_checkpointing=True)
+@pytest.mark.parametrize("theirs", ["gradient_checkpointing", "activation_checkpointing"])
+def test_two_kinds_of_recomputation_are_refused(theirs, tmp_path):
+    with pytest.raises(ValueError, match=f"recompute is 'selective' and {theirs} is set"):
+        MBATConfig(output_dir=str(tmp_path), recompute="selective", **{theirs: True})
+
+
+@pytest.mark.parametrize("theirs", [None, True, False])
+@pytest.mark.parametrize("recompute", ["none", "encoder", "selective", "full"])
+def test_recomputation_changes_no_gradient(recompute, theirs, make_trainer, batch):
+    """Also of a model that recomputes already, `theirs` saying whether by the reentrant kind."""
+    plain = make_trainer()
+    plain.training_step(plain.model, dict(batch))
+    trainer = make_trainer()
+    if theirs is not None:
+        trainer.model.activation_checkpointing_enable({"use_reentrant": theirs})
+    trainer = make_trainer(recompute=recompute, model=trainer.model)
+    trainer.training_step(trainer.model, dict(batch))
+    for (name, a), b in zip(plain.model.named_parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-9, atol=1e-9)
 
 
 def test_a_step_is_the_same_with_logits_in_chunks(make_trainer, batch, monkeypatch):
@@ -587,7 +604,7 @@ def test_a_step_is_the_same_with_logits_in_chunks(make_trainer, batch, monkeypat
     for large in (False, True):
         monkeypatch.setattr(Bridge, "_pays", lambda *_, large=large: large)
         trainer = make_trainer(refreshes=1)
-        loss = trainer.training_step(trainer.model, batch)
+        loss = trainer.training_step(trainer.model, dict(batch))
         steps.append((loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
         assert len(calls) == (3 if large else 0)  # the clean branch, a refresh of the attack, the adversarial branch
     (loss, grads), (other, others) = steps

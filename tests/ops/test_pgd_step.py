@@ -393,6 +393,16 @@ def test_backward_through_overwritten_pixels_is_refused(kernel: Implementation, 
         loss.backward()
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_pixels_that_came_of_a_differentiable_operation_are_refused(in_use: Implementation, name: str) -> None:
+    case = make_case((1, 3, 4, 4), norm_of(name))
+    case["adv"] = case["adv"].requires_grad_() * 1.0
+    before = case["adv"].clone()
+    with pytest.raises(RuntimeError, match=r"adv has a grad_fn \(MulBackward0\).*pass adv.detach\(\)"):
+        in_use(name)(**case)
+    assert torch.equal(case["adv"], before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", STEPS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:

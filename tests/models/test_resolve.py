@@ -46,6 +46,14 @@ def test_a_model_folder_is_itself_and_a_run_is_its_model(tmp_path):
         assert resolve(given) == resolve(str(given)) == model
 
 
+def test_a_folder_of_adapters_is_a_model_where_peft_can_read_it(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert resolve(tmp_path) == tmp_path
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"holds adapters, which need PEFT; pip install 'cmai-fast\[lora\]'"):
+        resolve(tmp_path)
+
+
 def test_an_existing_folder_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "owner" / "name")

@@ -1,0 +1,96 @@
+"""MLPs that keep less for their backward pass.
+
+A gated MLP computes act(gate) * up, and autograd keeps gate, act(gate) and up: where weights are frozen, half of all
+that a layer of a language model keeps. act(gate) is one pass over memory away from gate, so it is computed again.
+CLIP's x * sigmoid(1.702 x) is kept as x alone. The arithmetic is the module's own, so results and gradients are the
+same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import NewGELUActivation, QuickGELUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
+
+_WASTEFUL = (NewGELUActivation, QuickGELUActivation)  # of several operations, each of which keeps something
+
+
+def _code(forward: Callable[..., Any]) -> tuple[Any, ...]:
+    code = forward.__code__
+    return code.co_code, code.co_names, code.co_consts[1:]  # the first is the docstring
+
+
+# down_proj(act_fn(gate_proj(x)) * up_proj(x)), which some 140 classes of transformers repeat word for word.
+_GATED = {_code(cls.forward) for cls in (LlamaMLP, Qwen2_5_VLMLP)}
+
+
+@contextmanager
+def lean_activations(model: nn.Module) -> Iterator[None]:
+    """Inside, MLPs of `model` keep gate and up, or the input of their activation function, and no more; on leaving,
+    also by an exception, they are as before.
+
+    MLPs of another form stay as they are, and so does one whose `forward` was replaced in the instance.
+    """
+    replaced: list[nn.Module] = []
+    try:
+        for module in model.modules():
+            if "forward" in module.__dict__:
+                continue
+            if isinstance(module, _WASTEFUL):
+                module.forward = functools.partial(_activate, module.forward)
+            elif _is_gated(module):
+                module.forward = functools.partial(_gated, module)
+            else:
+                continue
+            replaced.append(module)
+        yield
+    finally:
+        for module in replaced:
+            module.__dict__.pop("forward", None)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    act = getattr(module, "act_fn", None)
+    if not isinstance(act, nn.Module) or getattr(act, "inplace", False) or any(True for _ in act.parameters()):
+        return False  # weights of the activation function would get no gradient
+    forward = type(module).forward
+    return hasattr(forward, "__code__") and _code(forward) in _GATED
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if gate.shape == up.shape and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return mlp.down_proj(_Activation.apply(mlp.act_fn, gate, up))
+    return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def _activate(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return _Activation.apply(act, x, None) if torch.is_grad_enabled() and x.requires_grad else act(x)
+
+
+class _Activation(torch.autograd.Function):
+    """act(x) * other, or act(x); keeps x and other."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Callable[[Tensor], Tensor], x: Tensor, other: Tensor | None) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(x, other)
+        return act(x) if other is None else act(x) * other
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        x, other = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = ctx.act(leaf)
+        value.backward(grad if other is None else grad * other)
+        return None, leaf.grad, None if other is None else grad * value.detach()

@@ -1,0 +1,113 @@
+"""Adapters of PEFT (LoRA) in training: which parameters are theirs, and how a checkpoint's are put back.
+
+A model has them in one of two ways: `model.add_adapter(config)` puts them into its layers, and `get_peft_model(model,
+config)` puts a wrapper around it as well. Either way `save_pretrained` writes the adapters and `modules_to_save`, and
+nothing else of the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether the model is a `PeftModel`, or one of `transformers` with adapters in it."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Those that `save_pretrained` writes: all of the adapters, and the copies of `modules_to_save`."""
+    if not has_adapters(model):
+        return set()
+    places = {tensor.data_ptr() for tensors in _saved(model).values() for tensor in tensors.values()}
+    return {p for p in model.parameters() if p.data_ptr() in places}
+
+
+def low_rank_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Those that adapters put beside a layer's own weight; `modules_to_save` are whole layers, and not among them."""
+    if not has_adapters(model):
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
+    return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+
+
+def check_saving(model: Any, folder: Path) -> None:
+    """Raises ValueError where `from_pretrained(folder)` would not give `model` back once it is saved there.
+
+    Either something learns that is not saved with the adapters; or the folder holds a model from before, which would
+    be taken for the adapters' own, or adapters from before, which would be put into the model.
+    """
+    if not has_adapters(model):
+        if (folder / CONFIG).is_file():
+            raise ValueError(
+                f"{folder} holds adapters, which from_pretrained would put into the model that is saved there; choose "
+                f"another folder, or remove {CONFIG} and {WEIGHTS}"
+            )
+        return
+    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    if (folder / "config.json").is_file() and not (base and Path(base).resolve() == folder.resolve()):
+        raise ValueError(
+            f"{folder} holds a whole model, which from_pretrained would take for that of the adapters ({base}) when "
+            "they are saved there; choose another folder"
+        )
+    saved = adapter_parameters(model)
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in saved]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} trainable parameters are no part of the adapter that is saved ({lost[0]}, ...): {WEIGHTS} "
+            "would not hold them. Name their modules in modules_to_save of the adapter's config, or freeze them by "
+            "requires_grad_(False)"
+        )
+
+
+@torch.no_grad()
+def load_adapters(folder: Path, model: nn.Module) -> None:
+    """Gives the adapters of `model` the values that were saved in `folder`.
+
+    Raises:
+        ValueError: no adapters there, or those of another model or config.
+    """
+    for name, tensors in _saved(model).items():
+        path = folder / name / WEIGHTS
+        if not path.is_file():
+            raise ValueError(
+                f"{path} does not exist, and the model has adapters; resume from a checkpoint of a model with the same "
+                "adapters"
+            )
+        found = load_file(path)
+        wrong = sorted(
+            key
+            for key in tensors.keys() | found.keys()
+            if key not in tensors or key not in found or tensors[key].shape != found[key].shape
+        )
+        if wrong:
+            raise ValueError(
+                f"the adapters in {path} do not fit those of the model: {len(wrong)} tensors are missing, unknown or "
+                f"of another shape ({wrong[0]}, ...); resume with the same adapter config"
+            )
+        for key, tensor in tensors.items():
+            tensor.copy_(found[key])
+
+
+def _saved(model: Any) -> dict[str, dict[str, Tensor]]:
+    """What `save_pretrained` writes, by the folder of the file and the name in it; in the memory of the parameters."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    wrapped = isinstance(model, PeftModel)
+    files = {}
+    for name in model.peft_config if wrapped else model.active_adapters()[:1]:  # transformers saves one, the active
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        folder = name if wrapped and name != "default" else ""
+        prefix = "" if wrapped else "base_model.model."
+        files[folder] = {f"{prefix}{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    return files

@@ -1,0 +1,97 @@
+"""What a training run says of a batch it does not train on: right or wrong, clean and under an attack of its own.
+
+The attack is plain PGD on L_task from a random start over the full eps, whatever solver, S_c term and warm-up training
+uses, so that it does not share their blind spots. It is weaker than the suites of `cmai_fast.evaluation`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmai_fast.attacks import Objective, pgd
+from cmai_fast.bridge import Bridge
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.mbat.shards import is_sharded
+from cmai_fast.threat import PixelSpace, ThreatModel
+
+
+def verdicts(
+    bridge: Bridge,
+    space: PixelSpace,
+    batch: Mapping[str, Tensor],
+    heads: ConsistencyHeads | None,
+    threat: ThreatModel,
+    steps: int,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+) -> dict[str, Tensor]:
+    """`loss` (L_task), `accuracy` (0 or 1), with heads `s_c`, and the same after the attack as `robust_...`; (N,) each.
+
+    A sample is robust if it is right clean and at every image that the attack tried. `robust_loss` and `robust_s_c` are
+    those of the image that the attack gives: the first that fools, else the one of the highest loss.
+
+    Args:
+        steps: of the attack; 0 leaves it out.
+        seed, sample_ids: of its random start, as in `attacks.pgd`.
+
+    The model is given back as it was.
+    """
+    objective = Objective(bridge, space, batch, heads=heads)
+    clean = objective.pixels()
+    found = _look(objective, clean)
+    if steps:
+        # Without the heads, which the attack would score at every step.
+        attacked = Objective(bridge, space, batch)
+        result = pgd(attacked, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
+        _keep_pace(attacked, clean, steps)
+        robust = _look(objective, result.adv) | {"accuracy": (~result.fooled).to(found["loss"])}
+        found |= {f"robust_{name}": value for name, value in robust.items()}
+    return found
+
+
+def _look(objective: Objective, pixels: Tensor) -> dict[str, Tensor]:
+    with objective.lent(), torch.no_grad():
+        at = objective(objective.space.to_model(pixels))
+    found = {"loss": at.loss, "accuracy": at.right.to(at.loss)}
+    return found if at.score is None else found | {"s_c": at.score.to(at.loss)}
+
+
+def _keep_pace(objective: Objective, clean: Tensor, steps: int) -> None:
+    """Takes the passes that PGD left out when all its samples were fooled.
+
+    Processes that share the shards of a model gather them together, pass by pass: none may stop before the others.
+    """
+    if not is_sharded(objective.bridge.model):
+        return
+    model_input = objective.space.to_model(clean)
+    with objective.lent(), torch.no_grad():
+        while objective.passes.full_backward < steps:
+            objective.gradient(model_input)
+        while objective.passes.full_forward < steps + 2:
+            objective(model_input)
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """On leaving, the mode of every module and the random state of Python, NumPy and PyTorch are what they were.
+
+    An evaluation draws from them where one does not expect it: a data loader draws its workers' seed, and dropout of
+    the next training step would then be another one.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,98 @@
+"""A model whose parameters are spread over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+FSDP2 gathers parameters when a module's `forward` begins, and reduces gradients when a backward pass ends. A step of
+MBAT also runs parts of the model past its `forward` and goes backward twice, and attacks go backward for the pixels
+alone: what that needs is here. On a model that is not sharded everything here does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from cmai_fast.bridge import Bridge
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def run_through_root(bridge: Bridge) -> None:
+    """Lets `bridge` run E_v and E_t as methods of the sharded model, which gather its parameters as `forward` does."""
+    model = bridge.model
+    if not is_sharded(model) or hasattr(model, "mbat_encode_image"):
+        return
+    for name in ("encode_image", "encode_text"):
+        setattr(model, f"mbat_{name}", getattr(bridge, name))
+        register_fsdp_forward_method(model, f"mbat_{name}")
+        setattr(bridge, name, getattr(model, f"mbat_{name}"))
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Inside, backward passes reduce no gradients: those of earlier micro-batches wait for one that trains."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    reshard(model)  # or `frozen` would find gathered parameters, and the shards would make others that are not frozen
+    groups = [g for m in _units(model) for g in m._get_fsdp_state()._fsdp_param_groups]
+    before = [(g.reduce_grads, g.all_reduce_grads) for g in groups]
+    try:
+        model.set_requires_gradient_sync(False)
+        yield
+    finally:
+        for group, (reduce, all_reduce) in zip(groups, before, strict=True):
+            group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered parameters: those of the root outlive a forward pass, and would outlive the optimizer's step."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def load(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
+    """`load_state_dict` of whole tensors, those that the first process has."""
+    if is_sharded(model):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+        set_model_state_dict(model, state, options=options)
+    else:
+        model.load_state_dict(state, strict=strict)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """The state that accelerate saved of a sharded model's optimizer; the first process reads it.
+
+    Accelerate's own loading refuses parameters that have no state because no gradient ever reached them, such as the
+    last norm of LLaVA's vision tower.
+    """
+    state = torch.load(file, map_location="cpu", weights_only=True) if dist.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True, strict=False)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def plain_class(model: nn.Module) -> Any:
+    """The class of the model before `fully_shard` put `FSDPModule` in front of it."""
+    return type(model).__mro__[2] if is_sharded(model) else type(model)
+
+
+def whole(parameters: list[Tensor]) -> list[Tensor]:
+    """Those that are no shards: FSDP2 has not averaged their gradients."""
+    return [p for p in parameters if not isinstance(p, DTensor)]
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
