@@ -292,11 +292,6 @@ class MBATTrainer(Trainer):
         return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
 
     def _halve(self, size: int, error: DoesNotFitError) -> None:
-        if shards.is_sharded(self.model):
-            raise torch.OutOfMemoryError(
-                f"{size} samples do not fit into memory ({error}); a sharded model's step is not cut into parts. Halve "
-                "per_device_train_batch_size and double gradient_accumulation_steps"
-            ) from error
         if size == 1:
             raise torch.OutOfMemoryError(
                 f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
@@ -314,8 +309,7 @@ class MBATTrainer(Trainer):
         """The parts of the loss, by name, and the total, detached; gradients are left in place. At most `size` samples
         at once."""
         args, count = self.args, len(inputs["labels"])
-        alone = shards.is_sharded(self.model)  # whose processes meet at every layer
-        together: Any = (lambda run: run()) if alone else agreed
+        together = shards.whole_or_not if shards.is_sharded(self.model) else agreed
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             whole = size >= count

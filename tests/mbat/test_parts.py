@@ -11,7 +11,7 @@ from torch import nn
 
 from cmai_fast.attacks import Objective
 from cmai_fast.bridge import bridge_of
-from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.mbat import MBATConfig, MBATTrainer, shards
 from cmai_fast.mbat.parts import cut
 from cmai_fast.threat import PixelSpace
 from families import FAMILIES
@@ -186,6 +186,17 @@ def test_a_failed_attempt_takes_no_random_numbers(make_trainer, batch, monkeypat
         else:
             found.append(of_step(trainer, batch))
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_a_sharded_model_says_what_to_do_instead(make_trainer, batch, monkeypatch) -> None:
+    trainer = make_trainer()
+    monkeypatch.setattr(shards, "is_sharded", lambda model: True)
+    scarce(trainer, 2, "fuse", monkeypatch)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"CUDA out of memory.*halve per_device_train_batch_size and double"
+    ):
+        trainer.training_step(trainer.model, dict(batch))
+    assert trainer._rows_at_once is None
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
