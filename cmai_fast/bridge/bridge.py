@@ -338,8 +338,8 @@ class Bridge:
     def _pays(self, head: nn.Module, tokens: int) -> bool:
         """Whether the losses of so many tokens are worth chunks.
 
-        Forward and backward of 1,024 tokens through a layer of 896 to 151,936 (one thread of a CPU, float32): 7.2 s and
-        449 MiB against 6.3 s and 1,787 MiB where it is frozen, 17 s and 1,118 MiB against 9.5 s and 1,790 MiB where it
+        Forward and backward of 1,024 tokens through a layer of 896 to 151,936 (one thread of a CPU, float32): 7.0 s and
+        380 MiB against 6.6 s and 1,790 MiB where it is frozen, 13.5 s and 970 MiB against 8.9 s and 1,790 MiB where it
         is trained. There the gradient of its weights has the same size either way, and chunks pay beyond that.
         """
         trained = sum(p.numel() for p in head.parameters() if p.requires_grad)

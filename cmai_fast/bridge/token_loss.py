@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BLOCK = 1 << 14  # words
@@ -52,10 +51,22 @@ def _chunk(hidden: Tensor) -> int:
     return max(16, hidden.shape[1] // 8)
 
 
-def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits with their graph; and without one, float32 or better, their logsumexp (n, 1), the losses (n,), and which
+    tokens are right."""
     logits = head(hidden)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets.to(logits.device), reduction="none"), logits
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    own = targets.to(logits.device)
+    total = wide.logsumexp(-1, keepdim=True)
+    losses = (total - wide.gather(-1, own.unsqueeze(-1))).squeeze(-1)
+    return logits, total, losses, wide.argmax(-1) == own
+
+
+def _slopes(logits: Tensor, total: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of each token's loss at its logits: softmax, less 1 at the target. Float32 or better."""
+    slopes = (logits.detach() - total).exp_()
+    own = targets.to(logits.device).unsqueeze(-1)
+    return slopes.scatter_add_(-1, own, torch.full_like(total, -1))
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -66,12 +77,12 @@ class _TokenLosses(torch.autograd.Function):
         for h, t in zip(hidden.split(_chunk(hidden)), targets.split(_chunk(hidden)), strict=True):
             with torch.set_grad_enabled(on_the_way):
                 h = h.detach().requires_grad_(on_the_way)
-                loss, logits = _losses(head, h, t)
-                if on_the_way:
-                    grads += torch.autograd.grad(loss.sum(), h)
-            losses.append(loss.detach())
-            right.append(logits.argmax(-1) == t.to(logits.device))
-            del loss, logits  # before the next chunk's
+                logits, total, loss, good = _losses(head, h, t)
+            if on_the_way:
+                grads += torch.autograd.grad(logits, h, _slopes(logits, total, t).to(logits.dtype))
+            losses.append(loss)
+            right.append(good)
+            del logits  # before the next chunk's
         device = hidden.device.type
         ctx.head, ctx.trained = head, bool(trained)
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -94,18 +105,26 @@ class _TokenLosses(torch.autograd.Function):
         for h, t, w in zip(*(x.split(_chunk(hidden)) for x in (hidden, targets, weights)), strict=True):
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 h = h.detach().requires_grad_()
-                loss, logits = _losses(ctx.head, h, t)
-                of_logits, grad, *rest = torch.autograd.grad((loss * w).sum(), [logits, h, *others])
-            del loss, logits
+                logits, total, *_ = _losses(ctx.head, h, t)
+            slopes = _slopes(logits, total, t).mul_(w.unsqueeze(-1)).to(logits.dtype)
+            grad, *rest = torch.autograd.grad(logits, [h, *others], slopes)
+            del logits
             parts.append(grad)
             for p, one in zip(others, rest, strict=True):
                 sums[p] += one
             if matrix is not None:
-                # By blocks of words: a gradient of the whole matrix beside the sum would double its memory.
-                for total, one in zip(sums[matrix].split(_BLOCK), of_logits.t().split(_BLOCK), strict=True):
-                    total += one @ h.detach().to(one)
+                _add_product(sums[matrix], slopes.t(), h.detach().to(slopes.dtype))
         # Popped, so that they become `.grad` themselves and not copies of it.
         return torch.cat(parts), None, None, *(sums.pop(p).to(p.dtype) for p in trained)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where a product beside it would double the memory."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    for block, rows in zip(total.split(_BLOCK), a.split(_BLOCK), strict=True):
+        block += rows @ b
 
 
 def _matrix(head: nn.Module) -> Tensor | None:
