@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmai_fast.mbat.shards import fill
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -96,7 +98,7 @@ def load_adapters(folder: Path, model: nn.Module) -> None:
                 f"of another shape ({wrong[0]}, ...); resume with the same adapter config"
             )
         for key, tensor in tensors.items():
-            tensor.copy_(found[key])
+            fill(tensor, found[key])
 
 
 def _saved(model: Any) -> dict[str, dict[str, Tensor]]:

@@ -161,6 +161,11 @@ class MBATTrainer(Trainer):
         if self.args.muon or is_quantized(self.model):
             what = "muon is set" if self.args.muon else "the model is quantised"
             raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+        if self.bridge.model is not self.model:
+            raise ValueError(
+                f"a {type(self.model).__name__} is to be sharded by FSDP2, whose wrapper the parts of the model do not "
+                "run through; put the adapters in by model.add_adapter(config) instead of get_peft_model"
+            )
         if isinstance(self.bridge, DualBridge):
             raise ValueError(
                 f"{type(self.model).__name__} is to be sharded by FSDP2, but accelerate cannot shard dual encoders; "
