@@ -14,11 +14,9 @@ from torch import Tensor
 from cmai_fast.bridge import (
     Bridge,
     frozen,
-    is_right,
     lean_activations,
     patches_by_matmul,
     recomputed,
-    task_loss,
     unpacked,
 )
 from cmai_fast.cmcv import ConsistencyHeads
@@ -219,15 +217,15 @@ class Objective:
     def __call__(self, model_input: Tensor, rows: Tensor | None = None) -> Evaluation:
         """Normalised images (n, C, H, W) belonging to `rows` (n,) of the batch (None: all), differentiable."""
         features = self.encode(model_input, rows)
-        logits, targets = self.bridge.fuse(features, **self.rows(self.batch, rows))
+        loss, right = self.bridge.losses(features, **self.rows(self.batch, rows))
         self.passes.full_forward += 1
-        loss = self.alpha * task_loss(logits, targets)
+        loss = self.alpha * loss
         score = None
         if self.heads is not None:
             score = self.score(features, rows)
             if self.beta:
                 loss = loss - self.beta * score
-        return Evaluation(loss, is_right(logits.detach(), targets), score)
+        return Evaluation(loss, right, score)
 
     def gradient(self, model_input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Evaluation]:
         """d loss / d model_input, like `model_input`, and the evaluation at that point, detached.

@@ -22,7 +22,6 @@ from cmai_fast import ops
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.attacks.pgd import step_sizes
 from cmai_fast.attacks.state import geometry, prepare, random_start
-from cmai_fast.bridge import task_loss
 from cmai_fast.threat import ThreatModel
 
 SOLVERS = ("pgd", "bridge", "fgsm")
@@ -134,9 +133,9 @@ def _refresh(objective: Objective, model_input: Tensor) -> tuple[Tensor, Tensor]
     """A full pass at `model_input`: p = d(alpha * L_task)/d h_v, and the exact gradient at the pixels."""
     leaf = model_input.detach().clone().requires_grad_()
     features = objective.encode(leaf)
-    logits, targets = objective.bridge.fuse(features, **objective.batch)
+    losses, _ = objective.bridge.losses(features, **objective.batch)
     # Stops at the bridge, so the graph of the vision side stays for the second half.
-    (p,) = torch.autograd.grad(objective.alpha * task_loss(logits, targets).sum(), features)
+    (p,) = torch.autograd.grad(objective.alpha * losses.sum(), features)
     objective.passes.full_forward += 1
     objective.passes.full_backward += 1
     return p, _pull_back(objective, features, leaf, p)

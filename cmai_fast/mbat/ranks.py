@@ -36,6 +36,15 @@ def check_equal(rows: int) -> None:
         )
 
 
+def any_of(mine: bool) -> bool:
+    """Whether it is so in any process."""
+    if count() == 1:
+        return mine
+    flag = torch.tensor(int(mine), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def row_numbers(rows: int) -> Tensor:
     """(rows,) int64: the places of this process's rows in the whole batch."""
     first = dist.get_rank() * rows if count() > 1 else 0

@@ -7,10 +7,10 @@ alone: what that needs is here. On a model that is not sharded everything here d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cmai_fast.bridge import Bridge
+
+T = TypeVar("T")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -62,6 +64,21 @@ def reshard(model: nn.Module) -> None:
     """Frees gathered parameters: those of the root outlive a forward pass, and would outlive the optimizer's step."""
     for unit in _units(model):
         unit.reshard()
+
+
+def whole_or_not(run: Callable[[], T]) -> T:
+    """What `run` returns: processes meet at every layer, so one that runs out of memory cannot take smaller parts.
+
+    Raises:
+        torch.OutOfMemoryError: with what to do about it.
+    """
+    try:
+        return run()
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{str(error).splitlines()[0]} A sharded model's step is not cut into parts: halve "
+            "per_device_train_batch_size and double gradient_accumulation_steps"
+        ) from error
 
 
 def load(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import warnings
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import DualBridge, bridge_of, frozen, lean_activations, set_recompute, task_loss, unpack
+from cmai_fast.bridge import DualBridge, bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.adapters import (
-    WEIGHTS,
     adapter_parameters,
     check_saving,
     has_adapters,
-    load_adapters,
     low_rank_parameters,
 )
+from cmai_fast.mbat.checkpoints import CheckpointedTrainer
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.inner import maximise
+from cmai_fast.mbat.inner import InnerResult, maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.mbat.parts import DoesNotFitError, Draws, Part, View, agreed, cut, gradients_aside
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.threat import PixelSpace, ThreatModel
 
-COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
-_STATE = "mbat.json"
-_HEADS_OPTIMIZER = "heads_optimizer.pt"
-# `eps` in the [0, 1] pixel range.
-_IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
 
-
-class MBATTrainer(Trainer):
+class MBATTrainer(CheckpointedTrainer):
     """Drop-in for `Trainer`: the same arguments, plus `heads`.
 
     Args:
@@ -70,9 +64,6 @@ class MBATTrainer(Trainer):
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
     """
-
-    args: MBATConfig
-    optimizer: Any
 
     def __init__(
         self,
@@ -106,6 +97,7 @@ class MBATTrainer(Trainer):
         self.passes = Passes()
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._steps_in_sums = 0
+        self._rows_at_once: int | None = None  # where memory ran out
         self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
         self._seen = 0
@@ -244,60 +236,117 @@ class MBATTrainer(Trainer):
     ) -> Tensor:
         """One MBAT step; returns the total loss, 0-d, detached.
 
-        The clean branch runs backward to the bridge first: that gives the language model its gradient and p, the bridge
-        gradient, in one go. The vision side then runs backward once for both branches.
-        """
-        # Around the backward passes too: what they compute again must be what ran.
-        with lean_activations(self.bridge.model):
-            return self._step(model, inputs)
+        The language side reads h_v as a leaf and goes backward to it: that gives the language model its gradients, and
+        p, the bridge gradient, in one go. The vision side then goes backward once, for all that has gathered at h_v.
 
-    def _step(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        Where memory runs out the step is done again in two halves, or more, and so are the next ones; gradients are
+        those of the whole batch. That costs a second pass of the vision side. With a sharded model, or when a single
+        sample does not fit, torch.OutOfMemoryError says what else helps.
+        """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        ranks.check_equal(len(inputs["labels"]))
-        image, text = self.bridge.inputs(inputs)
-        share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
-        args = self.args
+        rows = len(inputs["labels"])
+        ranks.check_equal(rows)
+        inputs.setdefault("sample_ids", ranks.row_numbers(rows))
+        trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
+        trained = [p for p in trained if p.requires_grad]
+        passes, draws = self.passes, Draws(self.args.device)
+        # Lean around the backward passes too: what they compute again must be what ran.
+        with lean_activations(self.bridge.model), self._aside(trained):
+            while True:
+                size = min(rows, self._rows_at_once or rows)
+                try:
+                    parts, total = self._step(inputs, size)
+                    break
+                except DoesNotFitError as error:
+                    self._halve(size, error)
+                # Out of `except`, which holds on to all that the attempt had made.
+                clear_device_cache(garbage_collection=True)
+                for p in trained:
+                    p.grad = None
+                self.passes = passes
+                draws.again()
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(shards.whole(trained))
+            shards.reshard(self.model)
+        if self.schedule is not None and "s_c_adv" in parts and self.args.inner != "none":
+            self.schedule.update(ranks.gather(parts["s_c_adv"]))
+            parts["beta"] = torch.tensor(self.schedule.beta)
+        self._record({name: value.mean() for name, value in parts.items()})
+        return total * self._share
+
+    @property
+    def _share(self) -> float:
+        """Of a batch in the gradients of an optimizer's step."""
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
+
+    def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
+
+    def _halve(self, size: int, error: DoesNotFitError) -> None:
+        if size == 1:
+            raise torch.OutOfMemoryError(
+                f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
+                "4 bits (quantized_language_model), or let the processor make smaller images"
+            ) from error
+        self._rows_at_once = (size + 1) // 2
+        warnings.warn(
+            f"{size} samples at once do not fit into memory ({error}). From now on a step takes at most "
+            f"{self._rows_at_once} at once; its gradients are those of the whole batch",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _step(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts of the loss, by name, and the total, detached; gradients are left in place. At most `size` samples
+        at once."""
+        args, count = self.args, len(inputs["labels"])
+        together = shards.whole_or_not if shards.is_sharded(self.model) else agreed
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            features = self.bridge.encode_image(inputs["pixel_values"], **image)
-            leaf = features.detach().requires_grad_()
-            loss_clean, p = self._clean_branch(leaf, text, share)
-            parts = {"loss_clean": loss_clean}
-            remainder = features.new_zeros(())
-            if leaf.grad is not None:
-                remainder = remainder + (features * leaf.grad).sum()
-            adversarial = None
-            own, wrong = self._read_texts(inputs, text)
-            if args.inner != "none":
-                heads = self.heads if self.beta else None
-                objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, own)
-                adv = self._attack(objective, inputs.get("sample_ids"), p)
-                adversarial = objective.encode(self.space.to_model(adv).to(features.dtype))
-                loss_adv = task_loss(*self.bridge.fuse(adversarial, **text)).mean()
-                self._count(full_forward=1, full_backward=1)
-                remainder = remainder + share * args.lam * loss_adv
-                parts["loss_adv"] = loss_adv.detach()
-            if own is not None:
-                contrastive, s_c = self._contrast(features, adversarial, text, own, wrong)
-                remainder = remainder + share * args.gamma * contrastive
-                parts["loss_contrastive"] = contrastive.detach()
-                parts["s_c_adv"] = s_c.mean()
+            whole = size >= count
+            batches = [inputs] if whole else cut(Objective(self.bridge, self.space, inputs), inputs, size)
+            parts = together(lambda: [self._language_side(b, len(b["labels"]) / count, keep=whole) for b in batches])
+            found = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+            if self.heads is not None:
+                found["loss_contrastive"], found["s_c_adv"] = self._contrast(parts, self.bridge.inputs(inputs)[1])
         weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
         weights["loss_contrastive"] = args.gamma
-        total = torch.stack([weights[k] * v for k, v in parts.items() if k in weights]).sum()
-        self._refuse_divergence("loss", float(total), {k: float(v) for k, v in parts.items()})
-        if remainder.requires_grad:
-            self.accelerator.backward(remainder)
-        if self.accelerator.sync_gradients:
-            trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
-            ranks.average_gradients(shards.whole([p for p in trained if p.requires_grad]))
-            shards.reshard(self.model)
-        if self.schedule is not None and adversarial is not None:
-            self.schedule.update(ranks.gather(s_c))
-            parts["beta"] = torch.tensor(self.schedule.beta)
-        self._record(parts)
-        return total * share
+        total = torch.stack([weights[k] * v for k, v in found.items() if k in weights]).sum()
+        self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
+        together(lambda: self._vision_side(parts))
+        return found, total
+
+    def _language_side(self, inputs: dict[str, Tensor], share: float, *, keep: bool) -> Part:
+        """The clean branch, the attack and the adversarial branch, whose gradients it leaves at the language model and
+        at the leaves of the views. `share` of these samples in the batch; `keep`: the vision side's graph."""
+        args, (image, text) = self.args, self.bridge.inputs(inputs)
+        clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
+        loss, p = self._clean_branch(clean.leaf, text, share * self._share)
+        part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": share * loss})
+        if args.inner == "none":
+            return part
+        heads = self.heads if self.beta else None
+        objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, part.own)
+        result = self._attack(objective, inputs["sample_ids"], p)
+        model_input = self.space.to_model(result.adv).to(clean.leaf.dtype)
+        adversarial = View.of(lambda: objective.encode(model_input), args.device, keep=keep)
+        part.views.append(adversarial)
+        with torch.set_grad_enabled(args.lam > 0):
+            loss = self.bridge.losses(adversarial.leaf, **text)[0].mean()
+        self._count(full_forward=1, full_backward=1)
+        if args.lam:
+            self.accelerator.backward(share * self._share * args.lam * loss)
+        part.sums |= {"loss_adv": share * loss.detach(), "nonfinite_gradients": result.nonfinite.sum().float()}
+        return part
+
+    def _vision_side(self, parts: list[Part]) -> None:
+        for part in parts:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                remainder = torch.stack([view.pulled_back() for view in part.views]).sum()
+            self._count(vision_forward=sum(view.features is None for view in part.views))
+            if remainder.requires_grad:
+                self.accelerator.backward(remainder)
 
     def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], share: float) -> tuple[Tensor, Tensor | None]:
         """L_task of the clean images (0-d, detached) and p per sample, (N, T, D) or None where no solver asks for it.
@@ -309,8 +358,8 @@ class MBATTrainer(Trainer):
         wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps
         if not weight and not wants_p:
             with torch.no_grad():
-                return task_loss(*self.bridge.fuse(leaf, **text)).mean(), None
-        loss = task_loss(*self.bridge.fuse(leaf, **text)).mean()
+                return self.bridge.losses(leaf, **text)[0].mean(), None
+        loss = self.bridge.losses(leaf, **text)[0].mean()
         self._count(full_forward=1, full_backward=1)
         if weight:
             self.accelerator.backward(share * weight * loss)
@@ -334,9 +383,8 @@ class MBATTrainer(Trainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
-    def _attack(self, objective: Objective, sample_ids: Tensor | None, p: Tensor | None) -> Tensor:
-        """Adversarial images in [0, 1], as `Objective.pixels` gives the clean ones, made on the model as it is now, in
-        evaluation mode."""
+    def _attack(self, objective: Objective, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
+        """Adversarial images, made on the model as it is now, in evaluation mode."""
         args = self.args
         with shards.quiet(self.model):
             result = maximise(
@@ -349,11 +397,10 @@ class MBATTrainer(Trainer):
                 refreshes=args.refreshes,
                 bridge_gradient=p,
                 seed=args.seed + 7_919 * self.state.global_step,
-                sample_ids=ranks.row_numbers(len(objective)) if sample_ids is None else sample_ids,
+                sample_ids=sample_ids,
             )
         self.passes = self.passes + result.passes
-        self._sums["nonfinite_gradients"] += float(result.nonfinite.sum())
-        return result.adv
+        return result
 
     @property
     def beta(self) -> float:
@@ -365,28 +412,33 @@ class MBATTrainer(Trainer):
         warmup = self.args.eps_warmup * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
 
-    def _contrast(
-        self, clean: Tensor, adversarial: Tensor | None, text: dict[str, Tensor], own: Tensor, wrong: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
+
+        Its gradients are left at the heads and at the leaves of all views. `text` is that of the whole batch.
 
         The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
         second pass of the language model for each wrong answer. Of several processes each computes the loss of the
         whole batch: the samples of the others are negatives too.
         """
         assert self.heads is not None
-        heads = self.heads
-        grad = torch.enable_grad() if self.args.gamma else torch.no_grad()
-        with grad:
-            t = heads.project_text(own)
-            t_wrong = None if wrong is None else ranks.gather(heads.project_text(wrong))
+        heads, weight = self.heads, self._share * self.args.gamma
+        with torch.set_grad_enabled(weight > 0):
+            t = torch.cat([heads.project_text(part.own) for part in parts if part.own is not None])
+            wrong = [heads.project_text(part.wrong) for part in parts if part.wrong is not None]
+            t_wrong = ranks.gather(torch.cat(wrong)) if wrong else None
             same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
-            tokens = self.bridge.image_tokens(text)
-            views = [clean] if adversarial is None else [clean, adversarial]
-            projected = [heads.project_image(v, tokens) for v in views]
+            tokens = [self.bridge.image_tokens(part.texts) for part in parts]
+            projected = [
+                torch.cat([heads.project_image(view.leaf, n) for view, n in zip(views, tokens, strict=True)])
+                for views in zip(*(part.views for part in parts), strict=True)
+            ]
             every_t = ranks.gather(t)
             losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
-        return torch.stack(losses).mean(), heads.score(projected[-1], t).detach()
+            loss = torch.stack(losses).mean()
+        if weight:
+            self.accelerator.backward(weight * loss)
+        return loss.detach(), heads.score(projected[-1], t).detach()
 
     def _count(self, **passes: int) -> None:
         self.passes = self.passes + Passes(**passes)
@@ -485,146 +537,6 @@ class MBATTrainer(Trainer):
             )
         return self.accelerator.gather_for_metrics(rows).cpu()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
-        super().save_model(output_dir, _internal_call)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        check_saving(self.model, Path(output_dir or self.args.output_dir))
-        super()._save(output_dir, state_dict)
-        if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
-            self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
-        # Older checkpoints go when this one is whole, not before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # each process writes its random state
-        if not self.args.should_save:
-            return
-        state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
-        (folder / _STATE).write_text(json.dumps(state))
-        for path in folder.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        (folder / COMPLETE).touch()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        best = self.state.best_model_checkpoint
-        rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_fsdp_enabled and self.args.should_save:
-            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)  # model.safetensors holds the same
-            if self._heads_optimizer is not None:
-                torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        folder = Path(checkpoint)
-        if not (folder / "optimizer.bin").is_file():
-            raise ValueError(
-                f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
-                "optimizer. Go on without FSDP, or start a new run from its weights"
-            )
-        shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
-        for part, file in ((self.lr_scheduler, "scheduler.pt"), (self._heads_optimizer, _HEADS_OPTIMIZER)):
-            if part is not None:
-                part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
-        checkpoint = Path(checkpoint_folder)
-        if not (checkpoint / COMPLETE).is_file():
-            return  # Trainer's own call comes too early: `_save_checkpoint` calls again
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.heads is not None and (self.args.hub_always_push or not uploading):
-            heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
-            heads.save_pretrained(Path(self.args.output_dir) / "cmcv")
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, and the settings of adversarial training in it."""
-        super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir) / "README.md"
-        settings = "\n".join(f"- {name}: {getattr(self.args, name)}" for name in _IN_CARD)
-        before, heading, after = path.read_text(encoding="utf-8").partition("### Framework versions")
-        card = f"{before}### Adversarial training (MBAT)\n\n{settings}\n\n{heading}{after}"
-        path.write_text(card, encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if not (folder / COMPLETE).is_file():
-            raise ValueError(
-                f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
-                "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
-            )
-        self._load_weights(folder, self.model if model is None else model)
-        if self.heads is not None:
-            heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
-            self.heads.load_state_dict(heads.state_dict())
-        state = json.loads((folder / _STATE).read_text())
-        self.passes = Passes(**state["passes"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["arm"] or {})
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint or "")
-
-    def _load_weights(self, folder: Path, model: nn.Module) -> None:
-        """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
-
-        `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
-        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does
-        it find adapters that `add_adapter` put into a model.
-        """
-        if has_adapters(model):
-            load_adapters(folder, model)
-            return
-        if (folder / WEIGHTS).is_file():
-            raise ValueError(
-                f"{folder} holds adapters alone, and the model has none; resume with the model they are of"
-            )
-        if not any(folder.glob("*.safetensors*")):
-            raise ValueError(
-                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
-            )
-        if not isinstance(model, PreTrainedModel):
-            super()._load_from_checkpoint(str(folder), model)
-            return
-        saved, report = shards.plain_class(model).from_pretrained(
-            folder, use_safetensors=True, dtype=model.dtype, output_loading_info=True
-        )
-        wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
-        if wrong:
-            raise ValueError(
-                f"the weights in {folder} do not fit the model: {wrong}; resume with the model they are of"
-            )
-        state, frozen_codes = saved.state_dict(), is_quantized(model)
-        if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
-            state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
-        shards.load(model, state, strict=not frozen_codes)
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of an `MBATTrainer` in `folder`, or None."""
-    found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
-
 
 def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
     """`parameters` learn and nothing else; beside adapters, those of them that already did."""
@@ -633,9 +545,3 @@ def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
         keep = {p for p in keep if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(p in keep)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a power cut cannot leave `complete` beside a file that is not."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

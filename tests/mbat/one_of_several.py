@@ -72,6 +72,20 @@ def count_traffic(trainer: MBATTrainer) -> Counter:
     return counts
 
 
+def run_out_of_memory(trainer: MBATTrainer, side: str, most: int) -> None:
+    """On that side of a step, for more than `most` samples at once."""
+    run = getattr(trainer, side)
+
+    def limited(what, *args, **kwargs):
+        result = run(what, *args, **kwargs)
+        samples = len(what["labels"]) if side == "_language_side" else max(len(part.views[0].leaf) for part in what)
+        if samples > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    setattr(trainer, side, limited)
+
+
 def kill_at(trainer: MBATTrainer, where: str) -> None:
     """SIGKILL to this process: `in step N` between its batches, `saving step N` when the model is written."""
     step = int(where.rsplit(" ", 1)[1])
@@ -95,6 +109,7 @@ def kill_at(trainer: MBATTrainer, where: str) -> None:
 def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
+    scarce = settings.pop("scarce", None)
     for part in settings.pop("freeze", ()):
         model.model.get_submodule(part).requires_grad_(False)
     if settings.pop("adapters", False):
@@ -117,6 +132,8 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     counts = count_traffic(trainer)
     if kill:
         kill_at(trainer, kill)
+    if scarce and args.process_index == 1:
+        run_out_of_memory(trainer, *scarce)
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
     logs = [entry for entry in trainer.state.log_history if "loss_adv" in entry]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

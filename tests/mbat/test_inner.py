@@ -53,7 +53,7 @@ def test_passes(make_objective, clean, solver, refreshes, with_p, full, vision):
     objective = make_objective()
     p = bridge_gradient(objective, clean) if with_p else None
     objective.passes = Passes(full_forward=100)
-    calls = {"encode_image": 0, "fuse": 0}
+    calls = {"encode_image": 0, "losses": 0}
     bridge = objective.bridge
 
     class Counting:
@@ -65,7 +65,7 @@ def test_passes(make_objective, clean, solver, refreshes, with_p, full, vision):
     objective.bridge = Counting()
     result = maximise(objective, clean, THREAT, solver, steps=4, refreshes=refreshes, bridge_gradient=p)
     assert result.passes == Passes(full, full, vision, vision)
-    assert calls == {"encode_image": full + vision, "fuse": full}
+    assert calls == {"encode_image": full + vision, "losses": full}
     assert objective.passes == Passes(100 + full, full, vision, vision)
 
 

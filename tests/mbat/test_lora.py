@@ -108,9 +108,9 @@ def check_formula(trainer: MBATTrainer, batch: dict[str, torch.Tensor], lam: flo
     twin = copy.deepcopy(trainer.model).train()
     total = trainer.training_step(trainer.model, batch)
     objective = Objective(bridge_of(twin), trainer.space, batch)
-    clean = objective.pixels()
-    assert (found[0] - clean).abs().max() > 1 / 255
-    parts = [objective(trainer.space.to_model(x)).loss.mean() for x in (clean, found[0])]
+    clean, adv = objective.pixels(), found[0].adv
+    assert (adv - clean).abs().max() > 1 / 255
+    parts = [objective(trainer.space.to_model(x)).loss.mean() for x in (clean, adv)]
     loss = (1 - lam) * parts[0] + lam * parts[1]
     torch.testing.assert_close(total, loss.detach(), rtol=1e-4, atol=1e-5)
     loss.backward()

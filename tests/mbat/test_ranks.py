@@ -110,6 +110,15 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path
         assert_attacked(two_said)
 
 
+@pytest.mark.parametrize("side", ["_language_side", "_vision_side"])
+def test_memory_that_runs_out_in_one_process_makes_parts_in_both(folder: Path, side: str) -> None:
+    """None waits for the other, and the step stays that of the whole batch, negatives included."""
+    one, one_said = train(folder, "one", 1)
+    two, two_said = train(folder, f"two-scarce{side}", 2, scarce=[side, 2])
+    assert_same(one, two)
+    assert two_said["arm"] == pytest.approx(one_said["arm"])
+
+
 def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
     whole, _ = train(folder, "two", 2)
     rest, _ = train(folder, "rest", 2, resume_from_checkpoint=str(folder / "two" / "checkpoint-2"))

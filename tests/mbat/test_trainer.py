@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
 from cmai_fast.bridge import Bridge, task_loss
+from cmai_fast.bridge import bridge as bridge_module
+from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
-from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, last_checkpoint
 from cmai_fast.mbat import trainer as trainer_module
 
 
@@ -48,8 +50,9 @@ class Recording:
         attack, step = trainer._attack, trainer.training_step
 
         def keep_adv(*args):
-            self.adv.append(attack(*args))
-            return self.adv[-1]
+            result = attack(*args)
+            self.adv.append(result.adv)
+            return result
 
         def keep_batch(model, inputs, *args):
             self.batches.append({k: v.clone() for k, v in inputs.items()})
@@ -401,14 +404,14 @@ def test_an_old_mark_does_not_complete_a_new_checkpoint(make_trainer, tmp_path, 
 
 def test_the_old_checkpoint_goes_when_the_new_one_is_whole(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(save_total_limit=1)  # at steps 2 and 4
-    flush = trainer_module._flush
+    flush = checkpoints._flush
 
     def full_disk(path):
         if "checkpoint-4" in str(path):
             raise OSError("no space left on device")
         flush(path)
 
-    monkeypatch.setattr(trainer_module, "_flush", full_disk)
+    monkeypatch.setattr(checkpoints, "_flush", full_disk)
     with pytest.raises(OSError, match="no space"):
         trainer.train()
     assert trainer.args.save_total_limit == 1
@@ -492,9 +495,9 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
         seen.append(objective.text_features)
         return objective
 
-    def spy_contrast(clean, adversarial, text, own, other):
-        seen.extend((own, other))
-        return contrast(clean, adversarial, text, own, other)
+    def spy_contrast(parts, text):
+        seen.extend((parts[0].own, parts[0].wrong))
+        return contrast(parts, text)
 
     monkeypatch.setattr(trainer_module, "Objective", spy_objective)
     monkeypatch.setattr(trainer, "_contrast", spy_contrast)
@@ -588,3 +591,24 @@ def test_recomputation_changes_no_gradient(recompute, theirs, make_trainer, batc
     trainer.training_step(trainer.model, dict(batch))
     for (name, a), b in zip(plain.model.named_parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_is_the_same_with_logits_in_chunks(make_trainer, batch, monkeypatch):
+    steps, calls = [], []
+
+    def watched(*args):
+        calls.append(args)
+        return token_losses(*args)
+
+    monkeypatch.setattr(bridge_module, "token_losses", watched)
+    for large in (False, True):
+        monkeypatch.setattr(Bridge, "_pays", lambda *_, large=large: large)
+        trainer = make_trainer(refreshes=1)
+        loss = trainer.training_step(trainer.model, dict(batch))
+        steps.append((loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
+        assert len(calls) == (3 if large else 0)  # the clean branch, a refresh of the attack, the adversarial branch
+    (loss, grads), (other, others) = steps
+    torch.testing.assert_close(loss, other)
+    assert grads.keys() == others.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, others[name], rtol=1e-3, atol=1e-5, msg=name)
