@@ -43,6 +43,18 @@ def low_rank_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
 
 
+def check_adapters_learn(model: nn.Module) -> None:
+    """Raises ValueError where adapters are frozen and the copies of `modules_to_save` learn: so `from_pretrained` loads
+    a folder of adapters, and a run would train a fraction of what it seems to."""
+    low_rank = low_rank_parameters(model)
+    if low_rank and not any(p.requires_grad for p in low_rank) and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "the model's adapters are frozen, and only other parameters would learn. To go on with loaded adapters, "
+            "load them by PeftModel.from_pretrained(base, folder, is_trainable=True), or base.load_adapter(folder, "
+            "is_trainable=True)"
+        )
+
+
 def check_saving(model: Any, folder: Path) -> None:
     """Raises ValueError where `from_pretrained(folder)` would not give `model` back once it is saved there.
 

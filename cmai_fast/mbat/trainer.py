@@ -21,6 +21,7 @@ from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.adapters import (
     adapter_parameters,
+    check_adapters_learn,
     check_saving,
     has_adapters,
     low_rank_parameters,
@@ -101,6 +102,7 @@ class MBATTrainer(CheckpointedTrainer):
         self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
         self._seen = 0
+        check_adapters_learn(model)
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
@@ -112,6 +114,11 @@ class MBATTrainer(CheckpointedTrainer):
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient, so there is nothing to train; "
                 "requires_grad_() sets what is frozen free, is_trainable=True an adapter that is loaded"
+            )
+        if any(p.dtype == torch.float16 for p in model.parameters()):
+            raise ValueError(
+                "weights of the model are in float16, in which the bridge gradient underflows; load it with "
+                "dtype=torch.bfloat16 or torch.float32"
             )
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
