@@ -171,8 +171,9 @@ def test_gradients_in_float16_do_not_underflow(tiny_model, tiny_processor):
     assert largest.min() < 1e-4 * largest.max()  # rows need scales of their own
     agree = [((g.sign() == exact.sign()) & (exact != 0)).flatten(1).float().mean(1).min() for g in (scaled, plain)]
     assert scaled.isfinite().all() and agree[0] > 0.9 and agree[1] < 0.5
-    assert torch.cosine_similarity(scaled.flatten(1), exact.flatten(1)).min() > 0.99
-    torch.testing.assert_close(scaled.abs().flatten(1).amax(1), largest, rtol=0.1, atol=0)
+    one, other = ((g.flatten(1) / largest[:, None]).double() for g in (scaled, exact))
+    assert torch.cosine_similarity(one, other).min() > 0.99
+    torch.testing.assert_close(one.abs().amax(1), torch.ones(4, dtype=torch.float64), rtol=0.15, atol=0)
 
 
 def test_a_row_that_overflows_in_float16_is_scaled_less(tiny_model, tiny_processor, monkeypatch):
