@@ -227,6 +227,7 @@ def test_a_dual_encoder_is_not_sharded(make_trainer) -> None:
     trainer = make_trainer()
     trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin()))
     trainer.bridge = DualBridge.__new__(DualBridge)
+    trainer.bridge.model = trainer.model
     with pytest.raises(ValueError, match="accelerate cannot shard dual encoders; leave fsdp out"):
         trainer._check_sharding()
 
