@@ -227,6 +227,25 @@ class Objective:
                 loss = loss - self.beta * score
         return Evaluation(loss, right, score)
 
+    def _differentiate(self, losses: Tensor, leaf: Tensor) -> Tensor:
+        """d sum(losses) / d leaf, each row's from its own loss.
+
+        In float16 the losses as they are would leave 39% of the pixels of `easyvqa-llava` without a gradient (62% of
+        the immunised model): it falls below 6e-8 on its way, the sooner the surer the model is. So each is scaled up,
+        as far as the row's gradient stays finite.
+        """
+        if all(p.dtype != torch.float16 for p in self.bridge.model.parameters()):
+            return torch.autograd.grad(losses.sum(), leaf)[0]
+        surety = torch.exp2(torch.log2(losses.detach().abs().clamp(2.0**-24, 1.0)).floor())
+        found, rows = torch.empty_like(leaf), torch.ones_like(losses, dtype=torch.bool)
+        for scale in (2.0**10 / surety, 2.0**4 / surety, torch.ones_like(surety)):
+            (grad,) = torch.autograd.grad((losses * scale).sum(), leaf, retain_graph=True)
+            found[rows] = (grad / scale.view(-1, *[1] * (leaf.dim() - 1)))[rows]
+            rows = rows & ~grad.flatten(1).isfinite().all(1)
+            if not rows.any():
+                break
+        return found
+
     def gradient(self, model_input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Evaluation]:
         """d loss / d model_input, like `model_input`, and the evaluation at that point, detached.
 
@@ -235,6 +254,6 @@ class Objective:
         with torch.enable_grad():
             leaf = model_input.detach().clone().requires_grad_()
             at = self(leaf, rows)
-            (grad,) = torch.autograd.grad(at.loss.sum(), leaf)
+            grad = self._differentiate(at.loss, leaf)
         self.passes.full_backward += 1
         return grad, Evaluation(at.loss.detach(), at.right, None if at.score is None else at.score.detach())

@@ -81,7 +81,9 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, act: Callable[[Tensor], Tensor], x: Tensor, other: Tensor | None) -> Tensor:
-        ctx.act = act
+        ctx.act, device = act, x.device.type
+        # Autocast is on around forward passes alone; CUDA's takes powers in float32, as the first pass did.
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.save_for_backward(x, other)
         return act(x) if other is None else act(x) * other
 
@@ -89,7 +91,7 @@ class _Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         x, other = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
             leaf = x.detach().requires_grad_()
             value = ctx.act(leaf)
         value.backward(grad if other is None else grad * other)

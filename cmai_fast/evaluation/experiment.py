@@ -30,6 +30,7 @@ from cmai_fast.evaluation.sanity import sanity_checks
 from cmai_fast.evaluation.subject import Sample, Subject
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.mbat.adapters import has_adapters
 from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.threat import ThreatModel
@@ -104,6 +105,11 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     samples = _samples(settings.data, "test", settings.limit, settings.seed)
     suite = [AttackSpec("pgd", settings.attack_steps, settings.restarts), AttackSpec("apgd", 2 * settings.attack_steps)]
     before = settings.load(settings.model)
+    if has_adapters(before.model):
+        raise ValueError(
+            f"{settings.model} holds adapters, which come frozen, and immunize writes a whole model; save "
+            "merge_and_unload() of the PeftModel and name that folder, or train the adapters by MBATTrainer"
+        )
     if not (out / RUN_FILE).is_file():
         write_results(asdict(settings), out / RUN_FILE)
     if before.heads is None:

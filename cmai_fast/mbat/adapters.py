@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmai_fast.mbat.shards import fill
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -39,6 +41,18 @@ def low_rank_parameters(model: nn.Module) -> set[nn.Parameter]:
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+
+
+def check_adapters_learn(model: nn.Module) -> None:
+    """Raises ValueError where adapters are frozen and the copies of `modules_to_save` learn: so `from_pretrained` loads
+    a folder of adapters, and a run would train a fraction of what it seems to."""
+    low_rank = low_rank_parameters(model)
+    if low_rank and not any(p.requires_grad for p in low_rank) and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "the model's adapters are frozen, and only other parameters would learn. To go on with loaded adapters, "
+            "load them by PeftModel.from_pretrained(base, folder, is_trainable=True), or base.load_adapter(folder, "
+            "is_trainable=True)"
+        )
 
 
 def check_saving(model: Any, folder: Path) -> None:
@@ -96,7 +110,7 @@ def load_adapters(folder: Path, model: nn.Module) -> None:
                 f"of another shape ({wrong[0]}, ...); resume with the same adapter config"
             )
         for key, tensor in tensors.items():
-            tensor.copy_(found[key])
+            fill(tensor, found[key])
 
 
 def _saved(model: Any) -> dict[str, dict[str, Tensor]]:

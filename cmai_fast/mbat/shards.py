@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cmai_fast.bridge import Bridge
 
@@ -88,6 +88,13 @@ def load(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
         set_model_state_dict(model, state, options=options)
     else:
         model.load_state_dict(state, strict=strict)
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """`parameter.copy_(values)`, of which a process takes its shard; every process has the values."""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values.to(parameter), parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:

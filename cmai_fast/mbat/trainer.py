@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import warnings
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
@@ -23,13 +20,13 @@ from cmai_fast.bridge import DualBridge, bridge_of, frozen, lean_activations, se
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.adapters import (
-    WEIGHTS,
     adapter_parameters,
+    check_adapters_learn,
     check_saving,
     has_adapters,
-    load_adapters,
     low_rank_parameters,
 )
+from cmai_fast.mbat.checkpoints import CheckpointedTrainer
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.inner import InnerResult, maximise
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
@@ -38,14 +35,8 @@ from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, i
 from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.threat import PixelSpace, ThreatModel
 
-COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
-_STATE = "mbat.json"
-_HEADS_OPTIMIZER = "heads_optimizer.pt"
-# `eps` in the [0, 1] pixel range.
-_IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
 
-
-class MBATTrainer(Trainer):
+class MBATTrainer(CheckpointedTrainer):
     """Drop-in for `Trainer`: the same arguments, plus `heads`.
 
     Args:
@@ -74,9 +65,6 @@ class MBATTrainer(Trainer):
     Checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and, written last, the file
     `complete`; see `last_checkpoint`.
     """
-
-    args: MBATConfig
-    optimizer: Any
 
     def __init__(
         self,
@@ -114,6 +102,7 @@ class MBATTrainer(Trainer):
         self._heads_optimizer: torch.optim.Optimizer | None = None  # where the model is sharded
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
         self._seen = 0
+        check_adapters_learn(model)
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
@@ -125,6 +114,11 @@ class MBATTrainer(Trainer):
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient, so there is nothing to train; "
                 "requires_grad_() sets what is frozen free, is_trainable=True an adapter that is loaded"
+            )
+        if any(p.dtype == torch.float16 for p in model.parameters()):
+            raise ValueError(
+                "weights of the model are in float16, in which the bridge gradient underflows; load it with "
+                "dtype=torch.bfloat16 or torch.float32"
             )
         set_recompute(model, self.bridge.vision_side, args.recompute)
         with trainable_in_part(model):
@@ -161,6 +155,11 @@ class MBATTrainer(Trainer):
         if self.args.muon or is_quantized(self.model):
             what = "muon is set" if self.args.muon else "the model is quantised"
             raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+        if self.bridge.model is not self.model:
+            raise ValueError(
+                f"a {type(self.model).__name__} is to be sharded by FSDP2, whose wrapper the parts of the model do not "
+                "run through; put the adapters in by model.add_adapter(config) instead of get_peft_model"
+            )
         if isinstance(self.bridge, DualBridge):
             raise ValueError(
                 f"{type(self.model).__name__} is to be sharded by FSDP2, but accelerate cannot shard dual encoders; "
@@ -545,146 +544,6 @@ class MBATTrainer(Trainer):
             )
         return self.accelerator.gather_for_metrics(rows).cpu()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
-        super().save_model(output_dir, _internal_call)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        check_saving(self.model, Path(output_dir or self.args.output_dir))
-        super()._save(output_dir, state_dict)
-        if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
-            self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
-        # Older checkpoints go when this one is whole, not before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # each process writes its random state
-        if not self.args.should_save:
-            return
-        state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
-        (folder / _STATE).write_text(json.dumps(state))
-        for path in folder.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        (folder / COMPLETE).touch()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        best = self.state.best_model_checkpoint
-        rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_fsdp_enabled and self.args.should_save:
-            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)  # model.safetensors holds the same
-            if self._heads_optimizer is not None:
-                torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        folder = Path(checkpoint)
-        if not (folder / "optimizer.bin").is_file():
-            raise ValueError(
-                f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
-                "optimizer. Go on without FSDP, or start a new run from its weights"
-            )
-        shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
-        for part, file in ((self.lr_scheduler, "scheduler.pt"), (self._heads_optimizer, _HEADS_OPTIMIZER)):
-            if part is not None:
-                part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
-        checkpoint = Path(checkpoint_folder)
-        if not (checkpoint / COMPLETE).is_file():
-            return  # Trainer's own call comes too early: `_save_checkpoint` calls again
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.heads is not None and (self.args.hub_always_push or not uploading):
-            heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
-            heads.save_pretrained(Path(self.args.output_dir) / "cmcv")
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, and the settings of adversarial training in it."""
-        super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir) / "README.md"
-        settings = "\n".join(f"- {name}: {getattr(self.args, name)}" for name in _IN_CARD)
-        before, heading, after = path.read_text(encoding="utf-8").partition("### Framework versions")
-        card = f"{before}### Adversarial training (MBAT)\n\n{settings}\n\n{heading}{after}"
-        path.write_text(card, encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if not (folder / COMPLETE).is_file():
-            raise ValueError(
-                f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
-                "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
-            )
-        self._load_weights(folder, self.model if model is None else model)
-        if self.heads is not None:
-            heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
-            self.heads.load_state_dict(heads.state_dict())
-        state = json.loads((folder / _STATE).read_text())
-        self.passes = Passes(**state["passes"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["arm"] or {})
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint or "")
-
-    def _load_weights(self, folder: Path, model: nn.Module) -> None:
-        """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
-
-        `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
-        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does
-        it find adapters that `add_adapter` put into a model.
-        """
-        if has_adapters(model):
-            load_adapters(folder, model)
-            return
-        if (folder / WEIGHTS).is_file():
-            raise ValueError(
-                f"{folder} holds adapters alone, and the model has none; resume with the model they are of"
-            )
-        if not any(folder.glob("*.safetensors*")):
-            raise ValueError(
-                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
-            )
-        if not isinstance(model, PreTrainedModel):
-            super()._load_from_checkpoint(str(folder), model)
-            return
-        saved, report = shards.plain_class(model).from_pretrained(
-            folder, use_safetensors=True, dtype=model.dtype, output_loading_info=True
-        )
-        wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
-        if wrong:
-            raise ValueError(
-                f"the weights in {folder} do not fit the model: {wrong}; resume with the model they are of"
-            )
-        state, frozen_codes = saved.state_dict(), is_quantized(model)
-        if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
-            state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
-        shards.load(model, state, strict=not frozen_codes)
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of an `MBATTrainer` in `folder`, or None."""
-    found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
-
 
 def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
     """`parameters` learn and nothing else; beside adapters, those of them that already did."""
@@ -693,9 +552,3 @@ def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
         keep = {p for p in keep if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(p in keep)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a power cut cannot leave `complete` beside a file that is not."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from cmai_fast.attacks import ATTACKS, Objective, apgd, fgsm, mi_fgsm, pgd
-from cmai_fast.bridge import Bridge
+from cmai_fast.bridge import Bridge, bridge_of
 from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.threat import ThreatModel
+from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.threat import PixelSpace, ThreatModel
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +145,53 @@ def test_half_precision_images_are_attacked_in_float32(case32):
     result = pgd(case32.objective(), case32.clean.bfloat16(), ThreatModel("linf", 8 / 255), steps=2, early_stop=False)
     delta = result.adv.double() - case32.clean.bfloat16().double()
     assert result.adv.dtype == torch.float32 and delta.abs().max() <= 8 / 255 + 1e-7
+
+
+def test_gradients_in_float16_do_not_underflow(tiny_model, tiny_processor):
+    """Of an answer that the model is sure of they are tiny, and float16 would lose most of them."""
+    model, space = copy.deepcopy(tiny_model), PixelSpace.from_processor(tiny_processor)
+    data = load_dataset("easyvqa", "train", 4, seed=3)
+    batch = VQACollator(tiny_processor)([data[i] for i in range(4)])
+    model.lm_head.weight.data *= 30  # sure of something
+    bridge = Bridge(model)
+    with torch.no_grad():
+        logits, targets = bridge.fuse(bridge.encode_image(batch["pixel_values"]), **bridge.inputs(batch)[1])
+    batch["labels"][batch["labels"] != -100] = logits.argmax(-1)[targets != -100]
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        objective = Objective(bridge_of(model.to(dtype)), space, batch)
+        with objective.lent():
+            leaf = objective.space.to_model(objective.pixels())
+            found[dtype] = objective.gradient(leaf)[0]
+            if dtype == torch.float16:
+                leaf.requires_grad_()
+                (plain,) = torch.autograd.grad(objective(leaf).loss.sum(), leaf)
+    exact, scaled = found[torch.float32], found[torch.float16]
+    largest = exact.abs().flatten(1).amax(1)
+    assert largest.min() < 1e-4 * largest.max()  # rows need scales of their own
+    agree = [((g.sign() == exact.sign()) & (exact != 0)).flatten(1).float().mean(1).min() for g in (scaled, plain)]
+    assert scaled.isfinite().all() and agree[0] > 0.9 and agree[1] < 0.5
+    one, other = ((g.flatten(1) / largest[:, None]).double() for g in (scaled, exact))
+    assert torch.cosine_similarity(one, other).min() > 0.99
+    torch.testing.assert_close(one.abs().amax(1), torch.ones(4, dtype=torch.float64), rtol=0.15, atol=0)
+
+
+def test_a_row_that_overflows_in_float16_is_scaled_less(tiny_model, tiny_processor, monkeypatch):
+    model, space = copy.deepcopy(tiny_model).half(), PixelSpace.from_processor(tiny_processor)
+    data = load_dataset("easyvqa", "train", 4, seed=3)
+    objective = Objective(Bridge(model), space, VQACollator(tiny_processor)([data[i] for i in range(4)]))
+    values = space.to_model(objective.pixels())
+    expected, _ = objective.gradient(values)
+    differentiate, scales = torch.autograd.grad, []
+
+    def overflowing(total, leaf, **kwargs):
+        (grad,) = differentiate(total, leaf, **kwargs)
+        scales.append(float(total.detach()))
+        if len(scales) < 3:
+            grad[1] = float("inf")
+        return (grad,)
+
+    monkeypatch.setattr(torch.autograd, "grad", overflowing)
+    grad, _ = objective.gradient(values)
+    assert len(scales) == 3 and scales[0] > scales[1] > scales[2]
+    torch.testing.assert_close(grad, expected, rtol=0.2, atol=1e-2 * float(expected.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,27 @@ def test_an_activation_of_several_operations_keeps_its_input_alone(act: str) -> 
         lean, after = kept(model, x)
     assert all(torch.equal(a, b) for a, b in zip(plain, lean, strict=True))
     assert after == 5 * 24 * 4 < before
+
+
+def test_a_backward_pass_outside_autocast_takes_the_activation_as_the_forward_pass_did() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("turn", torch.randn(24, 24))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.turn)  # of float32 and bfloat16, which autocast alone multiplies
+
+    model = mlp()
+    model.act_fn = Turned()
+    x = torch.randn(5, 8, requires_grad=True)
+    found = []
+    for context in (contextlib.nullcontext(), lean_activations(model)):
+        with context:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_factor_of_another_width_gets_a_gradient_of_its_own_shape() -> None:

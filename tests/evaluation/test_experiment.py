@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -345,6 +346,17 @@ def test_counts_are_whole_numbers(settings, name):
             replace(settings, **{name: value})
     with pytest.raises(ValueError, match="learning_rate is nan"):
         replace(settings, learning_rate=float("nan"))
+
+
+def test_a_folder_of_adapters_is_no_whole_model(settings, model_folder, tmp_path):
+    """Loaded, its LoRA matrices are frozen: training would move `modules_to_save` alone."""
+    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"]))
+    model.save_pretrained(tmp_path / "adapters")
+    AutoProcessor.from_pretrained(model_folder).save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match=r"adapters holds adapters, which come frozen.*merge_and_unload"):
+        immunize(replace(settings, model=str(tmp_path / "adapters")), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_pickled_weights_are_not_read(make_tiny, settings, tmp_path):

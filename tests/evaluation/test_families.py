@@ -202,28 +202,33 @@ def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path,
     assert replace(settings, dtype="float32").load("m").model.dtype == torch.float32
 
 
-class WithoutTorchvision:
-    """What loads each part of a processor, and an empty one for videos."""
+class VideosBy:
+    """What loads each part of a processor, and `load` for that of videos, whether torchvision is there or not."""
 
-    def __init__(self, own):
-        self.own = own
+    def __init__(self, own, load):
+        self.own, self.load = own, load
 
     def keys(self):
         return self.own.keys()
 
     def __getitem__(self, part):
         if part == "video_processor":
-            return SimpleNamespace(from_pretrained=lambda *args, **kwargs: no_videos())
+            return SimpleNamespace(from_pretrained=lambda *args, **kwargs: self.load())
         return self.own[part]
 
 
 def test_a_folder_whose_processor_reads_videos_too(command, tmp_path, monkeypatch):
     save(by_name("Qwen2.5-VL"), tmp_path / "m")
     line = "attack --model m --limit 4 --steps 2 --batch-size 3 --out a.json --no-progress"
+    known, place = processing_utils.MODALITY_TO_AUTOPROCESSOR_MAPPING, "MODALITY_TO_AUTOPROCESSOR_MAPPING"
+
+    def lacking():
+        raise ImportError("\nBaseVideoProcessor requires the Torchvision library but it was not found. Install it")
+
+    monkeypatch.setattr(processing_utils, place, VideosBy(known, lacking))
     done = command(line)
     assert done.exit_code == 2 and "requires the Torchvision library" in done.stderr and done.stderr.count("\n") == 1
-    known = processing_utils.MODALITY_TO_AUTOPROCESSOR_MAPPING
-    monkeypatch.setattr(processing_utils, "MODALITY_TO_AUTOPROCESSOR_MAPPING", WithoutTorchvision(known))
+    monkeypatch.setattr(processing_utils, place, VideosBy(known, no_videos))
     monkeypatch.setattr(processing_utils.ProcessorMixin, "check_argument_for_proper_class", lambda *args: None)
     done = command(line)
     assert done.exit_code == 0, done.output

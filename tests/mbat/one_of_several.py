@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -111,6 +112,9 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     scarce = settings.pop("scarce", None)
     for part in settings.pop("freeze", ()):
         model.model.get_submodule(part).requires_grad_(False)
+    if settings.pop("adapters", False):
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
     processor = AutoProcessor.from_pretrained(folder / "model")
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # heads of its own, until it is given those of the first
     width = model.config.get_text_config().hidden_size

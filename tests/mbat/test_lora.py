@@ -381,3 +381,12 @@ def test_other_families(name, tmp_path, way):
     again = PeftModel.from_pretrained(copy.deepcopy(family.model()), tmp_path / "saved")
     pair = [family.own_forward(m.eval(), batch)[0] for m in (trainer.bridge.model, again.get_base_model())]
     torch.testing.assert_close(*pair)
+
+
+@WAYS
+def test_adapters_that_were_loaded_frozen_are_refused(load, train, way):
+    model = adapt(load(), way, "language", modules_to_save=["multi_modal_projector"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_" not in name)
+    with pytest.raises(ValueError, match="the model's adapters are frozen, and only other parameters would learn"):
+        train(model)

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from cmai_fast.bridge import DualBridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
+from cmai_fast.mbat.adapters import WEIGHTS
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 # A step of plain SGD shows every gradient as it is; adaptive steps would hide a wrong scale.
@@ -168,6 +170,22 @@ def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path) -> 
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
 
+def test_adapters_in_a_sharded_model_train_and_resume_as_in_one_process(folder: Path) -> None:
+    changes = ADAPTIVE | {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "adapters": True}
+    one, _ = train(folder, "one-adapters", 1, **changes)
+    two, _ = train(folder, "shards-adapters", 2, fsdp=True, **changes)
+    assert_same(one, two)
+    before = str(folder / "shards-adapters" / "checkpoint-2")
+    rest, _ = train(folder, "rest-of-adapters", 2, fsdp=True, **changes, resume_from_checkpoint=before)
+    assert all(torch.equal(rest[name], weight) for name, weight in two.items())
+    saved = load_file(folder / "shards-adapters" / "checkpoint-4" / WEIGHTS)
+    learnt = {k: v for k, v in one.items() if "lora_" in k}
+    assert learnt
+    for name, weight in learnt.items():
+        key = name.replace("model.", "base_model.model.", 1).replace(".default", "")
+        torch.testing.assert_close(saved[key], weight, rtol=0, atol=1e-9)
+
+
 def plugin(version: int = 2, kind: str = "FULL_STATE_DICT") -> SimpleNamespace:
     return SimpleNamespace(fsdp_version=version, state_dict_type=kind, transformer_cls_names_to_wrap=None)
 
@@ -189,6 +207,15 @@ def test_other_ways_to_shard_are_refused_by_name(make_trainer, deepspeed, plugin
         trainer._check_sharding()
 
 
+def test_a_wrapper_of_peft_is_not_sharded(make_trainer) -> None:
+    trainer = make_trainer()
+    trainer.model = get_peft_model(trainer.model, LoraConfig(target_modules=["q_proj"]))
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin()))
+    with pytest.raises(ValueError, match=r"a PeftModel is to be sharded by FSDP2.*add_adapter"):
+        trainer._check_sharding()
+
+
 def test_a_model_loaded_in_parts_is_refused(make_trainer) -> None:
     trainer = make_trainer()
     trainer.is_distributed_loading_by_transformers = True
@@ -200,6 +227,7 @@ def test_a_dual_encoder_is_not_sharded(make_trainer) -> None:
     trainer = make_trainer()
     trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin()))
     trainer.bridge = DualBridge.__new__(DualBridge)
+    trainer.bridge.model = trainer.model
     with pytest.raises(ValueError, match="accelerate cannot shard dual encoders; leave fsdp out"):
         trainer._check_sharding()
 

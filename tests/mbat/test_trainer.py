@@ -17,7 +17,7 @@ from cmai_fast.bridge import Bridge, task_loss
 from cmai_fast.bridge import bridge as bridge_module
 from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
-from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, last_checkpoint
 from cmai_fast.mbat import trainer as trainer_module
 
 
@@ -404,14 +404,14 @@ def test_an_old_mark_does_not_complete_a_new_checkpoint(make_trainer, tmp_path, 
 
 def test_the_old_checkpoint_goes_when_the_new_one_is_whole(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(save_total_limit=1)  # at steps 2 and 4
-    flush = trainer_module._flush
+    flush = checkpoints._flush
 
     def full_disk(path):
         if "checkpoint-4" in str(path):
             raise OSError("no space left on device")
         flush(path)
 
-    monkeypatch.setattr(trainer_module, "_flush", full_disk)
+    monkeypatch.setattr(checkpoints, "_flush", full_disk)
     with pytest.raises(OSError, match="no space"):
         trainer.train()
     assert trainer.args.save_total_limit == 1
