@@ -20,6 +20,8 @@ from transformers.activations import NewGELUActivation, QuickGELUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
+from cmai_fast.bridge.replaced import replaced
+
 _WASTEFUL = (NewGELUActivation, QuickGELUActivation)  # of several operations, each of which keeps something
 
 
@@ -39,22 +41,16 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
 
     MLPs of another form stay as they are, and so does one whose `forward` was replaced in the instance.
     """
-    replaced: list[nn.Module] = []
-    try:
-        for module in model.modules():
-            if "forward" in module.__dict__:
-                continue
-            if isinstance(module, _WASTEFUL):
-                module.forward = functools.partial(_activate, module.forward)
-            elif _is_gated(module):
-                module.forward = functools.partial(_gated, module)
-            else:
-                continue
-            replaced.append(module)
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for module in model.modules():
+        if "forward" in module.__dict__:
+            continue
+        if isinstance(module, _WASTEFUL):
+            forwards[module] = functools.partial(_activate, module.forward)
+        elif _is_gated(module):
+            forwards[module] = functools.partial(_gated, module)
+    with replaced(forwards):
         yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
 
 
 def _is_gated(module: nn.Module) -> bool:

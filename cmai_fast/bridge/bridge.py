@@ -19,7 +19,8 @@ from transformers.utils import ModelOutput
 
 from cmai_fast.bridge.frozen import frozen
 from cmai_fast.bridge.packed import unpacked
-from cmai_fast.bridge.token_loss import lent, token_losses
+from cmai_fast.bridge.replaced import replaced
+from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.layout import runs
 
 IGNORE = -100
@@ -312,7 +313,7 @@ class Bridge:
             read.append(hidden)
             return hidden
 
-        with lent(head, hand_on):
+        with replaced({head: hand_on}):
             _, targets = self.fuse(image_features, **text_inputs)
         here = targets != IGNORE
         loss, right = token_losses(head, read[0][here], targets[here])
@@ -358,7 +359,7 @@ class Bridge:
             return given[-1]
 
         plain = head.forward
-        with unpacked(self.model), frozen(self.model), torch.no_grad(), lent(head, marked):
+        with unpacked(self.model), frozen(self.model), torch.no_grad(), replaced({head: marked}):
             logits, _ = self.fuse(image_features, **text_inputs)
         return len(given) == 1 and logits.shape == given[0].shape and torch.equal(logits, given[0].to(logits))
 

@@ -14,18 +14,14 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmai_fast.bridge.replaced import replaced
+
 
 @contextmanager
 def patches_by_matmul(model: nn.Module) -> Iterator[None]:
     """Inside, patch embeddings of `model` on the CPU run as matrix products; on leaving, as they did before."""
-    found = [m for m in model.modules() if _cuts_patches(m)]
-    try:
-        for module in found:
-            module.forward = types.MethodType(_forward, module)
+    with replaced({m: types.MethodType(_forward, m) for m in model.modules() if _cuts_patches(m)}):
         yield
-    finally:
-        for module in found:
-            module.__dict__.pop("forward", None)
 
 
 def _cuts_patches(module: nn.Module) -> bool:

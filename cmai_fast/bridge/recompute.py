@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cmai_fast.bridge.replaced import replaced
+
 MODES = ("none", "encoder", "selective", "full")
 
 # What `selective` keeps: products and attention are nearly all of a layer's time and a small part of its activations.
@@ -62,17 +64,8 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Inside, layers with recomputation switched on recompute in evaluation mode too; on leaving, as before."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    # A `forward` of the instance's own is somebody else's hook, such as accelerate's: it runs inside, and comes back.
-    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(_forward, layer, layer.forward)
+    with replaced({layer: functools.partial(_forward, layer, layer.forward) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-            if layer in own:
-                layer.forward = own[layer]
 
 
 def _forward(layer: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

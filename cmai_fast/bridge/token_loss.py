@@ -11,8 +11,6 @@ layer, and for the loss of each token both compute the logits twice, where a fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,19 +29,6 @@ def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tens
     """
     trained = [p for p in head.parameters() if p.requires_grad]
     return _TokenLosses.apply(hidden, targets, head, *trained)
-
-
-@contextmanager
-def lent(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the output layer of a model does this instead of its own work."""
-    own = head.__dict__.get("forward")  # somebody else's hook, such as accelerate's
-    try:
-        head.forward = forward
-        yield
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
 
 
 def _chunk(hidden: Tensor) -> int:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from cmai_fast.attacks import Objective
 from cmai_fast.bridge import Bridge, bridge_of, is_right, task_loss
 from cmai_fast.bridge import bridge as bridge_module
-from cmai_fast.bridge.token_loss import lent, token_losses
+from cmai_fast.bridge.replaced import replaced
+from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.mbat import maximise
 from cmai_fast.threat import PixelSpace, ThreatModel
 from families import FAMILIES, IMAGE, Family
@@ -128,7 +129,7 @@ def test_a_lent_layer_is_given_back_with_its_hook(hooked):
     before = head(hidden)
 
     def use() -> None:
-        with lent(head, lambda hidden: hidden + 1):
+        with replaced({head: lambda hidden: hidden + 1}):
             assert torch.equal(head(hidden), hidden + 1)
             raise OSError("planted")
 
