@@ -25,6 +25,15 @@ def collate(tiny_processor):
     return VQACollator(tiny_processor, negatives=1)
 
 
+@pytest.fixture(scope="module")
+def folder(make_tiny, tmp_path_factory):
+    """The tiny model and its processor, saved."""
+    folder = tmp_path_factory.mktemp("whole")
+    for part in make_tiny():
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def batch(collate, data):
     return collate([data[i] for i in range(4)])

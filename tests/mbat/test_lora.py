@@ -40,14 +40,6 @@ def _own_randomness():
         yield
 
 
-@pytest.fixture(scope="module")
-def folder(make_tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    for part in make_tiny():
-        part.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def load(folder):
     """`load(quantization=None)`: the tiny model, from its folder, so that adapters know where their base is."""

@@ -18,14 +18,6 @@ from cmai_fast.threat import PixelSpace, ThreatModel
 BITS = pytest.mark.parametrize("bits", [4, 8])
 
 
-@pytest.fixture(scope="module")
-def folder(make_tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    for part in make_tiny():
-        part.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def load(folder):
     def load(bits: int) -> Any:
