@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from cmai_fast.data import Sample
 from families import FAMILIES, VOCABULARY, Family
 
 GENERATIVE = [f for f in FAMILIES if f.kind == "generative"]
@@ -34,15 +36,15 @@ _WORDS = (
 assert len(_SPECIAL) + len(_WORDS) <= VOCABULARY
 
 SAMPLES = [
-    {"question": "what color is the shape?", "answer": "red", "choices": ["red", "blue", "green"], "sample_id": 3},
-    {"question": "is there a blue circle?", "answer": "blue circle", "choices": ["red", "blue circle"], "sample_id": 5},
-    {"question": "what is there?", "answer": "circle", "choices": ["circle", "shape"], "sample_id": 8},
+    Sample(3, (), "what color is the shape?", ("red",), ("red", "blue", "green")),
+    Sample(5, (), "is there a blue circle?", ("blue circle",), ("red", "blue circle")),
+    Sample(8, (), "what is there?", ("circle",), ("circle", "shape")),
 ]
 
 
-def samples_of(family: Family) -> list[dict[str, Any]]:
+def samples_of(family: Family) -> list[Sample]:
     """Questions of different lengths about pictures of the family's sizes, one each."""
-    return [{**s, "image": own.pictures[0]} for s, own in zip(SAMPLES, family.samples(), strict=True)]
+    return [replace(s, images=(own.pictures[0],)) for s, own in zip(SAMPLES, family.samples(), strict=True)]
 
 
 def tokenizer(start: bool = True, **names: str) -> Any:

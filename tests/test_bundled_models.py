@@ -10,8 +10,8 @@ import torch
 
 from cmai_fast.attacks import pgd
 from cmai_fast.data import load_dataset
-from cmai_fast.evaluation.subject import Subject
 from cmai_fast.models import BUNDLED, resolve
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
 
 PLAIN = """
@@ -51,7 +51,7 @@ def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> No
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 8 * 2**20
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    subject = Subject.load(name)
+    subject = Pipeline.load(name)
     assert 1e6 <= sum(p.numel() for p in subject.model.parameters()) <= 3e6
     assert subject.threshold is not None
     assert subject.threshold.split == "calibration"
@@ -60,7 +60,7 @@ def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> No
 def test_the_undefended_model_breaks_and_the_immunised_one_stands() -> None:
     eps, data, robust = 16 / 255, load_dataset("easyvqa", "test", 48), {}
     for name in ("easyvqa-llava", "easyvqa-llava-immune"):
-        subject = Subject.load(name)
+        subject = Pipeline.load(name)
         batch = subject.collate([data[i] for i in range(len(data))])
         objective = subject.objective(batch)
         clean = objective.pixels()

@@ -222,15 +222,15 @@ def generated_accuracy(folder: Path, batch: int = 256) -> float:
         samples = [data[i] for i in range(start, min(start + batch, len(data)))]
         prompts = [
             processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s["question"]}]}],
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.prompt}]}],
                 add_generation_prompt=True,
             )
             for s in samples
         ]
-        inputs = processor(images=[s["image"] for s in samples], text=prompts, padding=True, return_tensors="pt")
+        inputs = processor(images=[s.images[0] for s in samples], text=prompts, padding=True, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(a.strip() == s["answer"] for a, s in zip(answers, samples, strict=True))
+        right += sum(a.strip() == s.answer for a, s in zip(answers, samples, strict=True))
     return right / len(data)
 
 

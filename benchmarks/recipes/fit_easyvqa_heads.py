@@ -14,7 +14,7 @@ from rich.progress import Progress
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
 from cmai_fast.evaluation.experiment import calibration_scores, training_batches
-from cmai_fast.evaluation.subject import Subject
+from cmai_fast.pipeline import Pipeline
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    subject = Subject.load(str(args.model))
+    subject = Pipeline.load(str(args.model))
     heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
     with Progress() as progress:
         bar = progress.add_task("heads", total=args.steps)

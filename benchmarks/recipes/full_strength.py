@@ -40,9 +40,10 @@ from cmai_fast.evaluation.experiment import (
 )
 from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
 from cmai_fast.evaluation.protocol import AttackSpec, clean_verdicts, measure
-from cmai_fast.evaluation.results import write_results, write_text
-from cmai_fast.evaluation.subject import Subject
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.files import write_text
 from cmai_fast.metrics import accuracy
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, parse_eps
 
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
@@ -82,7 +83,7 @@ def settings_of(defence: str, eps: float, seed: int, work: Path) -> ImmunizeSett
     return settings
 
 
-def evaluate(subject: Subject, eps: float, limit: int) -> dict[str, Any]:
+def evaluate(subject: Pipeline, eps: float, limit: int) -> dict[str, Any]:
     """Clean accuracy on the whole test split; attacks on `limit` questions of it."""
     data = load_dataset("easyvqa", "test", limit)
     samples = [data[i] for i in range(len(data))]
@@ -105,7 +106,7 @@ def claim(work: Path, settings: ImmunizeSettings) -> None:
 
 def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     if defence == "undefended":
-        return evaluate(Subject.load(BASE.model), args.eps, args.limit) | {"training": None, "settings": None}
+        return evaluate(Pipeline.load(BASE.model), args.eps, args.limit) | {"training": None, "settings": None}
     settings = settings_of(defence, args.eps, seed, args.work)
     work, record = args.work / f"{defence}-seed{seed}", {}
     claim(work, settings)
@@ -113,13 +114,13 @@ def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
         harden(BASE.model, Path(settings.model), args.eps, seed)
         record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
     if not (work / "trained.json").exists():
-        subject, start = Subject.load(settings.model), time.process_time()
+        subject, start = Pipeline.load(settings.model), time.process_time()
         if subject.heads is None and (settings.beta or settings.gamma or settings.arm):
             add_heads(subject, settings, True)
         trained = train(subject, settings, work, True, True)
         write_results(trained | {"cpu_seconds": time.process_time() - start}, work / "trained.json")
     record["training"] = json.loads((work / "trained.json").read_text())
-    subject = Subject.load(str(work / "model"))
+    subject = Pipeline.load(str(work / "model"))
     subject.name = f"{defence}-seed{seed}"
     record |= evaluate(subject, args.eps, args.limit)
     return record | {"settings": asdict(settings) | {"model": Path(settings.model).name}}
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
 def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a training step of each defence, alternating in one process, medians."""
-    subject = Subject.load(BASE.model)
+    subject = Pipeline.load(BASE.model)
     batch = next(training_batches(subject, "easyvqa", BASE.batch_size, 0))
     base = training_arguments(BASE, args.work)
     steps = {"clean": stepper(subject, base, CLEAN_STEP)}

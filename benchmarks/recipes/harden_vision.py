@@ -30,9 +30,9 @@ from cmai_fast.bridge import frozen, patches_by_matmul
 from cmai_fast.data import EasyVQA
 from cmai_fast.data.easyvqa import COLORS, SHAPES
 from cmai_fast.evaluation.results import write_results
-from cmai_fast.evaluation.subject import Subject
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import parse_eps
 
 DEFAULTS: dict[str, Any] = {"steps": 2500, "lr": 2e-3, "inner_steps": 3}
@@ -119,7 +119,7 @@ def harden(model: str, out: Path, eps: float, seed: int, **settings: Any) -> Non
         if json.loads((out / RECORD).read_text())["settings"] != told:
             raise ValueError(f"{out} was made with other settings than {told}; name another folder")
         return
-    subject, start, cpu = Subject.load(model), time.perf_counter(), time.process_time()
+    subject, start, cpu = Pipeline.load(model), time.perf_counter(), time.process_time()
     losses = harden_vision(subject.model.model.vision_tower, eps, **settings)
     record = {
         "recipe": "benchmarks/recipes/harden_vision.py",

@@ -6,11 +6,13 @@ from cmai_fast.bridge.choose import bridge_of
 from cmai_fast.bridge.dual import DualBridge
 from cmai_fast.bridge.encoder_decoder import EncoderDecoderBridge
 from cmai_fast.bridge.frozen import frozen
+from cmai_fast.bridge.images import BatchImages
 from cmai_fast.bridge.packed import unpack, unpacked
 from cmai_fast.bridge.patches import patches_by_matmul
 from cmai_fast.bridge.recompute import recomputed, set_recompute
 
 __all__ = [
+    "BatchImages",
     "Bridge",
     "DualBridge",
     "EncoderDecoderBridge",

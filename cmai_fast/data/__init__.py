@@ -3,6 +3,7 @@
 from cmai_fast.data.collate import VQACollator
 from cmai_fast.data.easyvqa import EasyVQA, answer_choices
 from cmai_fast.data.prompt import format_prompt
+from cmai_fast.data.sample import Sample, numeric_id
 
 DATASETS = {EasyVQA.name: EasyVQA}
 
@@ -14,4 +15,13 @@ def load_dataset(name: str, split: str, limit: int | None = None, seed: int = 0)
     return DATASETS[name](split, limit, seed)
 
 
-__all__ = ["DATASETS", "EasyVQA", "VQACollator", "answer_choices", "format_prompt", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "EasyVQA",
+    "Sample",
+    "VQACollator",
+    "answer_choices",
+    "format_prompt",
+    "load_dataset",
+    "numeric_id",
+]

@@ -11,6 +11,7 @@ import torch
 
 from cmai_fast.data.pictures import RememberedPictures
 from cmai_fast.data.prompt import PromptForm, format_prompt
+from cmai_fast.data.sample import Sample, numeric_id
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 Row = dict[str, np.ndarray]
@@ -44,28 +45,28 @@ class VQACollator:
         self._call = copy.copy(processor)
         self._call.image_processor = RememberedPictures(processor.image_processor)
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts, rows, batch = self._encode(samples)
-        batch.update(self._close(texts, rows, [s["answer"] for s in samples]))
-        if all("sample_id" in s for s in samples):  # else the attack names samples by their places
-            batch["sample_ids"] = torch.tensor([s["sample_id"] for s in samples])
+    def __call__(self, samples: Sequence[Sample | dict[str, Any]]) -> dict[str, torch.Tensor]:
+        asked = [Sample.of(s, i) for i, s in enumerate(samples)]
+        texts, rows, batch = self._encode(asked)
+        batch.update(self._close(texts, rows, [s.answer for s in asked]))
+        batch["sample_ids"] = torch.tensor([numeric_id(s.id) for s in asked])
         if self.negatives:
-            wrong = [answer for s in samples for answer in self._wrong_answers(s)]
+            wrong = [answer for s in asked for answer in self._wrong_answers(s)]
             places = [i for i in range(len(samples)) for _ in range(self.negatives)]
             closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
             batch.update({f"negative_{k}": closed[k] for k in ("input_ids", "attention_mask", "labels")})
         return batch
 
-    def prompts(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def prompts(self, samples: Sequence[Sample | dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch up to where the model answers, without labels, for `generate`."""
-        _, rows, batch = self._encode(samples)
+        _, rows, batch = self._encode([Sample.of(s, i) for i, s in enumerate(samples)])
         return {**batch, **self._padded(rows)}
 
-    def _encode(self, samples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
+    def _encode(self, samples: Sequence[Sample]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
         """Prompts as texts and as tokens, and what the family's forward takes beside the tokens."""
-        texts = [format_prompt(self.processor, s["question"]) for s in samples]
+        texts = [format_prompt(self.processor, s.prompt) for s in samples]
         made = self._call(
-            images=[[s["image"]] for s in samples],  # some families want them by sample
+            images=[list(s.images) for s in samples],  # some families want them by sample
             text=list(texts),
             padding=True,  # PaliGemma's processor cannot do without; it is taken off again
             padding_side="right",  # positions of InstructBLIP's second text are counted from its first column
@@ -102,12 +103,12 @@ class VQACollator:
                 padded[k][i, longest - len(v) :] = torch.from_numpy(v)
         return padded
 
-    def _wrong_answers(self, sample: dict[str, Any]) -> list[str]:
-        others = [c for c in sample.get("choices", ()) if c != sample["answer"]]
+    def _wrong_answers(self, sample: Sample) -> list[str]:
+        others = [c for c in sample.choices if c != sample.answer]
         if not others:
             raise ValueError(
-                f"sample {sample.get('sample_id')} has no wrong answers in its 'choices'; the contrastive loss needs "
+                f"sample {sample.id} has no wrong answers in its 'choices'; the contrastive loss needs "
                 "at least one. Add them, or collate with negatives=0"
             )
-        rng = np.random.default_rng((self.seed, int(sample.get("sample_id", 0))))
+        rng = np.random.default_rng((self.seed, numeric_id(sample.id)))
         return [others[j] for j in rng.integers(len(others), size=self.negatives)]

@@ -8,12 +8,13 @@ the model was fitted to, nor on the test split.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+
+from cmai_fast.data.sample import Sample
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -48,8 +49,8 @@ class EasyVQA(Dataset):
             9,673 in test).
         seed: of the draw; the same seed and limit give the same questions.
 
-    A sample is a dict: `sample_id` (int, position in the official question list, so a result can be traced),
-    `image` (uint8 array, 64 x 64 x 3), `question`, `answer` (str), `choices` (the answers of the same kind).
+    A `Sample` has the `id` of its place in the official question list, so that a result can be traced, one image (uint8
+    array, 64 x 64 x 3), and as `choices` the answers of the same kind.
     """
 
     name = "easyvqa"
@@ -75,15 +76,15 @@ class EasyVQA(Dataset):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         i = self.sample_ids[index]
-        return {
-            "sample_id": i,
-            "image": _load_pictures(self._official)[self.image_ids[i]],
-            "question": self.questions[i],
-            "answer": self.answers[i],
-            "choices": answer_choices(self.answers[i]),
-        }
+        return Sample(
+            id=i,
+            images=(_load_pictures(self._official)[self.image_ids[i]],),
+            prompt=self.questions[i],
+            references=(self.answers[i],),
+            choices=answer_choices(self.answers[i]),
+        )
 
     def picture_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pictures with the colour and shape that this split's own questions give away.

@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
-from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.data import Sample, VQACollator, load_dataset
 from cmai_fast.evaluation.overhead import step_overhead
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.progress import TrainingBar
@@ -27,12 +27,13 @@ from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, clean_v
 from cmai_fast.evaluation.report import write_report
 from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.sanity import sanity_checks
-from cmai_fast.evaluation.subject import Sample, Subject
 from cmai_fast.evaluation.versions import versions
+from cmai_fast.files import write_folder
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.mbat.adapters import has_adapters
 from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
 from cmai_fast.models.loading import chosen_device
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
 
 RUN_FILE = "run.json"
@@ -81,8 +82,8 @@ class ImmunizeSettings:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected above 0, finite")
 
-    def load(self, name: str) -> Subject:
-        return Subject.load(name, device=self.device, dtype=self.dtype, attention=self.attention)
+    def load(self, name: str) -> Pipeline:
+        return Pipeline.load(name, device=self.device, dtype=self.dtype, attention=self.attention)
 
 
 def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     results["overhead"] = step_overhead(before, args, batch)
     results["training"] = json.loads(trained.read_text())
     results["settings"] = asdict(settings) | {"split": "test", "steps": settings.attack_steps} | _curve_setting(suite)
-    results |= {"seed": settings.seed, "versions": versions(), "sample_ids": [s["sample_id"] for s in samples]}
+    results |= {"seed": settings.seed, "versions": versions(), "sample_ids": [s.id for s in samples]}
     write_results(results, out / "results.json")
     return _finish(out, results)
 
@@ -166,14 +167,14 @@ def evaluate(
     samples = _samples(data, "test", limit, seed)
     suite = [AttackSpec("pgd", steps, restarts), AttackSpec("apgd", 2 * steps)]
     how = {"device": device, "dtype": dtype, "attention": attention}
-    after, before = Subject.load(model, **how), Subject.load(against, **how) if against else None
+    after, before = Pipeline.load(model, **how), Pipeline.load(against, **how) if against else None
     results = _compare(before, after, samples, threat, suite, seed, progress, batch_size)
     results["settings"] = {
         "model": model, "against": against, "data": data, "split": "test", "limit": limit, "eps": threat.eps,
         "norm": threat.norm, "steps": steps, "restarts": restarts, "batch_size": batch_size, **how,
         "device": str(after.model.device), "command": command,
     } | _curve_setting(suite)  # fmt: skip
-    results |= {"seed": seed, "versions": versions(), "sample_ids": [s["sample_id"] for s in samples]}
+    results |= {"seed": seed, "versions": versions(), "sample_ids": [s.id for s in samples]}
     out.mkdir(parents=True, exist_ok=True)
     write_results(results, out / "results.json")
     write_report(read_results(out / "results.json"), out / "report.html")
@@ -204,7 +205,7 @@ def attack(
         raise ValueError(f"{out} exists; name another file with --out, or delete it")
     samples = _samples(data, "test", limit, seed)
     how = {"device": device, "dtype": dtype, "attention": attention}
-    subject = Subject.load(model, **how)
+    subject = Pipeline.load(model, **how)
     _, clean = clean_verdicts(subject, samples, batch_size, progress)
     attacked = run_attack(subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress)
     right, right_8bit = worst_case(clean, attacked.right), worst_case(clean, attacked.right_8bit)
@@ -226,7 +227,7 @@ def attack(
         "versions": versions(),
         "per_sample": [
             {
-                "sample_id": s["sample_id"], "question": s["question"], "answer": s["answer"],
+                "sample_id": s.id, "question": s.prompt, "answer": s.answer,
                 "right_clean": bool(c), "right_adv": bool(r),
             }
             for s, c, r in zip(samples, clean, right, strict=True)
@@ -237,8 +238,8 @@ def attack(
 
 
 def _compare(
-    before: Subject | None,
-    after: Subject,
+    before: Pipeline | None,
+    after: Pipeline,
     samples: list[Sample],
     threat: ThreatModel,
     suite: list[AttackSpec],
@@ -334,7 +335,7 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
     )
 
 
-def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
+def train(before: Pipeline, settings: ImmunizeSettings, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
     """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves."""
     subject = settings.load(settings.model)
     args = training_arguments(settings, out)
@@ -366,11 +367,11 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
     seconds = time.perf_counter() - start
     if trainer.heads is not None:
         heads = trainer.heads.to(subject.model.device).eval()
-        after = Subject("immunised", subject.model, subject.processor, heads)
+        after = Pipeline("immunised", subject.model, subject.processor, heads)
         scores = calibration_scores(after, settings.data, settings.calibration_samples, settings.seed, progress)
         threshold = fit_threshold(scores, "calibration")
-        _appear(out / "cmcv", lambda d: heads.save_pretrained(d, threshold))
-    _appear(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
+        write_folder(out / "cmcv", lambda d: heads.save_pretrained(d, threshold))
+    write_folder(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
     logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry]
     curves = ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta")
     return {
@@ -382,7 +383,7 @@ def train(before: Subject, settings: ImmunizeSettings, out: Path, resume: bool, 
     }
 
 
-def calibration_scores(subject: Subject, data: str, limit: int, seed: int, progress: bool) -> Tensor:
+def calibration_scores(subject: Pipeline, data: str, limit: int, seed: int, progress: bool) -> Tensor:
     """S_c (n,) of clean inputs of the calibration split with the model's own answers: what a threshold is set on."""
     held_out = _samples(data, "calibration", limit, seed)
     loader = batches(subject, held_out, 128, "calibration", progress)
@@ -390,21 +391,7 @@ def calibration_scores(subject: Subject, data: str, limit: int, seed: int, progr
     return torch.from_numpy(own_scores(subject, held_out, images, 128))
 
 
-def _appear(folder: Path, save: Any) -> None:
-    """A folder appears whole or not at all."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        save(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed between the two renames
-    staging.rename(folder)
-
-
-def add_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> None:
+def add_heads(subject: Pipeline, settings: ImmunizeSettings, progress: bool) -> None:
     """Heads and a threshold for a model that came without, on its own features, before MBAT uses S_c."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
@@ -418,7 +405,7 @@ def add_heads(subject: Subject, settings: ImmunizeSettings, progress: bool) -> N
     subject.threshold = fit_threshold(scores, "calibration")
 
 
-def training_batches(subject: Subject, data: str, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def training_batches(subject: Pipeline, data: str, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Endless training batches with wrong answers, in an order that depends on `seed` alone."""
     dataset, collate = load_dataset(data, "train"), VQACollator(subject.processor, negatives=1, seed=seed)
     generator = torch.Generator().manual_seed(seed)

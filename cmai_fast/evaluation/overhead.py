@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.evaluation.subject import Subject
 from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.pipeline import Pipeline
 
 # What makes an MBAT step the clean fine-tuning step that its cost is measured against.
 CLEAN_STEP: dict[str, Any] = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
@@ -88,7 +88,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def step_overhead(
-    subject: Subject, args: MBATConfig, batch: dict[str, Tensor], *, rounds: int = 5
+    subject: Pipeline, args: MBATConfig, batch: dict[str, Tensor], *, rounds: int = 5
 ) -> dict[str, float | str | int]:
     """`time_ratio` and `memory_ratio` of an MBAT step with `args` over a clean step, measured alternating, medians.
 
@@ -120,7 +120,7 @@ def step_overhead(
 
 
 def stepper(
-    subject: Subject, args: MBATConfig, changes: dict[str, Any]
+    subject: Pipeline, args: MBATConfig, changes: dict[str, Any]
 ) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
     args = copy.copy(args)
     for name, value in changes.items():

@@ -11,14 +11,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cmai_fast.attacks import Objective
+from cmai_fast.bridge import BatchImages
+from cmai_fast.data import Sample
 from cmai_fast.evaluation.protocol import Attacked, Measured
-from cmai_fast.evaluation.subject import Sample, Subject
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, round_to_8bit
 
 
 def picture_grid(
-    subjects: dict[str, Subject],
+    subjects: dict[str, Pipeline],
     measured: dict[str, Measured],
     samples: Sequence[Sample],
     attack: str,
@@ -39,16 +40,16 @@ def picture_grid(
             amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
             answers = {
                 key: {
-                    "clean": subject.answers([clean], [sample])[0],
-                    "adversarial": subject.answers([adv], [sample])[0],
+                    "clean": subject.generate([sample], [clean])[0],
+                    "adversarial": subject.generate([sample], [adv])[0],
                 }
                 for key, subject in subjects.items()
             }
-            objective = subjects[against].objective(subjects[against].collate([sample]))
+            objective = subjects[against].images([sample])
             pictures.append(
                 {
-                    "question": sample["question"],
-                    "answer": sample["answer"],
+                    "question": sample.prompt,
+                    "answer": sample.answer,
                     "against": against,
                     "amplification": round(amplification, 1),
                     "clean_png": _png(objective, clean),
@@ -72,7 +73,7 @@ def _rows(measured: Measured, attacked: Attacked, most: int) -> list[int]:
     return [int(i) for i in chosen[:most]]
 
 
-def _png(objective: Objective, image: Tensor) -> str:
+def _png(objective: BatchImages, image: Tensor) -> str:
     """The picture of one sample as the model sees it; its tiles side by side where it is cut into tiles."""
     (pictures,) = objective.pictures(objective.join([image.clamp(0, 1)]))
     buffer = io.BytesIO()

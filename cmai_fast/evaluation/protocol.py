@@ -13,7 +13,8 @@ from rich.progress import track
 from torch import Tensor
 
 from cmai_fast.attacks import ATTACKS, AttackResult, Objective, Passes
-from cmai_fast.evaluation.subject import Sample, Subject
+from cmai_fast.bridge import frozen
+from cmai_fast.data import Sample
 from cmai_fast.metrics import (
     accuracy,
     attack_success_rate,
@@ -24,6 +25,7 @@ from cmai_fast.metrics import (
     tpr_at_fpr,
     worst_case,
 )
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, round_to_8bit
 
 CURVE_EPS = (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 24 / 255)
@@ -73,18 +75,29 @@ class Measured:
     attacked: dict[str, Attacked] = field(default_factory=dict)
 
 
+def objective_of(subject: Pipeline, batch: dict[str, Tensor]) -> Objective:
+    """L_task on a batch of `subject.collate`, on the model's device."""
+    return Objective(subject.bridge, subject.space, subject.on_device(batch))
+
+
+def is_right(subject: Pipeline, pixels: Tensor, objective: Objective) -> Tensor:
+    """Verdict on images in [0, 1], as `objective.pixels()` gives them: (N,) bool."""
+    with frozen(subject.model), torch.no_grad():
+        return objective(subject.space.to_model(pixels)).right
+
+
 def batches(
-    subject: Subject, samples: Sequence[Sample], size: int, what: str, progress: bool
+    subject: Pipeline, samples: Sequence[Sample], size: int, what: str, progress: bool
 ) -> Iterator[tuple[Objective, Tensor, Tensor]]:
     """Objectives of the samples, `size` at a time, their clean images in [0, 1] and ids (n,), with a progress bar."""
     for start in track(range(0, len(samples), size), f"{subject.name}: {what}", disable=not progress, transient=False):
         batch = subject.collate(samples[start : start + size])
-        objective = subject.objective(batch)
+        objective = objective_of(subject, batch)
         yield objective, objective.pixels(), batch["sample_ids"]
 
 
 def run_attack(
-    subject: Subject,
+    subject: Pipeline,
     samples: Sequence[Sample],
     spec: AttackSpec,
     threat: ThreatModel,
@@ -106,7 +119,7 @@ def run_attack(
         nonfinite += int(result.nonfinite.sum())
         adv += _kept(objective, result.adv)
         right.append(~result.fooled)
-        right_8bit.append(subject.right(round_to_8bit(result.adv, clean, threat), objective))
+        right_8bit.append(is_right(subject, round_to_8bit(result.adv, clean, threat), objective))
     verdicts = torch.cat(right).cpu().numpy(), torch.cat(right_8bit).cpu().numpy()
     return Attacked(adv, *verdicts, passes, time.perf_counter() - start, nonfinite)
 
@@ -117,7 +130,7 @@ def _kept(objective: Objective, pixels: Tensor) -> list[Tensor]:
 
 
 def measure(
-    subject: Subject,
+    subject: Pipeline,
     samples: Sequence[Sample],
     threat: ThreatModel,
     suite: Sequence[AttackSpec],
@@ -162,25 +175,25 @@ def measure(
 
 
 def clean_verdicts(
-    subject: Subject, samples: Sequence[Sample], batch_size: int, progress: bool
+    subject: Pipeline, samples: Sequence[Sample], batch_size: int, progress: bool
 ) -> tuple[list[Tensor], np.ndarray]:
     """Clean images in [0, 1], one a sample, and whether each is answered right."""
     images: list[Tensor] = []
     right = []
     for objective, clean, _ in batches(subject, samples, batch_size, "clean", progress):
         images += _kept(objective, clean)
-        right.append(subject.right(clean, objective))
+        right.append(is_right(subject, clean, objective))
     return images, torch.cat(right).cpu().numpy()
 
 
 def _transferred(
-    subject: Subject, samples: Sequence[Sample], adv: list[Tensor], threat: ThreatModel, batch_size: int
+    subject: Pipeline, samples: Sequence[Sample], adv: list[Tensor], threat: ThreatModel, batch_size: int
 ) -> Attacked:
     right, right_8bit, start = [], [], time.perf_counter()
     for i, (objective, clean, _) in enumerate(batches(subject, samples, batch_size, "transferred", False)):
         part = objective.join(adv[i * batch_size : (i + 1) * batch_size])
-        right.append(subject.right(part, objective))
-        right_8bit.append(subject.right(round_to_8bit(part, clean, threat), objective))
+        right.append(is_right(subject, part, objective))
+        right_8bit.append(is_right(subject, round_to_8bit(part, clean, threat), objective))
     seconds = time.perf_counter() - start
     return Attacked(adv, torch.cat(right).cpu().numpy(), torch.cat(right_8bit).cpu().numpy(), Passes(), seconds)
 
@@ -202,7 +215,7 @@ def _attack_record(attacked: Attacked, clean_right: np.ndarray, spec: AttackSpec
 
 
 def _curve(
-    subject: Subject,
+    subject: Pipeline,
     samples: Sequence[Sample],
     spec: AttackSpec,
     threat: ThreatModel,
@@ -220,7 +233,7 @@ def _curve(
     return points
 
 
-def _add_consistency(measured: Measured, subject: Subject, samples: Sequence[Sample], batch_size: int) -> None:
+def _add_consistency(measured: Measured, subject: Pipeline, samples: Sequence[Sample], batch_size: int) -> None:
     """S_c with the model's own answers, clean and attacked; the detector that thresholds it."""
     clean = own_scores(subject, samples, measured.clean, batch_size)
     attacked = {k: own_scores(subject, samples, a.adv, batch_size) for k, a in measured.attacked.items()}
@@ -246,11 +259,12 @@ def _add_consistency(measured: Measured, subject: Subject, samples: Sequence[Sam
     record["detection"] = detection
 
 
-def own_scores(subject: Subject, samples: Sequence[Sample], images: Sequence[Tensor], batch_size: int) -> np.ndarray:
+def own_scores(subject: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor], batch_size: int) -> np.ndarray:
     """S_c (N,) of images in [0, 1], one a sample, with the model's own answers."""
     parts = [
-        subject.own_scores(images[i : i + batch_size], samples[i : i + batch_size])[0]
+        subject.score(part, subject.generate(part, images[i : i + batch_size]), images[i : i + batch_size])
         for i in range(0, len(samples), batch_size)
+        for part in (samples[i : i + batch_size],)
     ]
     return torch.cat(parts).double().cpu().numpy()
 

@@ -10,8 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cmai_fast.files import plain, write_text
+
 from . import findings, panels, tables
-from .results import check_results, is_number, plain, write_text
+from .results import check_results, is_number
 from .style import SCRIPT, STYLE
 
 # (anchor, heading, name in the navigation, what draws it)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from cmai_fast.attacks.state import random_start
-from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, run_attack
-from cmai_fast.evaluation.subject import Sample, Subject
+from cmai_fast.data import Sample
+from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, is_right, run_attack
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
 
 Check = dict[str, Any]
@@ -19,7 +20,7 @@ _LARGE_EPS = 128 / 255  # every image can be made plain grey
 
 
 def sanity_checks(
-    subject: Subject,
+    subject: Pipeline,
     samples: Sequence[Sample],
     measured: Measured,
     threat: ThreatModel,
@@ -73,7 +74,7 @@ def _more_steps(record: dict[str, Any], threat: ThreatModel) -> Check:
     return _check("more steps never help the defender", strong <= weak + 0.005, strong, weak)
 
 
-def _large_eps(subject: Subject, samples: Sequence[Sample], batch_size: int, seed: int, progress: bool) -> Check:
+def _large_eps(subject: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int, progress: bool) -> Check:
     # Both attacks: where a model is sure of its answer the cross-entropy is flat, and PGD, which does not go back to
     # the best point it saw, loses its way in a large ball (an immunised model kept 16%, under APGD-CE-100 2%).
     standing, specs = list(samples), (AttackSpec("pgd", 50), AttackSpec("apgd", 100))
@@ -95,14 +96,14 @@ def _finite_gradients(record: dict[str, Any]) -> Check:
 
 
 def _noise(
-    subject: Subject, samples: Sequence[Sample], measured: Measured, threat: ThreatModel, batch_size: int, seed: int
+    subject: Pipeline, samples: Sequence[Sample], measured: Measured, threat: ThreatModel, batch_size: int, seed: int
 ) -> Check:
     right = []
     for objective, clean, sample_ids in batches(subject, samples, batch_size, "noise", False):
         noisy, rows = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
         eps = torch.full((len(clean),), threat.eps, device=clean.device)
         random_start(objective, noisy, clean, eps, sample_ids.to(clean.device), rows, seed + 1, threat.norm)
-        right.append(subject.right(noisy, objective))
+        right.append(is_right(subject, noisy, objective))
     share, robust = float(torch.cat(right).float().mean()), measured.record["acc_robust"]
     return _check("random noise is weaker than gradients", share >= robust, share, robust)
 
@@ -112,7 +113,7 @@ def _rounding(record: dict[str, Any]) -> Check:
     return _check("8-bit images give the same verdict (within 2 points)", abs(exact - rounded) <= 0.02, exact, rounded)
 
 
-def _batch_size(subject: Subject, samples: Sequence[Sample], threat: ThreatModel, seed: int) -> Check:
+def _batch_size(subject: Pipeline, samples: Sequence[Sample], threat: ThreatModel, seed: int) -> Check:
     spec, sizes = AttackSpec("pgd", 5), (len(samples), max(1, len(samples) // 3))
     runs = [run_attack(subject, samples, spec, threat, batch_size=b, seed=seed).right for b in sizes]
     same = float(np.mean(runs[0] == runs[1]))

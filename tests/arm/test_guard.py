@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,16 +55,16 @@ def with_tau(guard, tau):
 
 
 def columns(samples):
-    return [s["image"] for s in samples], [s["question"] for s in samples]
+    return [s.images[0] for s in samples], [s.prompt for s in samples]
 
 
 def test_the_answer_is_what_transformers_alone_gives(guard, samples):
     decisions = with_tau(guard, -1.1).decide_batch(*columns(samples))
     processor = guard.processor
     for sample, decision in zip(samples, decisions, strict=True):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]}
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}
         prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
-        inputs = processor(images=sample["image"], text=prompt, return_tensors="pt")
+        inputs = processor(images=sample.images[0], text=prompt, return_tensors="pt")
         output = guard.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         plain = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert decision.answer == plain.strip() and decision.route == "answer"
@@ -72,9 +73,9 @@ def test_the_answer_is_what_transformers_alone_gives(guard, samples):
 
 def test_the_score_is_that_of_the_question_with_the_answer(guard, samples):
     for sample in samples[:3]:
-        decision = guard.decide(sample["image"], sample["question"])
+        decision = guard.decide(sample.images[0], sample.prompt)
         said = decision.answer if decision.route == "answer" else decision.withheld_answer
-        batch = VQACollator(guard.processor)([sample | {"answer": said}])
+        batch = VQACollator(guard.processor)([replace(sample, references=(said,))])
         with torch.no_grad():
             image = guard.bridge.encode_image(batch["pixel_values"])
             text = guard.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
@@ -83,7 +84,7 @@ def test_the_score_is_that_of_the_question_with_the_answer(guard, samples):
 
 
 def test_a_low_score_withholds_the_answer(guard, samples):
-    image, question = samples[0]["image"], samples[0]["question"]
+    image, question = samples[0].images[0], samples[0].prompt
     score = guard.decide(image, question).score
     accepted = with_tau(guard, score).decide(image, question)
     rejected = with_tau(guard, math.nextafter(score, 2)).decide(image, question)
@@ -105,7 +106,7 @@ def test_a_batch_gives_the_single_decisions(guard, samples):
 
 
 def test_forms_of_an_image_decide_alike(guard, samples, tmp_path):
-    image, question = samples[0]["image"], samples[0]["question"]
+    image, question = samples[0].images[0], samples[0].prompt
     Image.fromarray(image).save(tmp_path / "x.png")
     first = guard.decide(image, question)
     for form in (Image.fromarray(image), tmp_path / "x.png", str(tmp_path / "x.png"), image / 255):
@@ -134,11 +135,11 @@ def test_the_model_is_given_back_as_it_was(make_tiny, dims, samples, monkeypatch
     if fails:
         monkeypatch.setattr(heads, "score", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            guard.decide(samples[0]["image"], samples[0]["question"])
+            guard.decide(samples[0].images[0], samples[0].prompt)
     else:
-        guard.decide(samples[0]["image"], samples[0]["question"])
+        guard.decide(samples[0].images[0], samples[0].prompt)
         with torch.no_grad():
-            guard.decide(samples[0]["image"], samples[0]["question"])
+            guard.decide(samples[0].images[0], samples[0].prompt)
     assert state_of(model, heads) == before
     assert model.generation_config.to_dict() == settings
     assert torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled()
@@ -149,7 +150,7 @@ def test_dropout_is_off_also_for_a_model_in_training(make_tiny, dims, samples):
     model.model.language_model.layers[0].self_attn.attention_dropout = 0.9
     model.model.vision_tower.encoder.layers[0].self_attn.dropout = 0.9
     guard = Guard(model.train(), processor, make_heads(dims).train(), TAU, max_new_tokens=2)
-    decisions = [guard.decide(samples[0]["image"], samples[0]["question"]) for _ in range(3)]
+    decisions = [guard.decide(samples[0].images[0], samples[0].prompt) for _ in range(3)]
     assert decisions[0] == decisions[1] == decisions[2]
 
 
@@ -176,7 +177,7 @@ def cut_png(image):
 )
 def test_bad_input_is_named(guard, samples, change, message):
     with pytest.raises(ValueError, match=message):
-        guard.decide(**({"image": samples[0]["image"], "question": samples[0]["question"]} | change))
+        guard.decide(**({"image": samples[0].images[0], "question": samples[0].prompt} | change))
 
 
 def test_the_faulty_row_of_a_batch_is_named(guard, samples):
@@ -191,13 +192,13 @@ def test_the_faulty_row_of_a_batch_is_named(guard, samples):
 
 
 def test_resize_takes_an_image_of_another_size(guard, samples):
-    large = Image.fromarray(samples[0]["image"]).resize((128, 100))
-    assert guard.decide(large, samples[0]["question"], resize=True).route in ("answer", "reject")
+    large = Image.fromarray(samples[0].images[0]).resize((128, 100))
+    assert guard.decide(large, samples[0].prompt, resize=True).route in ("answer", "reject")
 
 
 def test_a_broken_score_is_rejected_and_still_logged_as_json(guard, samples, monkeypatch):
     monkeypatch.setattr(guard.heads, "score", lambda v, t: torch.full((len(v),), math.nan))
-    decision = guard.decide(samples[0]["image"], samples[0]["question"])
+    decision = guard.decide(samples[0].images[0], samples[0].prompt)
     assert decision.route == "reject" and decision.answer is None
     assert json.loads(decision.to_json())["score"] is None
 
@@ -219,7 +220,7 @@ def test_heads_and_threshold_must_fit(tiny_model, tiny_processor, dims):
 
 
 def test_run_folder_and_model_folder_give_the_same_guard(run_folder, guard, samples):
-    image, question = samples[0]["image"], samples[0]["question"]
+    image, question = samples[0].images[0], samples[0].prompt
     expected = guard.decide(image, question)
     for folder in (run_folder, run_folder / "model", str(run_folder)):
         loaded = Guard.from_pretrained(folder, max_new_tokens=4)

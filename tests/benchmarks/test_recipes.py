@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmai_fast.evaluation.subject import Subject
+from cmai_fast.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_hardening_trains_the_tower_alone_and_appears_whole(recipes, make_tiny, 
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         harden_vision.harden(str(tmp_path / "tiny"), tmp_path / name, 8 / 255, seed, **settings)
-    weights = {k: Subject.load(str(tmp_path / k)).model.state_dict() for k in ("tiny", "a", "b", "c")}
+    weights = {k: Pipeline.load(str(tmp_path / k)).model.state_dict() for k in ("tiny", "a", "b", "c")}
     moved = {name for name, value in weights["a"].items() if not torch.equal(value, weights["tiny"][name])}
     assert moved and all("vision_tower" in name for name in moved)
     assert all(torch.equal(value, weights["b"][name]) for name, value in weights["a"].items())

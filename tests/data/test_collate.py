@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_labels_mark_the_response_and_its_end_and_nothing_else(tiny_processor, s
     for i, sample in enumerate(samples):
         labels, ids, mask = batch["labels"][i], batch["input_ids"][i], batch["attention_mask"][i]
         marked = labels != -100
-        assert labels[marked].tolist() == [tokenizer.convert_tokens_to_ids(sample["answer"]), tokenizer.eos_token_id]
+        assert labels[marked].tolist() == [tokenizer.convert_tokens_to_ids(sample.answer), tokenizer.eos_token_id]
         assert torch.equal(labels[marked], ids[marked])
         assert marked[-2:].all()  # the last columns: the prompt comes before, the padding before that
         n = int(mask.sum())
@@ -35,12 +37,12 @@ def test_labels_mark_the_response_and_its_end_and_nothing_else(tiny_processor, s
 def test_prompt_is_what_the_processor_itself_makes(tiny_processor, samples):
     batch = VQACollator(tiny_processor)(samples)
     for i, sample in enumerate(samples):
-        text = format_prompt(tiny_processor, sample["question"])
-        own = tiny_processor(text=[text], images=[sample["image"]], return_tensors="pt")
+        text = format_prompt(tiny_processor, sample.prompt)
+        own = tiny_processor(text=[text], images=[sample.images[0]], return_tensors="pt")
         n = int(batch["attention_mask"][i].sum())
         assert batch["input_ids"][i, -n:-2].tolist() == own["input_ids"][0].tolist()
         torch.testing.assert_close(batch["pixel_values"][i], own["pixel_values"][0], rtol=0, atol=0)
-        assert sample["question"].split()[0] in text
+        assert sample.prompt.split()[0] in text
 
 
 def test_prompts_for_generation_end_where_the_answer_begins(tiny_processor, samples):
@@ -60,7 +62,7 @@ def test_a_sample_is_the_same_in_any_batch_but_for_padding(tiny_processor, sampl
             rows = whole[f"negative_{key}"][2 * i : 2 * i + 2]
             assert torch.equal(rows[:, -alone[f"negative_{key}"].shape[1] :], alone[f"negative_{key}"])
         assert torch.equal(whole["pixel_values"][i], alone["pixel_values"][0])
-    assert whole["sample_ids"].tolist() == [s["sample_id"] for s in samples]
+    assert whole["sample_ids"].tolist() == [s.id for s in samples]
 
 
 def test_negatives_are_wrong_answers_of_the_same_kind_to_the_same_question(tiny_processor, samples):
@@ -71,16 +73,16 @@ def test_negatives_are_wrong_answers_of_the_same_kind_to_the_same_question(tiny_
         for k in range(3):
             ids, labels = (batch[f"negative_{key}"][3 * i + k] for key in ("input_ids", "labels"))
             answer = words(tiny_processor, ids[-2])
-            assert answer in sample["choices"] and answer != sample["answer"]
+            assert answer in sample.choices and answer != sample.answer
             assert torch.equal(ids[-n:-2], batch["input_ids"][i, -n:-2])
             assert (labels[:-2] == -100).all() and torch.equal(labels[-2:], ids[-2:])
 
 
 def test_negatives_depend_on_seed_and_sample_id_alone(tiny_processor, samples):
-    colours = next(s for s in samples if len(s["choices"]) == 8)
+    colours = next(s for s in samples if len(s.choices) == 8)
 
     def drawn(seed: int, sample_id: int) -> list[int]:
-        batch = VQACollator(tiny_processor, negatives=6, seed=seed)([{**colours, "sample_id": sample_id}])
+        batch = VQACollator(tiny_processor, negatives=6, seed=seed)([replace(colours, id=sample_id)])
         return batch["negative_input_ids"][:, -2].tolist()
 
     assert drawn(0, 5) == drawn(0, 5)
@@ -94,9 +96,7 @@ def test_what_cannot_be_collated_is_named(tiny_processor, samples):
         VQACollator(tiny_processor, max_length=length - 1)(samples)
     for choices in ((), ("red",)):
         with pytest.raises(ValueError, match="sample 7 has no wrong answers"):
-            VQACollator(tiny_processor, negatives=1)(
-                [{**samples[0], "sample_id": 7, "answer": "red", "choices": choices}]
-            )
+            VQACollator(tiny_processor, negatives=1)([replace(samples[0], id=7, references=("red",), choices=choices)])
 
 
 def test_cached_pictures_are_not_mistaken_for_one_another(tiny_processor, samples):
@@ -107,10 +107,10 @@ def test_cached_pictures_are_not_mistaken_for_one_another(tiny_processor, sample
         image = Image.fromarray(indices, "P")
         image.putpalette(colour)
         pictures.append(image.convert("P"))
-    red, blue = (collate([{**samples[0], "image": p}])["pixel_values"] for p in pictures)
+    red, blue = (collate([replace(samples[0], images=(p,))])["pixel_values"] for p in pictures)
     assert not torch.equal(red, blue)
-    one, two = samples[0]["image"], samples[0]["image"].copy()
+    one, two = samples[0].images[0], samples[0].images[0].copy()
     two[0, 0, 0] ^= 255
     for _ in range(2):  # the second time from the cache
-        a, b = (collate([{**samples[0], "image": image}])["pixel_values"] for image in (one, two))
+        a, b = (collate([replace(samples[0], images=(image,))])["pixel_values"] for image in (one, two))
         assert (a != b).sum() == 1

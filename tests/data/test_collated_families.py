@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,9 +34,9 @@ def by_name(name: str) -> Any:
 
 def own_call(family, samples, **kwargs):
     processor = processor_of(family)
-    texts = [format_prompt(processor, s["question"]) for s in samples]
+    texts = [format_prompt(processor, s.prompt) for s in samples]
     return processor(
-        images=[[s["image"]] for s in samples], text=texts, padding=True, padding_side="right",
+        images=[[s.images[0]] for s in samples], text=texts, padding=True, padding_side="right",
         return_tensors="pt",
         add_special_tokens=not texts[0].startswith("<s>"), **kwargs,
     )  # fmt: skip
@@ -71,7 +72,7 @@ def test_labels_are_the_answer_and_the_token_that_ends_it(family):
     for i, sample in enumerate(samples):
         marked = batch["labels"][i] != -100
         said = processor.tokenizer.decode(batch["labels"][i][marked])
-        assert said.split() == [*sample["answer"].split(), ENDS.get(family.name, "</s>")]
+        assert said.split() == [*sample.answer.split(), ENDS.get(family.name, "</s>")]
         assert torch.equal(batch["labels"][i][marked], batch["input_ids"][i][marked])
         assert marked[-int(marked.sum()) :].all() and batch["attention_mask"][i, -1] == 1
 
@@ -101,7 +102,7 @@ def test_the_response_is_what_paligemmas_processor_makes_of_a_suffix():
     family = by_name("PaliGemma")
     samples = samples_of(family)
     batch = VQACollator(processor_of(family))(samples)
-    own = own_call(family, samples, suffix=[s["answer"] for s in samples])
+    own = own_call(family, samples, suffix=[s.answer for s in samples])
     assert {*own, "sample_ids"} == set(batch)
     for key in set(own) & BY_TOKEN:
         for i in range(len(samples)):
@@ -144,7 +145,7 @@ def test_a_sample_is_the_same_in_any_batch(family):
             real = whole["negative_attention_mask"][2 * i + k].bool()
             wrong = whole["negative_input_ids"][2 * i + k][real].tolist()
             assert wrong[:prompt] == row[:prompt] and wrong[prompt:] == labels[labels != -100].tolist()
-            assert processor.tokenizer.decode(wrong[prompt:-1]) in set(sample["choices"]) - {sample["answer"]}
+            assert processor.tokenizer.decode(wrong[prompt:-1]) in set(sample.choices) - {sample.answer}
 
 
 @every_family
@@ -185,7 +186,7 @@ def test_a_prompt_whose_tokens_change_when_the_answer_follows_is_refused():
                         "{% if m.role == 'user' %}:{% endif %}{% endfor %}")  # fmt: skip
     processor.tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=merging, pad_token="<pad>", eos_token="</s>")
     processor.image_token_id = merging.token_to_id("<image>")
-    sample = {**samples_of(by_name("LLaVA"))[0], "question": "a"}
-    VQACollator(processor)([{**sample, "answer": "a"}])
+    sample = replace(samples_of(by_name("LLaVA"))[0], prompt="a")
+    VQACollator(processor)([replace(sample, references=("a",))])
     with pytest.raises(ValueError, match=r"the tokens of the prompt '<image>a:' change when 'r</s>' follows"):
-        VQACollator(processor)([{**sample, "answer": "r"}])
+        VQACollator(processor)([replace(sample, references=("r",))])

@@ -25,7 +25,7 @@ def test_splits_share_no_picture_and_leave_none_out():
 def test_test_pictures_come_from_the_test_part():
     train, test = EasyVQA("train"), EasyVQA("test")
     same = next(i for i, k in enumerate(test.sample_ids) if test.image_ids[k] == train.image_ids[train.sample_ids[0]])
-    assert not np.array_equal(test[same]["image"], train[0]["image"])
+    assert not np.array_equal(test[same].images[0], train[0].images[0])
 
 
 def test_a_sample_holds_what_the_official_lists_say():
@@ -37,10 +37,10 @@ def test_a_sample_holds_what_the_official_lists_say():
     data = load_dataset("easyvqa", "test")
     for i in (0, 4_321, 9_672):
         sample = data[i]
-        assert (sample["sample_id"], sample["question"], sample["answer"]) == (i, questions[i], answers[i])
-        assert np.array_equal(sample["image"], np.asarray(Image.open(paths[pictures[i]]).convert("RGB")))
-        assert sample["image"].shape == (64, 64, 3) and sample["image"].dtype == np.uint8
-        assert sample["answer"] in sample["choices"]
+        assert (sample.id, sample.prompt, sample.answer) == (i, questions[i], answers[i])
+        assert np.array_equal(sample.images[0], np.asarray(Image.open(paths[pictures[i]]).convert("RGB")))
+        assert sample.images[0].shape == (64, 64, 3) and sample.images[0].dtype == np.uint8
+        assert sample.answer in sample.choices
 
 
 def test_a_limit_draws_the_same_questions_for_the_same_seed():

@@ -11,7 +11,7 @@ import torch
 from cmai_fast.bridge import Bridge, task_loss
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator, load_dataset
-from cmai_fast.evaluation.subject import Subject
+from cmai_fast.pipeline import Pipeline
 
 
 def make_heads(model: Any) -> ConsistencyHeads:
@@ -27,9 +27,9 @@ def samples() -> list[dict[str, Any]]:
     data, kept, pictures = load_dataset("easyvqa", "test"), [], set()
     room = dict.fromkeys(("black", "blue", "green", "red", "teal", "yellow"), 2)
     for sample in (data[i] for i in range(len(data))):
-        picture = sample["image"].tobytes()
-        if sample["question"].startswith("what color") and room.get(sample["answer"], 0) and picture not in pictures:
-            room[sample["answer"]] -= 1
+        picture = sample.images[0].tobytes()
+        if sample.prompt.startswith("what color") and room.get(sample.answer, 0) and picture not in pictures:
+            room[sample.answer] -= 1
             pictures.add(picture)
             kept.append(sample)
         if not any(room.values()):
@@ -38,7 +38,7 @@ def samples() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def subject(make_tiny, samples) -> Subject:
+def subject(make_tiny, samples) -> Pipeline:
     """Fitted to `samples`: right on them all, and as fragile as a fitted model is. Leave it as it is."""
     model, processor = make_tiny()
     bridge, batch = Bridge(model), VQACollator(processor)(samples)
@@ -51,7 +51,7 @@ def subject(make_tiny, samples) -> Subject:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     optimizer.zero_grad()
-    return Subject("undefended", model.eval(), processor, make_heads(model), Threshold(0.0, 0.05, 100, "calibration"))
+    return Pipeline("undefended", model.eval(), processor, make_heads(model), Threshold(0.0, 0.05, 100, "calibration"))
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from cmai_fast.attacks import Passes
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.evaluation import experiment
-from cmai_fast.evaluation import results as results_module
 from cmai_fast.evaluation.experiment import ImmunizeSettings, attack, evaluate, immunize, training_arguments
 from cmai_fast.evaluation.protocol import Attacked, Measured
-from cmai_fast.evaluation.results import read_results
-from cmai_fast.evaluation.subject import Subject
+from cmai_fast.evaluation.results import read_results, write_results
+from cmai_fast.files import write_folder
 from cmai_fast.mbat import MBATTrainer
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 8 / 255)
@@ -145,7 +145,7 @@ def test_the_undefended_model_is_measured_with_its_own_heads(settings, tmp_path,
         lambda s, *a, **k: seen.update({s.name: copy.deepcopy(s.heads.state_dict())}) or measure(s, *a, **k),
     )  # fmt: skip
     immunize(settings, tmp_path / "out", progress=False)
-    original = Subject.load(settings.model).heads.state_dict()
+    original = Pipeline.load(settings.model).heads.state_dict()
     assert all(torch.equal(v, original[k]) for k, v in seen[settings.model].items())
     assert not all(torch.equal(v, original[k]) for k, v in seen["immunised"].items())
 
@@ -257,14 +257,14 @@ def test_a_full_disk_leaves_nothing_half_written(settings, finished, tmp_path, m
 
             patch.setattr(ConsistencyHeads, "save_pretrained", no_heads)
         elif what == "results":
-            write = results_module.os.replace
+            write = os.replace
 
             def no_replace(source, target):
                 if Path(target).name == "results.json":
                     raise full
                 write(source, target)
 
-            patch.setattr(results_module.os, "replace", no_replace)
+            patch.setattr(os, "replace", no_replace)
         else:
             patch.setattr(experiment, "write_report", lambda *a: (_ for _ in ()).throw(full))
         with pytest.raises(OSError, match=r"No space left|could not write"):
@@ -285,7 +285,7 @@ def test_a_model_folder_replaces_an_older_one_whole(tmp_path):
     (tmp_path / "model" / "stale").touch()
     (tmp_path / ".model.partial").mkdir()
     (tmp_path / ".model.partial" / "litter").touch()
-    experiment._appear(tmp_path / "model", lambda d: (d / "new").touch())
+    write_folder(tmp_path / "model", lambda d: (d / "new").touch())
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["new"]
 
 
@@ -314,7 +314,7 @@ def test_folders_that_are_not_this_run_are_refused_untouched(settings, finished,
 def test_resume_names_the_settings_that_changed(settings, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    results_module.write_results(asdict(settings), out / "run.json")
+    write_results(asdict(settings), out / "run.json")
     before = listing(out)
     changed = replace(settings, eps=4 / 255, seed=1, command="other words")
     with pytest.raises(ValueError, match=r"eps was 0\.03\d*, now 0\.01\d*; seed was 0, now 1\); resume with the same"):
@@ -376,12 +376,12 @@ def test_damaged_weights_are_an_error(model_folder, tmp_path):
     with open(tmp_path / "truncated" / "model.safetensors", "r+b") as file:
         file.truncate(2000)
     with pytest.raises(ValueError, match="cannot load the model"):
-        Subject.load(str(tmp_path / "truncated"))
+        Pipeline.load(str(tmp_path / "truncated"))
     names = load_file(tmp_path / "incomplete" / "model.safetensors")
     names.pop(next(k for k in names if "multi_modal_projector" in k))
     save_file(names, tmp_path / "incomplete" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks the weights \['model.multi_modal_projector"):
-        Subject.load(str(tmp_path / "incomplete"))
+        Pipeline.load(str(tmp_path / "incomplete"))
 
 
 def test_without_heads_there_is_no_detector(settings, tmp_path, light):
@@ -416,7 +416,7 @@ def test_evaluate_one_model(model_folder, tmp_path):
 
 
 def test_evaluate_refuses_an_unfinished_run(settings, model_folder, tmp_path):
-    results_module.write_results(asdict(settings), tmp_path / "run.json")
+    write_results(asdict(settings), tmp_path / "run.json")
     with pytest.raises(ValueError, match="exists and is not empty"):
         evaluate(str(model_folder), "easyvqa", THREAT, against=None, out=tmp_path, progress=False)
 
@@ -473,7 +473,7 @@ def test_training_runs_where_evaluation_does(settings, tmp_path, monkeypatch):
 
 
 def test_training_batches_depend_on_the_seed_alone(model_folder):
-    subject = Subject.load(str(model_folder))
+    subject = Pipeline.load(str(model_folder))
 
     def ids(seed):
         stream = experiment.training_batches(subject, "easyvqa", 4, seed)

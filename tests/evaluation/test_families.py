@@ -25,7 +25,7 @@ from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.protocol import AttackSpec, measure, own_scores
 from cmai_fast.evaluation.sanity import sanity_checks
-from cmai_fast.evaluation.subject import Subject
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import PixelSpace, ThreatModel
 from processors import GENERATIVE, no_videos, processor_of, samples_of
 
@@ -70,7 +70,7 @@ def subject(family, samples):
     optimizer.zero_grad()
     # As in the files of the hub, where it is the token that ends an answer.
     model.generation_config.eos_token_id = int(objective.batch["labels"][0, -1])
-    return Subject("undefended", model.eval(), processor, heads_of(model), Threshold(-1.0, 0.05, 100, "calibration"))
+    return Pipeline("undefended", model.eval(), processor, heads_of(model), Threshold(-1.0, 0.05, 100, "calibration"))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,12 @@ def measured(subject, samples):
 
 def test_it_is_right_until_it_is_attacked(subject, samples, measured):
     assert measured.record["acc_clean"] == 1.0
-    assert subject.answers(measured.clean, samples) == [s["answer"] for s in samples]
+    assert subject.generate(samples, measured.clean) == [s.answer for s in samples]
     attacked = measured.attacked["pgd-8"]
     for clean, adv in zip(measured.clean, attacked.adv, strict=True):
         assert clean.shape == adv.shape and 0 < (clean - adv).abs().max() <= THREAT.eps + 1e-6
-    said = subject.answers(attacked.adv, samples)
-    assert attacked.right.tolist() == [a == s["answer"] for a, s in zip(said, samples, strict=True)]
+    said = subject.generate(samples, attacked.adv)
+    assert attacked.right.tolist() == [a == s.answer for a, s in zip(said, samples, strict=True)]
     assert set(measured.record["s_c"]) == {"clean", "adversarial", "attack"}
 
 
@@ -101,12 +101,12 @@ def test_samples_may_be_grouped_anew(subject, samples, measured):
 
 def test_the_guard_answers_as_the_subject(subject, samples, measured):
     guard = Guard(subject.model, subject.processor, subject.heads, -1.1, max_new_tokens=8)
-    decisions = guard.decide_batch([s["image"] for s in samples], [s["question"] for s in samples], resize=True)
-    assert [d.answer for d in decisions] == [s["answer"] for s in samples]
+    decisions = guard.decide_batch([s.images[0] for s in samples], [s.prompt for s in samples], resize=True)
+    assert [d.answer for d in decisions] == [s.answer for s in samples]
     scores = own_scores(subject, samples, measured.clean, 3)
     np.testing.assert_allclose([d.score for d in decisions], scores, atol=1e-5)
     with pytest.raises(ValueError, match=r"question 0 holds '<image>'|question 0 holds '<boi>'"):
-        guard.decide(samples[0]["image"], f"what is {subject.processor.image_token}?")
+        guard.decide(samples[0].images[0], f"what is {subject.processor.image_token}?")
 
 
 def test_sanity_checks_and_pictures(subject, samples, measured):
@@ -121,8 +121,8 @@ def test_sanity_checks_and_pictures(subject, samples, measured):
 @pytest.mark.parametrize("norm, eps", [("linf", 48 / 255), ("l2", 2.0)])
 def test_the_noise_of_the_sanity_check_is_in_the_ball_and_on_pixels(subject, samples, measured, monkeypatch, norm, eps):
     seen = []
-    judge = Subject.right
-    monkeypatch.setattr(Subject, "right", lambda self, x, o: seen.append((x, o)) or judge(self, x, o))
+    judge = Pipeline.right
+    monkeypatch.setattr(Pipeline, "right", lambda self, x, o: seen.append((x, o)) or judge(self, x, o))
     sanity._noise(subject, samples, measured, ThreatModel(norm, eps), 3, 0)
     ((noisy, objective),) = seen
     moved = objective.split(noisy - objective.pixels())
@@ -134,20 +134,20 @@ def test_the_noise_of_the_sanity_check_is_in_the_ball_and_on_pixels(subject, sam
 
 def test_half_precision(family, samples):
     model = copy.deepcopy(family.model()).bfloat16()
-    subject = Subject("half", model, processor_of(family), heads_of(model))
+    subject = Pipeline("half", model, processor_of(family), heads_of(model))
     measured = measure(subject, samples, THREAT, [AttackSpec("pgd", 2)], batch_size=2)
     assert measured.record["precision"] == "torch.bfloat16"
     assert all(adv.dtype == torch.float32 for adv in measured.attacked["pgd-2"].adv)
     assert measured.record["attacks"]["pgd-2"]["nonfinite_gradients"] == 0
     guard = Guard(model, subject.processor, subject.heads, -1.1, max_new_tokens=8)
-    answers = [guard.decide(s["image"], s["question"], resize=True).answer for s in samples]
-    assert answers == subject.answers(measured.clean, samples)
+    answers = [guard.decide(s.images[0], s.prompt, resize=True).answer for s in samples]
+    assert answers == subject.generate(samples, measured.clean)
 
 
 def test_images_made_on_another_kind_of_model_are_refused(subject, samples, measured):
     other = "Qwen2.5-VL" if subject.processor is not processor_of(by_name("Qwen2.5-VL")) else "LLaVA-OneVision"
     family = by_name(other)
-    images = measure(Subject("other", family.model(), processor_of(family)), samples, THREAT, []).clean
+    images = measure(Pipeline("other", family.model(), processor_of(family)), samples, THREAT, []).clean
     with pytest.raises(ValueError, match="made on one model fit another only if"):
         measure(subject, samples, THREAT, [], transferred={"transfer": images})
 
@@ -158,7 +158,7 @@ def test_what_gives_no_answers_is_refused(tiny_processor):
     for name in ("CLIP", "ViT-GPT2"):
         model = next(f for f in FAMILIES if f.name == name).model()
         with pytest.raises(ValueError, match=rf"{type(model).__name__} .*questions"):
-            Subject(name, model, tiny_processor)
+            Pipeline(name, model, tiny_processor)
 
 
 @pytest.fixture

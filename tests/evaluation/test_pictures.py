@@ -45,11 +45,11 @@ def test_pictures_are_what_the_model_saw(subject, samples, measured):
         np.testing.assert_allclose(amplified, (adv - clean) * picture["amplification"], atol=2)
         assert np.abs(amplified).max() > 120  # amplified to the whole range
         row = row_of(picture, measured)
-        assert picture["question"] == samples[row]["question"] and picture["answer"] == samples[row]["answer"]
+        assert picture["question"] == samples[row].prompt and picture["answer"] == samples[row].answer
         # The answers are those to the 8-bit picture that is shown.
         shown = torch.from_numpy(adv).permute(2, 0, 1)[None, None].float() / 255
         assert picture["undefended"] == {
-            "clean": samples[row]["answer"], "adversarial": subject.answers(shown, samples[row : row + 1])[0],
+            "clean": samples[row].answer, "adversarial": subject.generate(samples[row : row + 1], shown)[0],
         }  # fmt: skip
     assert any(p["undefended"]["adversarial"] != p["answer"] for p in pictures)
 

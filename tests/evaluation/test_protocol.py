@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,16 +47,16 @@ def test_the_fitted_model_is_right_and_breaks(subject, samples):
 
 
 def test_verdicts_are_those_of_greedy_generation(subject, samples, clean):
-    answers = subject.answers(clean, samples)
-    assert answers == [s["answer"] for s in samples]
+    answers = subject.generate(samples, clean)
+    assert answers == [s.answer for s in samples]
     adv = run_attack(subject, samples, PGD, THREAT).adv
     objective = subject.objective(subject.collate(samples))
-    right = [a == s["answer"] for a, s in zip(subject.answers(adv, samples), samples, strict=True)]
+    right = [a == s.answer for a, s in zip(subject.generate(samples, adv), samples, strict=True)]
     assert subject.right(objective.join(adv), objective).tolist() == right and not all(right)
 
 
 def test_robust_means_under_the_worst_attack(subject, samples, monkeypatch):
-    ids = [s["sample_id"] for s in samples]
+    ids = [s.id for s in samples]
     planted(monkeypatch, "pgd", set(ids[:3]))
     planted(monkeypatch, "apgd", set(ids[2:5]))
     record = measure(subject, samples, THREAT, [AttackSpec("pgd", 4, 2), APGD], batch_size=5).record
@@ -68,7 +70,7 @@ def test_robust_means_under_the_worst_attack(subject, samples, monkeypatch):
 
 def test_what_is_wrong_when_untouched_is_not_robust(subject, samples, monkeypatch):
     planted(monkeypatch, "pgd", set())
-    wrong = [{**s, "answer": "yes"} if i < 4 else s for i, s in enumerate(samples)]
+    wrong = [replace(s, references=("yes",)) if i < 4 else s for i, s in enumerate(samples)]
     record = measure(subject, wrong, THREAT, [PGD]).record
     assert record["acc_clean"] == record["acc_robust"] == pytest.approx(8 / 12) and record["asr"] == 0
 
@@ -79,7 +81,7 @@ def test_transferred_images_join_the_suite(subject, samples, clean, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:  # they are outside any ball
         patch.setattr(protocol, "round_to_8bit", lambda adv, clean, threat: clean)
         record = measure(subject, samples, THREAT, [PGD], transferred={"transfer": images}, batch_size=5).record
-    right = [a == s["answer"] for a, s in zip(subject.answers(images, samples), samples, strict=True)]
+    right = [a == s.answer for a, s in zip(subject.generate(samples, images), samples, strict=True)]
     assert record["acc_robust"] == record["attacks"]["transfer"]["acc_robust"] == pytest.approx(np.mean(right))
     assert not all(right)
     assert record["acc_robust_8bit"] == 1.0
@@ -107,8 +109,8 @@ def test_scores_and_detector(subject, samples, monkeypatch):
 def test_own_scores_use_the_models_own_answers(subject, samples, clean):
     scores = own_scores(subject, samples, clean, 5)
     assert scores.shape == (12,) and scores.dtype == np.float64
-    answers = subject.answers(clean, samples)
-    closed = subject.collate([{**s, "answer": a} for s, a in zip(samples, answers, strict=True)])
+    answers = subject.generate(samples, clean)
+    closed = subject.collate([replace(s, references=(a,)) for s, a in zip(samples, answers, strict=True)])
     texts = {k: closed[k] for k in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
         h_v, h_t = (

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from cmai_fast.evaluation.results import read_results, write_results, write_text
+from cmai_fast.evaluation.results import read_results, write_results
+from cmai_fast.files import write_text
 
 
 def small_results() -> dict[str, Any]:
@@ -90,7 +91,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_on_full_disk(path: Path, mode: str, encoding: str) -> FullDisk:
         return FullDisk(path.open(mode, encoding=encoding))
 
-    monkeypatch.setattr("cmai_fast.evaluation.results.open", open_on_full_disk, raising=False)
+    monkeypatch.setattr("cmai_fast.files.open", open_on_full_disk, raising=False)
 
 
 def fail_fsync(monkeypatch: pytest.MonkeyPatch) -> None:

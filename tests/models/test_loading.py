@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from cmai_fast.arm import Guard
 from cmai_fast.cli import app
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.evaluation.subject import Subject
 from cmai_fast.models import loading
 from cmai_fast.models.loading import chosen_device, load_model
+from cmai_fast.pipeline import Pipeline
 
 REVISION = "0123456789" * 4
 
@@ -74,12 +74,12 @@ def assert_same_weights(model, make_tiny):
 
 def test_a_model_of_the_hubs_cache(hub, saved, make_tiny):
     hub.put("owner/name", saved)
-    subject = Subject.load("owner/name")
+    subject = Pipeline.load("owner/name")
     assert_same_weights(subject.model, make_tiny)
     assert subject.threshold == Threshold(0.0, 0.05, 100, "calibration") and not subject.model.training
     assert Guard.from_pretrained("owner/name").threshold == 0.0
     hub.put("owner/bare", saved, [f for f in saved.iterdir() if f.is_file()])
-    assert Subject.load("owner/bare").heads is None
+    assert Pipeline.load("owner/bare").heads is None
     with pytest.raises(ValueError, match="no consistency heads for owner/bare"):
         Guard.from_pretrained("owner/bare")
 

@@ -1,0 +1,136 @@
+"""The images of one batch: as attacks move them, as the model takes them, as people see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmai_fast.bridge.bridge import Bridge
+from cmai_fast.layout import Layout
+from cmai_fast.threat import PixelSpace
+
+TEXT_KEYS = ("input_ids", "attention_mask", "labels")
+
+
+class BatchImages:
+    """Images of a batch as an attack moves them, and the batch with others in their place.
+
+    Images come as (N, C, H, W) where a sample is one image, or as units (N, U, C, h, w) of `layout` where it is
+    several, tiles or patches. `pixels` gives those of the batch, and `inputs` turns others into what the model's own
+    forward takes.
+
+    Args:
+        bridge: of the model, from `bridge_of`.
+        space: pixels in [0, 1] to the model's input.
+        batch: what the model's own forward takes; at least `bridge.needs` (for a generative model `input_ids`,
+            `attention_mask`, `labels`, each (N, L)). Keys that it does not take are ignored.
+
+    Raises:
+        ValueError: a key of the batch is missing or has another shape.
+    """
+
+    def __init__(self, bridge: Bridge, space: PixelSpace, batch: Mapping[str, Tensor]) -> None:
+        missing = [k for k in bridge.needs if k not in batch]
+        if missing:
+            raise ValueError(f"the batch has no {', no '.join(missing)}; an attack needs {', '.join(bridge.needs)}")
+        self.bridge, self.space = bridge, space
+        self._pixel_values = batch.get("pixel_values")
+        self.batch: Mapping[str, Tensor]
+        self._image, self.batch = bridge.inputs(batch)
+        if bridge.needs == TEXT_KEYS and len({self.batch[k].shape for k in TEXT_KEYS}) > 1:
+            shapes = ", ".join(f"{k} {tuple(self.batch[k].shape)}" for k in TEXT_KEYS)
+            raise ValueError(f"the batch has {shapes}; expected one shape (N, L) for all three")
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Where each sample's pixels lie in the batch's `pixel_values`; None: a sample is one image (C, H, W)."""
+        values = self._pixel_values
+        if values is None:
+            return None
+        if values.dim() not in (2, 4, 5):
+            return Layout(values)  # which says what is wrong
+        images = None
+        if values.dim() != 5 or "image_sizes" in self.bridge.image_keys:  # else (N, images, ...), by sample already
+            images = self.bridge.images_per_row(values, **self._image)
+            if values.dim() == 4 and bool((images == 1).all()):
+                return None
+        mask = self._image.get("pixel_attention_mask")
+        if values.dim() == 5 and mask is None and not self.space.mean.any():
+            raise ValueError(
+                "the processor's mean is 0, so a black tile looks like the zeros that fill up a sample, and would not "
+                "be attacked; expected a mean above 0, or a batch with pixel_attention_mask"
+            )
+        return Layout(
+            values,
+            images,
+            image_grid_thw=self._image.get("image_grid_thw"),
+            patches=self.space.patches,
+            pixel_attention_mask=mask,
+        )
+
+    def pixels(self) -> Tensor:
+        """The batch's own images in [0, 1], as attacks take them; at least float32."""
+        if self._pixel_values is None:
+            raise ValueError("the batch has no pixel_values; expected those that the model's processor made")
+        if self.layout is None:
+            return self.space.to_pixels(self._pixel_values)
+        return self.layout.only(self.space.to_pixels(self.layout.unpack(self._pixel_values)))
+
+    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The batch as the model's own forward takes it, with these images in [0, 1] in place of its own."""
+        return {**self._image, **self.batch, "pixel_values": self._pack(self.space.to_model(pixels))}
+
+    def pictures(self, pixels: Tensor) -> list[list[np.ndarray]]:
+        """Images in [0, 1] as 8-bit pictures (H, W, C), for each sample those of its images (or their tiles)."""
+        layout = Layout(pixels) if self.layout is None else self.layout
+        return layout.images(pixels.unsqueeze(1) if self.layout is None else pixels)
+
+    def from_pictures(self, pictures: Sequence[Sequence[np.ndarray]]) -> Tensor:
+        """The reverse of `pictures`: images in [0, 1], as attacks take them."""
+        if self.layout is not None:
+            return self.layout.from_images(pictures)
+        return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for (p,) in pictures])
+
+    def split(self, pixels: Tensor) -> list[Tensor]:
+        """Images as attacks take them to one tensor a sample: its own images, tiles or patches (u, C, h, w)."""
+        return list(pixels.unsqueeze(1)) if self.layout is None else self.layout.split(pixels)
+
+    def join(self, images: Sequence[Tensor]) -> Tensor:
+        """The reverse of `split`, for images of this batch's samples; they may come from batches of other samples.
+
+        Raises:
+            ValueError: images that this batch's model does not read so.
+        """
+        if self._pixel_values is None:
+            raise ValueError("the batch has no pixel_values; expected those that the model's processor made")
+        if self.layout is not None:
+            return self.layout.join(images)
+        expected, given = [(1, *value.shape) for value in self._pixel_values], [tuple(image.shape) for image in images]
+        if given != expected:
+            raise ValueError(
+                f"{len(given)} samples have images of shapes {sorted(set(given))}, and this model reads "
+                f"{len(expected)} of {sorted(set(expected))}; images that were made on one model fit another only if "
+                "it reads them alike"
+            )
+        return torch.cat(list(images)).to(self._pixel_values.device)
+
+    def _pack(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
+        return model_input if self.layout is None else self.layout.pack(model_input, rows)
+
+    def rows(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Mapping[str, Tensor]:
+        if rows is None:
+            return inputs
+        return self.bridge.select(inputs, rows, None if self.layout is None else self.layout.images_per_row)
+
+    def encode(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
+        """h_v of images in the model's input space that belong to `rows` (n,) of the batch (None: all)."""
+        if self.layout is None and set(self._image) <= {"input_ids"}:
+            return self.bridge.encode_image(model_input)  # one image a sample: nothing to share out
+        return self.bridge.encode_image(self._pack(model_input, rows), **self.rows(self._image, rows))
