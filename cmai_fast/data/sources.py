@@ -16,7 +16,7 @@ from typing import Any
 from cmai_fast.data.formats import FORMATS, Format, digest_of, format_of_suffix
 from cmai_fast.data.formats.folder import ALIASES, split_named
 from cmai_fast.data.formats.imagefolder import metadata_of
-from cmai_fast.data.records import NO_FIELDS, check_fields, check_unique
+from cmai_fast.data.records import check_fields, check_unique
 from cmai_fast.data.sample import Sample
 from cmai_fast.data.splits import SPLITS, divide
 
@@ -35,7 +35,7 @@ class DataSource:
     """
 
     name: str
-    fields: Mapping[str, str] = field(default_factory=lambda: NO_FIELDS)
+    fields: Mapping[str, str] = field(default_factory=dict)
     split_seed: int | None = None
 
     def check(self, *splits: str, answers: bool = False) -> None:

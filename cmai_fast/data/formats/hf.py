@@ -81,6 +81,8 @@ class HubSamples(Sequence[Sample]):
             pictures.append(column)
         self._data = data
         self._check(data.remove_columns(pictures))
+        if len(self):
+            self[0]  # a picture under a name that nobody knows is found here
 
     def _check(self, texts: Any) -> None:
         fields = {own: theirs for own, theirs in self._fields.items() if own not in PICTURES}
