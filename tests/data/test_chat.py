@@ -74,7 +74,7 @@ def test_a_chat_that_ends_with_the_question_and_system_messages():
         ({"messages": [user("a"), assistant("")]}, r"messages\[1\] \(assistant\) has no text"),
         ({"messages": [{"text": "a"}]}, r"messages\[0\] has the keys text; expected role and content"),
         ({"messages": ["a"]}, r"messages\[0\] is 'a'"),
-        ({"messages": [user([{"type": "audio", "audio": "a.wav"}])]}, "type: 'audio', audio: 'a.wav'}; expected a part"),
+        ({"messages": [user([{"type": "audio", "audio": "a.wav"}])]}, "type: 'audio', audio: 'a.wav'}; expected a p"),
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "http://x.org/a.png"}}, TEXT])]},
          "image is the URL 'http://x.org/a.png'"),
         ({"messages": [user([{"type": "image"}, TEXT])]}, "1 places for an image .* record has 0 images"),

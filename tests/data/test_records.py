@@ -153,7 +153,10 @@ def test_choices_hold_the_answer():
         ({"question": " "}, "question is ' '; expected a text"),
         ({"prompt": 5}, "prompt is 5"),
         ({"question": "a", "prompt": "b"}, "both question and prompt are there"),
-        ({"image": PICTURE, "images": [PICTURE], **ASKED}, "both image and images are there; name one: --map image=KEY"),
+        (
+            {"image": PICTURE, "images": [PICTURE], **ASKED},
+            "both image and images are there; name one: --map image=KEY",
+        ),
         ({"id": [1], **ASKED}, r"id is \[1\] \(list\)"),
         ({"id": float("nan"), **ASKED}, "id is nan"),
         ("what?", "record 0 is 'what\\?'; expected a record"),

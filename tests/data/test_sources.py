@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cmai_fast.data import EasyVQA, Sample, data_format, load_dataset
-from cmai_fast.data.formats import FORMATS
+from cmai_fast.data.formats import FORMATS, read_text
 from cmai_fast.data.sources import DataSource
 
 
@@ -34,12 +34,11 @@ def test_checking_data_loads_neither_pytorch_nor_transformers(asked):
     code = (
         "import sys\nfrom cmai_fast.data.sources import DataSource\nfrom cmai_fast.data import FORMATS, Sample\n"
         "from cmai_fast.tasks import TASKS, with_choices\nfrom cmai_fast.metrics import METRICS\n"
-        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules) - NUMPY\n"
         f"DataSource({str(asked)!r}, split_seed=0).check('train', 'test', answers=True)\n"
         "DataSource('easyvqa').check('train')\nassert DataSource('easyvqa').fingerprint()\n"
         "TASKS.check('vqa'); METRICS.check('exact-match')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
-    ).replace("NUMPY", "{'numpy'}")
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -103,7 +102,7 @@ def test_a_folder_of_files_is_split_by_their_names(asked):
     assert source.load("test")[0].prompt == "c?"
     before = source.fingerprint()
     lines(folder / "validation.jsonl", [{"question": "b?"}])
-    with pytest.raises(ValueError, match="val.ndjson and .*validation.jsonl are both the split calibration"):
+    with pytest.raises(ValueError, match=r"val\.ndjson and .*validation\.jsonl are both the split calibration"):
         source.check()
     (folder / "validation.jsonl").unlink()
     assert source.fingerprint() == before
@@ -147,7 +146,9 @@ def test_a_misspelt_file_and_an_unknown_suffix(asked):
 def test_missing_pictures_are_counted_and_named(asked):
     for i in (1, 2):
         (asked.parent / f"{i}.png").unlink()
-    with pytest.raises(ValueError, match=r"^4 of 20 pictures are missing: .*1\.png \(.*asked\.jsonl line 2\), .*, \.\.\.; "):
+    with pytest.raises(
+        ValueError, match=r"^4 of 20 pictures are missing: .*1\.png \(.*asked\.jsonl line 2\), .*, \.\.\.; "
+    ):
         DataSource(str(asked)).check()
 
 
@@ -184,7 +185,7 @@ def test_a_format_of_a_plugin_is_one_function(tmp_path, monkeypatch):
 
     @data_format("numbered", suffixes=(".numbered",))
     def read(path, split, fields):
-        for i, line in enumerate(open(path, encoding="utf-8").read().splitlines()):
+        for i, line in enumerate(read_text(path).splitlines()):
             yield Sample(i, (), line, where=f"{path} line {i + 1}")
 
     file = tmp_path / "a.numbered"

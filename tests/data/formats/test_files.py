@@ -11,7 +11,12 @@ from cmai_fast.data.sources import DataSource
 
 RECORDS = [
     {"id": "a", "question": "first?", "answer": "red", "choices": ["red", "blue"]},
-    {"id": "b", "question": "line \u2028 break, \"quotes\" and\nnew lines?", "answer": "größe", "choices": ["größe", "no"]},
+    {
+        "id": "b",
+        "question": 'line \u2028 break, "quotes" and\nnew lines?',
+        "answer": "größe",
+        "choices": ["größe", "no"],
+    },
     {"id": "c", "question": "third?", "answer": "3", "choices": ["3", "4"]},
 ]
 
@@ -76,7 +81,11 @@ def test_lines_of_json_and_csv_are_those_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("x.jsonl", '{"question": "a?"}\n{"question": "b', r"x\.jsonl line 2 is not a whole JSON object \(Unterminated"),
+        (
+            "x.jsonl",
+            '{"question": "a?"}\n{"question": "b',
+            r"x\.jsonl line 2 is not a whole JSON object \(Unterminated",
+        ),
         ("x.jsonl", '[\n{"question": "a?"}\n]', r"x\.jsonl line 1 .* one JSON list is called \.json"),
         ("x.jsonl", '{"question": "a?"}\n["a"]', r"x\.jsonl line 2 is \['a'\] \(list\); expected a record"),
         ("x.jsonl", b'{"question": "a?"}\n{"question": "gr\xfc\xdfe"}', r"x\.jsonl line 2: byte 0xfc is not UTF-8"),
