@@ -22,8 +22,8 @@ Row = dict[str, np.ndarray]
 class VQACollator:
     """Collates samples (or records, as `Sample.of` takes them) into one batch.
 
-    Pictures are read by `read_picture`; text and pictures are prepared by the processor's own call, whatever its family;
-    docs/families.md says which are tested. The prompt is that of `format_prompt`.
+    Pictures are read by `read_picture`. Text and pictures are prepared by the processor's own call, whatever its
+    family; docs/families.md says which are tested. The prompt is that of `format_prompt`.
 
     Args:
         processor: the model's own processor. It is not changed.
@@ -138,7 +138,7 @@ class VQACollator:
                 f"{_name(sample)} has no wrong answers in its 'choices'; the contrastive loss needs at least one. Add "
                 "them, or collate with negatives=0"
             )
-        rng = np.random.default_rng((self.seed, numeric_id(sample.id)))
+        rng = np.random.default_rng((self.seed, numeric_id(sample.id) % 2**64))
         return [others[j] for j in rng.integers(len(others), size=self.negatives)]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 # Noncharacters: Unicode reserves them for use inside a program, and no text holds them.
 BREAK, GENUINE = "\ufdd0", "\ufdd1"
@@ -30,11 +30,15 @@ class ControlTokens:
 
     def __init__(self, processor: Any) -> None:
         self._own = {k: t for k, t in vars(processor).items() if k.endswith("tokenizer") and hasattr(t, "init_kwargs")}
-        named = {str(v) for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, (str, AddedToken))}
+        named = {
+            str(v) for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, (str, AddedToken))
+        }
         template = str(getattr(processor, "chat_template", None) or "")
         self.by_tokenizer = {k: _tokens_of(t, named, template) for k, t in self._own.items()}
         self._pattern = _any_of(named.union(*self.by_tokenizer.values()))
-        self._read_as_text: dict[str, ReadAsText] = {k: ReadAsText(t, self.by_tokenizer[k]) for k, t in self._own.items()}
+        self._read_as_text: dict[str, ReadAsText] = {
+            k: ReadAsText(t, self.by_tokenizer[k]) for k, t in self._own.items()
+        }
 
     def find(self, text: str) -> list[str]:
         """The control tokens in a text, in order."""
@@ -75,12 +79,13 @@ class ReadAsText:
         return getattr(self._own, name)
 
     def __call__(self, text: str | Sequence[str], **kwargs: Any) -> Any:
-        texts = [text] if isinstance(text, str) else list(text)
-        if not any(BREAK in t for t in texts):
+        if not any(BREAK in t for t in text):  # texts, or the characters of one
             return self._own(text, **kwargs)
+        if isinstance(text, str):
+            return BatchEncoding({k: v[0] for k, v in self([text], **kwargs).items()})
         if self._marked is None:
             self._marked = _marked(self._own, self._tokens)
-        spelt = [self._pattern.sub(GENUINE + r"\g<0>", t).replace(BREAK, "") for t in texts]
+        spelt = [self._pattern.sub(GENUINE + r"\g<0>", t).replace(BREAK, "") for t in text]
         made = self._marked(spelt, **{**kwargs, "return_attention_mask": True})
         self._check(spelt, made, kwargs.get("add_special_tokens", True))
         return made

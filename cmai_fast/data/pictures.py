@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # A PSD opens as its composite, and an MPO (what many phones and cameras call .jpg) as its main photo.
 _FIRST_FRAME_IS_THE_PICTURE = ("PSD", "MPO")
@@ -122,7 +122,9 @@ def _of_data_url(url: str, name: str) -> bytes:
             raise ValueError(f"it starts with {head!r:.60}")
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        raise ValueError(f"{name} is a data URL that cannot be read ({error}); expected data:image/...;base64,...") from error
+        raise ValueError(
+            f"{name} is a data URL that cannot be read ({error}); expected data:image/...;base64,..."
+        ) from error
 
 
 def _of_file(file: Any, name: str) -> bytes:
@@ -135,14 +137,16 @@ def _of_file(file: Any, name: str) -> bytes:
     else:
         content = file.read()
     if not isinstance(content, bytes):
-        raise ValueError(f"{name} is a file that gives {type(content).__name__}; expected one opened in binary mode, 'rb'")
+        raise ValueError(
+            f"{name} is a file that gives {type(content).__name__}; expected one opened in binary mode, 'rb'"
+        )
     return content
 
 
 def _decoded(content: bytes | bytearray | memoryview, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(content))
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(
             f"{name} cannot be read as an image ({len(content)} bytes of no known format); expected a whole PNG, JPEG "
             "or another format that Pillow reads"
@@ -159,7 +163,7 @@ def _shown(picture: Image.Image, name: str) -> Image.Image:
     try:
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format not in _FIRST_FRAME_IS_THE_PICTURE:
-            raise _Refused(
+            raise _RefusedError(
                 f"{name} has {frames} frames or pages ({picture.format}); expected one picture. Save the one that is "
                 "asked about, or pass it as picture.convert('RGB')"
             )
@@ -169,13 +173,13 @@ def _shown(picture: Image.Image, name: str) -> Image.Image:
         if picture.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0:  # which Pillow does for 8 bits alone
             shown = ImageOps.invert(shown)
         return _on_white(shown)
-    except _Refused:
+    except _RefusedError:
         raise
     except Exception as error:
         raise ValueError(f"{name} cannot be decoded ({error}); the file is truncated or damaged") from error
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     """What was said already, and is no failure of a decoder."""
 
 
@@ -199,7 +203,7 @@ def _eight_bits(picture: Image.Image, file_format: str | None, white: int, name:
     if mode == "F":
         return Image.fromarray(_of_floats(np.asarray(picture), name))
     if mode == "I":
-        raise _Refused(
+        raise _RefusedError(
             f"{name} has mode 'I' (32-bit levels), whose white is not known; expected 8 or 16 bits. Scale it to "
             "0 to 255 and pass it as uint8"
         )
@@ -268,10 +272,10 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
 def _of_floats(array: np.ndarray, name: str) -> np.ndarray:
     broken = int((~np.isfinite(array)).sum())
     if broken:
-        raise _Refused(f"{name} has {broken} NaN or infinite values; expected floats in [0, 1]")
+        raise _RefusedError(f"{name} has {broken} NaN or infinite values; expected floats in [0, 1]")
     low, high = float(array.min()), float(array.max())
     if low < 0 or high > 1:
-        raise _Refused(
+        raise _RefusedError(
             f"{name} has floats from {low:g} to {high:g}; expected [0, 1]. Divide 0 to 255 by 255, clip what lies "
             "barely outside, and undo a processor's normalisation"
         )

@@ -16,8 +16,8 @@ def format_prompt(processor: Any, question: str, images: int = 1) -> str:
     """The prompt for a question about so many images, up to where the model answers: what `processor(text=...)` takes.
 
     That of the processor's chat template, images first. Without one: `answer en QUESTION` where the processor takes the
-    response as `suffix` (PaliGemma, Beyer et al., 2024, section 3), `Question: QUESTION Answer:` where it puts the image
-    before any text (BLIP-2, Li et al., 2023, appendix; InstructBLIP).
+    response as `suffix` (PaliGemma, Beyer et al., 2024, section 3), `Question: QUESTION Answer:` where it puts the
+    image before any text (BLIP-2, Li et al., 2023, appendix; InstructBLIP).
 
     Raises:
         ValueError: the processor has no chat template and no known form, or its family does not take that number of
@@ -131,9 +131,10 @@ class PromptForm:
         if self.control.find(filled) == self._own_control[kind]:
             return filled
         if self._refuse:
+            found = ", ".join(self.control.find(text)) or filled
             raise ValueError(
-                f"{name} is {text!r:.200} and makes the control tokens {', '.join(self.control.find(text)) or filled!r}; "
-                "take them out, or pass control_tokens='text' to have them read as text"
+                f"{name} is {text!r:.200} and makes the control tokens {found}; take them out, or pass "
+                "control_tokens='text' to have them read as text"
             )
         return form(kept_apart(text))
 

@@ -49,8 +49,8 @@ class MBATTrainer(CheckpointedTrainer):
 
     Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
     `attention_mask`, `labels` and what else its family needs. `sample_ids` (N,) names samples for their random starts,
-    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M) are wrong answers for the contrastive loss
-    (`cmai_fast.data.VQACollator` makes them all).
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M) are wrong answers for the contrastive
+    loss (`cmai_fast.data.VQACollator` makes them all).
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
     with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each has a part of the model; FSDP1 and DeepSpeed raise

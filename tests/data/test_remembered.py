@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -36,21 +35,39 @@ def test_pictures_one_by_one_are_what_the_image_processor_makes_of_all(family):
         torch.testing.assert_close(torch.as_tensor(made[key]), torch.as_tensor(value), rtol=0, atol=0)
 
 
-def test_small_arrays_are_remembered_and_others_are_not(monkeypatch):
+def photo(seed: int) -> Image.Image:
+    return Image.fromarray(picture(seed))
+
+
+def test_small_pictures_are_remembered_and_others_are_not(monkeypatch):
     counting = Counting(FAMILIES[0])
-    remember, image = RememberedPictures(counting), picture(0)
+    remember, image = RememberedPictures(counting), photo(0)
     for _ in range(2):
         remember([image, image.copy()])
     assert counting.calls == 1
-    remember([np.kron(image, np.ones((3, 3, 1), np.uint8))])
-    remember([Image.fromarray(image)] * 2)
+    remember([image.resize((96, 96))])
+    remember([image.quantize(), picture(0)])
     assert counting.calls == 4
     monkeypatch.setattr(remembered, "_ROOM", 2 * 32 * 32 * 3 * 4)  # two encoded pictures
     counting = Counting(FAMILIES[0])
     remember = RememberedPictures(counting)
     for _ in range(2):
-        remember([picture(i) for i in range(3)])
+        remember([photo(i) for i in range(3)])
     assert counting.calls == 4
+
+
+@GENERATIVE
+def test_several_pictures_per_sample_or_none_are_left_to_the_image_processor(family):
+    if family.single:
+        return
+    several = [[picture(i) for i in range(n)] for n in (2, 1)]
+    own = family.processor(
+        images=several if family.nested else [p for own in several for p in own], return_tensors="pt"
+    )
+    made = RememberedPictures(family.processor)(several)
+    assert set(made) == set(own)
+    for key, value in own.items():
+        torch.testing.assert_close(torch.as_tensor(made[key]), torch.as_tensor(value), rtol=0, atol=0)
 
 
 def test_it_has_what_the_image_processor_has_and_can_be_sent_to_a_worker():
