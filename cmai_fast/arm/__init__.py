@@ -1,7 +1,6 @@
 """Adaptive robustness: the schedule of beta in training, the guard in use."""
 
 from cmai_fast.arm.guard import Decision, Guard
-from cmai_fast.arm.images import expected_size, read_image
 from cmai_fast.arm.schedule import ARMSchedule
 
-__all__ = ["ARMSchedule", "Decision", "Guard", "expected_size", "read_image"]
+__all__ = ["ARMSchedule", "Decision", "Guard"]

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from cmai_fast.arm.images import expected_size, read_image
 from cmai_fast.bridge import bridge_of, frozen
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator
+from cmai_fast.data.pictures import expected_size, read_picture
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,13 @@ class Guard:
         if isinstance(questions, str) or len(images) != len(questions):
             raise ValueError(f"{len(images)} images for questions {questions!r:.80}; expected one question an image")
         size = None if resize else expected_size(self.processor)
-        pictures = [read_image(image, size, f"image {i}") for i, image in enumerate(images)]
+        pictures = [read_picture(image, f"image {i}") for i, image in enumerate(images)]
+        for i, picture in enumerate(pictures):
+            if size is not None and (picture.height, picture.width) != size:
+                raise ValueError(
+                    f"image {i} is {picture.height} x {picture.width} pixels; the model takes {size[0]} x {size[1]} "
+                    "(height x width). Pass resize=True to let the processor resize it"
+                )
         for i, question in enumerate(questions):
             self._check_question(question, f"question {i}")
         if not pictures:

@@ -25,7 +25,7 @@ def naive_loss(model, space, heads, batch, adv, lam, gamma):
     """(1 - lam) * L_clean + lam * L_adv + gamma * L_contrastive, for one plain backward."""
     bridge = Bridge(model)
     text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-    wrong = {k: batch[f"negative_{k}"] for k in text}
+    wrong = {k: batch[f"negative_{k}"].flatten(0, 1) for k in text}
     clean = bridge.encode_image(batch["pixel_values"])
     attacked = bridge.encode_image(space.to_model(adv))
     own, other = (heads.project_text(bridge.encode_text(**t).detach()) for t in (text, wrong))
@@ -487,7 +487,7 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
     trainer = make_trainer(beta=0.3)
     text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
     expected = trainer.bridge.encode_text(**text)
-    wrong = trainer.bridge.encode_text(**{k: batch[f"negative_{k}"] for k in text})
+    wrong = trainer.bridge.encode_text(**{k: batch[f"negative_{k}"].flatten(0, 1) for k in text})
     seen, contrast = [], trainer._contrast
 
     def spy_objective(*args):
