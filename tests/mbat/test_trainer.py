@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import Bridge, task_loss
-from cmai_fast.bridge import bridge as bridge_module
+from cmai_fast.bridge import Bridge, output_layer, task_loss
+from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, last_checkpoint
@@ -600,9 +600,9 @@ def test_a_step_is_the_same_with_logits_in_chunks(make_trainer, batch, monkeypat
         calls.append(args)
         return token_losses(*args)
 
-    monkeypatch.setattr(bridge_module, "token_losses", watched)
+    monkeypatch.setattr(output_layer, "token_losses", watched)
     for large in (False, True):
-        monkeypatch.setattr(Bridge, "_pays", lambda *_, large=large: large)
+        monkeypatch.setattr(OutputLayer, "_pays", lambda *_, large=large: large)
         trainer = make_trainer(refreshes=1)
         loss = trainer.training_step(trainer.model, dict(batch))
         steps.append((loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
