@@ -169,9 +169,13 @@ def test_a_family_has_the_losses_of_its_logits(family, trained, chunked):
     weights = torch.tensor([0.2, 0.5, 0.3])
     parameters = [p for p in model.parameters() if p.requires_grad]
     for labels in (text, wrong):
+        torch.set_rng_state(random)
         logits, targets = bridge.fuse(features, **labels)
         expected, right = task_loss(logits, targets), is_right(logits, targets)
+        drawn = torch.get_rng_state()  # some models draw numbers that change nothing (OPT, before transformers 5.23)
+        torch.set_rng_state(random)
         got, good = bridge.losses(features, **labels)
+        assert torch.equal(torch.get_rng_state(), drawn)
         assert chunked.pop() == int((targets != -100).sum())
         assert got.dtype == expected.dtype and torch.equal(good, right) and right.all() == (labels is text)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -183,7 +187,7 @@ def test_a_family_has_the_losses_of_its_logits(family, trained, chunked):
             assert (grad is None) == (want is None)
             if want is not None:
                 torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-12)
-    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
     assert "forward" not in model.get_output_embeddings().__dict__
 
 
