@@ -40,7 +40,7 @@ def test_importing_the_parts_that_depend_on_it_warns_once():
         "    import cmai_fast.attacks, cmai_fast.mbat, cmai_fast.arm\n"
         "print(sum('transformers 99.0.0 is outside' in str(w.message) for w in found))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "1"
 
 
