@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cmai_fast.bridge import BatchImages, Bridge, bridge_of, frozen
+from cmai_fast.bridge import BatchImages, ModelBridge, bridge_of, frozen
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.threat import PixelSpace
@@ -62,7 +62,7 @@ class Pipeline:
     heads: ConsistencyHeads | None = None
     threshold: Threshold | None = None
     generation: Generation = field(default_factory=Generation)
-    bridge: Bridge = field(init=False)
+    bridge: ModelBridge = field(init=False)
     space: PixelSpace = field(init=False)
     collate: VQACollator = field(init=False)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmai_fast.bridge import (
     BatchImages,
-    Bridge,
+    ModelBridge,
     frozen,
     lean_activations,
     patches_by_matmul,
@@ -67,7 +67,7 @@ class Objective(BatchImages):
         ValueError: a key of the batch is missing or has another shape, or beta != 0 without heads.
     """
 
-    bridge: Bridge
+    bridge: ModelBridge
     space: PixelSpace
     batch: Mapping[str, Tensor]
     alpha: float = 1.0

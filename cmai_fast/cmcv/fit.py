@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.bridge import ModelBridge, frozen
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
 from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
@@ -15,7 +15,7 @@ from cmai_fast.data.collate import negative_texts
 
 
 def fit_heads(
-    bridge: Bridge,
+    bridge: ModelBridge,
     heads: ConsistencyHeads,
     batches: Iterator[Mapping[str, Tensor]],
     steps: int,

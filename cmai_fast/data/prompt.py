@@ -57,7 +57,10 @@ def _check_placeholders(processor: Any, token: str, images: int) -> None:
 
 def takes_suffix(processor: Any) -> bool:
     """Whether the processor is given the response apart from the prompt, which alone is read in both directions."""
-    return "suffix" in inspect.signature(processor.__call__).parameters
+    if "suffix" in inspect.signature(processor.__call__).parameters:
+        return True
+    kinds = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
+    return "suffix" in getattr(kinds.get("text_kwargs"), "__annotations__", {})  # transformers before 5.23
 
 
 class PromptForm:

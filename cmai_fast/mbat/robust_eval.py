@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cmai_fast.attacks import Objective, pgd
-from cmai_fast.bridge import Bridge
+from cmai_fast.bridge import ModelBridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat.shards import is_sharded
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 
 def verdicts(
-    bridge: Bridge,
+    bridge: ModelBridge,
     space: PixelSpace,
     batch: Mapping[str, Tensor],
     heads: ConsistencyHeads | None,

@@ -93,7 +93,7 @@ def test_a_refresh_gives_the_exact_gradient(make_objective, clean, beta):
     x = objective.space.to_model(clean)
     _, grad = inner._refresh(objective, x)
     exact, _ = make_objective(alpha=1.5, beta=beta).gradient(x)
-    torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-7)
 
 
 def test_between_refreshes_only_the_language_model_is_linearised(make_objective, clean):
@@ -112,7 +112,8 @@ def test_between_refreshes_only_the_language_model_is_linearised(make_objective,
     s_c = F.cosine_similarity(heads.project_image(features), text)
     direction = torch.stack([row / row.norm() for row in p])
     (expected,) = torch.autograd.grad(1.5 * (direction * features).sum() - 0.7 * s_c.sum(), leaf)
-    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-8)
+    # Measured: 2.6e-8 with AVX2, 2.4e-8 with AVX-512, of gradients up to 0.09; a wrong sign of S_c misses by 4e-3.
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_sample_that_the_model_is_sure_of_is_attacked_as_any_other(make_objective, clean):
