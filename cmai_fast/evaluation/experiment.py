@@ -100,7 +100,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     out = Path(out)
     _check_out(out, settings, resume)
     if (out / "results.json").is_file():  # interrupted before the report
-        return _finish(out, read_results(out))
+        return _finish(out, dict(read_results(out)))
     # All that can be refused is refused before the folder is claimed and hours are spent.
     args = training_arguments(settings, out)
     samples = _samples(settings.data, "test", settings.limit, settings.seed)

@@ -47,9 +47,7 @@ class Table:
 def tiles(models: Sequence[Shown]) -> list[dict[str, Any]]:
     """The few numbers that most readers came for, one tile each with a row per model."""
 
-    def tile(
-        title: str, note: str, values: list[Any], write: Callable[[Any], str] = percent
-    ) -> dict[str, Any]:
+    def tile(title: str, note: str, values: list[Any], write: Callable[[Any], str] = percent) -> dict[str, Any]:
         rows = [(model, write(v), v if is_number(v) else None) for model, v in zip(models, values, strict=True)]
         return {"title": title, "note": note, "rows": rows}
 
@@ -159,35 +157,31 @@ def protocol(results: Results, models: Sequence[Shown]) -> dict[str, Any]:
 
 
 def _pairwise(models: Sequence[Shown]) -> Table:
-    """One or two models as columns, with the change from the first to the second."""
+    """One or two models as columns, with the change from the first to the second; what nobody measured is left out."""
     pair = compared(models)
     ordered = list(pair or models)
-    rows, small = [], {}
-    for row, (name, what, cells, between) in enumerate(
-        (
-            ("Clean accuracy", "untouched inputs", [percent(m.record["acc_clean"]) for m in ordered], "acc_clean"),
-            ("Robust accuracy", "worst input of all attacks", [percent(m.record["acc_robust"]) for m in ordered],
-             "acc_robust"),
-            ("Robust accuracy, 8-bit", "attacked images rounded to 256 levels",
-             [percent(m.record.get("acc_robust_8bit")) for m in ordered], "acc_robust_8bit"),
-            ("Attack success rate", "right before, wrong after", [_success(m) for m in ordered], "asr"),
-        )
-    ):  # fmt: skip
-        small[row, -1] = what
+    rows: list[tuple[Shown | str, list[str]]] = []
+    small: dict[tuple[int, int], str] = {}
+    for name, what, key in (
+        ("Clean accuracy", "untouched inputs", "acc_clean"),
+        ("Robust accuracy", "worst input of all attacks", "acc_robust"),
+        ("Robust accuracy, 8-bit", "attacked images rounded to 256 levels", "acc_robust_8bit"),
+        ("Attack success rate", "right before, wrong after", "asr"),
+    ):
+        values = [model.record.get(key) for model in ordered]
+        cells = [_success(model) if key == "asr" else percent(model.record.get(key)) for model in ordered]
+        if all(cell == NOT_MEASURED for cell in cells):
+            continue
+        small[len(rows), -1] = what
         for column, model in enumerate(ordered):
-            if text := interval(model.record.get(f"{between}_interval")):
-                small[row, column] = text
-        if pair is not None:
-            cells.append(change(*(model.record.get(between) for model in ordered)))
-        rows.append((name, cells))
+            if text := interval(model.record.get(f"{key}_interval")):
+                small[len(rows), column] = text
+        rows.append((name, [*cells, change(*values)] if pair else cells))
     worst = [worst_attack(model.record.get("attacks")) for model in ordered]
     if any(text != NOTHING for text in worst):
         small[len(rows), -1] = "leaves the least robust accuracy"
-        rows.append(("Worst attack", [*worst, ""] if pair is not None else worst))
-    kept = [(i, row) for i, row in enumerate(rows) if any(cell != NOT_MEASURED for cell in row[1])]
-    places = {old: new for new, (old, _) in enumerate(kept)}
-    small = {(places[row], column): text for (row, column), text in small.items() if row in places}
-    return Table("", [*ordered, *(["change"] if pair is not None else [])], [row for _, row in kept], small)
+        rows.append(("Worst attack", [*worst, ""] if pair else worst))
+    return Table("", [*ordered, *(["change"] if pair else [])], rows, small)
 
 
 def _changes(models: Sequence[Shown]) -> Table:
@@ -196,7 +190,7 @@ def _changes(models: Sequence[Shown]) -> Table:
     assert pair is not None  # three or more
     old = pair[0].record
     rows: list[tuple[Shown | str, list[str]]] = []
-    small = {}
+    small: dict[tuple[int, int], str] = {}
     for row, model in enumerate(models):
         new = model.record
         cells = [percent(new["acc_clean"]), percent(new["acc_robust"]), _success(model)]
@@ -225,7 +219,7 @@ def _metrics(models: Sequence[Shown]) -> Table | None:
     if not names:
         return None
     rows: list[tuple[Shown | str, list[str]]] = []
-    for name, kind in sorted(names):
+    for name, kind in sorted(names, key=lambda pair: (pair[0], pair[1] != "clean")):
         parts: list[Mapping[str, Any]] = [model.record.get("metrics") or {} for model in found]
         cells = [decimal((part.get(kind) or {}).get(name)) for part in parts]
         rows.append((f"{name}, {'clean' if kind == 'clean' else 'attacked'}", cells))
@@ -241,7 +235,8 @@ def _attacks(models: Sequence[Shown]) -> dict[str, Any]:
         for key, title in (("nonfinite_gradients", "non-finite gradients"), ("zero_gradients", "zero gradients"))
         if any(is_number(value := attack.get(key)) and value > 0 for attack in every)
     ]
-    columns = ["steps", "restarts", "robust accuracy", "ASR", "passes forward", "backward", "time"]
+    columns = ["steps", "restarts", "robust accuracy", "ASR", *(title for _, title in bad)]
+    columns += ["passes forward", "backward", "time"]
     groups = [
         (
             model,
@@ -252,7 +247,7 @@ def _attacks(models: Sequence[Shown]) -> dict[str, Any]:
         )
         for model in models
     ]
-    return {"columns": columns + [title for _, title in bad], "groups": groups, "bad": [key for key, _ in bad]}
+    return {"columns": columns, "groups": groups, "bad": [key for key, _ in bad]}
 
 
 def _attack_cells(attack: AttackResults, bad: Sequence[str]) -> list[str]:
@@ -262,10 +257,10 @@ def _attack_cells(attack: AttackResults, bad: Sequence[str]) -> list[str]:
         count(attack.get("restarts")),
         percent(attack.get("acc_robust")),
         percent(attack.get("asr")),
+        *(count(attack.get(key)) for key in bad),
         count(passes.get("forward")),
         count(passes.get("backward")),
         duration(attack.get("seconds")),
-        *(count(attack.get(key)) for key in bad),
     ]
 
 
