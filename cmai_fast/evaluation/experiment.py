@@ -24,7 +24,6 @@ from cmai_fast.evaluation.overhead import step_overhead
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.progress import TrainingBar
 from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, clean_verdicts, measure, own_scores, run_attack
-from cmai_fast.evaluation.report import write_report
 from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.sanity import sanity_checks
 from cmai_fast.evaluation.versions import versions
@@ -34,6 +33,7 @@ from cmai_fast.mbat.adapters import has_adapters
 from cmai_fast.metrics import accuracy, attack_success_rate, worst_case
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.report import write_report
 from cmai_fast.threat import ThreatModel
 
 RUN_FILE = "run.json"
@@ -100,7 +100,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     out = Path(out)
     _check_out(out, settings, resume)
     if (out / "results.json").is_file():  # interrupted before the report
-        return _finish(out, read_results(out))
+        return _finish(out, dict(read_results(out)))
     # All that can be refused is refused before the folder is claimed and hours are spent.
     args = training_arguments(settings, out)
     samples = _samples(settings.data, "test", settings.limit, settings.seed)
