@@ -1,6 +1,6 @@
 """Attacks on the image, one file per attack, found by name in `ATTACKS`; names load when they are first used.
 
-    result = ATTACKS["pgd"](Victim(bridge, space, batch), clean, ThreatModel("linf", 8 / 255), steps=10)
+result = ATTACKS["pgd"](Victim(bridge, space, batch), clean, ThreatModel("linf", 8 / 255), steps=10)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an attack says of itself, and the registry that finds it by name. Imports no PyTorch: names are checked early."""
+"""What an attack says of itself, and the registry of attacks. Imports no PyTorch, so that names are checked early."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ class Attack:
         steps = self.steps if steps is None else steps
         restarts = self.restarts if restarts is None else restarts
         self.check(threat.norm, steps, restarts)
-        own = self.read({**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})})
-        return self.run(
-            victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own
+        own = self.read(
+            {**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})}
         )
+        return self.run(victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own)
 
     def check(self, norm: str, steps: int, restarts: int) -> None:
         """Refuses a budget or norm that the attack does not take, before any model is loaded."""
@@ -128,10 +128,11 @@ class Attack:
 
     def describe(self) -> dict[str, str]:
         """Each own setting, with its types and default in words."""
-        return {
-            key: f"{' or '.join('none' if k is types.NoneType else k.__name__ for k in self.kinds[key])}, default {value}"
-            for key, value in self.settings.items()
-        }
+        said = {}
+        for key, default in self.settings.items():
+            kinds = ["none" if kind is types.NoneType else kind.__name__ for kind in self.kinds[key]]
+            said[key] = f"{' or '.join(kinds)}, default {default}"
+        return said
 
     def _listed(self) -> str:
         own = [f"{key} ({said})" for key, said in self.describe().items()]

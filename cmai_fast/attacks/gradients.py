@@ -1,4 +1,4 @@
-"""How a loss becomes a gradient at the pixels: exactly, by a stale co-state at the bridge, or as a mean over transforms.
+"""How a loss becomes a gradient at the pixels: exact, from a stale co-state at the bridge, or a mean over transforms.
 
 Each serves every gradient attack (`gradient=`) and the inner problem of MBAT. Losses are summed over the batch, never
 averaged, so a row's gradient is its own whatever the batch size.
@@ -107,15 +107,16 @@ class Exact:
 def refresh_steps(steps: int, refreshes: int) -> set[int]:
     """Where p is made anew: R points that cut K steps into R + 1 equal parts, so R = K renews it at every step."""
     if not 0 <= refreshes <= steps:
-        raise ValueError(f"refreshes is {refreshes}; expected 0 to {steps}, the number of inner steps")
+        raise ValueError(f"refreshes is {refreshes}; expected 0 to {steps}, the number of steps")
     return {i * steps // (refreshes + 1) for i in range(1, refreshes + 1)} if refreshes < steps else set(range(steps))
 
 
 @dataclass(frozen=True)
 class StaleBridge:
-    """A frozen co-state p = d(alpha * L)/d h_v, renewed `refreshes` times (a gradient per refresh goes through the whole
-    model), and between them the ascent of <p, h_v(x + delta)> through E_v, whose gradient is exact: only the language
-    model is linearised. S_c of a `Weighted` loss lives on the vision side and stays exact.
+    """A frozen co-state p = d(alpha * L)/d h_v, renewed `refreshes` times by a pass of the whole model.
+
+    Between refreshes <p, h_v(x + delta)> is ascended through E_v, whose gradient is exact: only the language model is
+    linearised. S_c of a `Weighted` loss lives on the vision side and stays exact.
 
     Whether a sample is fooled is known at refreshes and at the end only.
 

@@ -1,4 +1,4 @@
-"""What every restarted attack does around its ascents: checked inputs, the clean image first, the best of all starts."""
+"""What every attack does around its ascents: checks its inputs, tries the clean image, keeps the best of all starts."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cmai_fast.attacks.ascent import Ascent, ascend, step_sizes
-from cmai_fast.attacks.gradients import Course, Exact, Gradient, StaleBridge, refresh_steps
+from cmai_fast.attacks.gradients import Course, Exact, Gradient, StaleBridge
+from cmai_fast.attacks.gradients import refresh_steps as refresh_steps  # part of what a solver is set by
 from cmai_fast.attacks.losses import weighted
 from cmai_fast.attacks.state import Tally, prepare
 from cmai_fast.attacks.victim import Passes, Victim
@@ -90,8 +91,6 @@ def maximise(
             estimate = gradient.start(Course(victim, weighted(alpha, beta), clean, sample_ids, steps, seed))
             at, tally = Ascent.begin(victim, clean, eps, threat.norm, noise=(seed, sample_ids)), Tally(victim, clean)
             ascend(victim, at, estimate, step_sizes(threat.eps, steps, step_size), threat.norm, tally)
-            return InnerResult(
-                at.adv, at.model_input, victim.passes, staleness, tally.nonfinite, tally.zero_gradients
-            )
+            return InnerResult(at.adv, at.model_input, victim.passes, staleness, tally.nonfinite, tally.zero_gradients)
     finally:
         victim.passes = outer_passes + victim.passes

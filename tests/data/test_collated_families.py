@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import VQACollator, format_prompt
 from cmai_fast.data.prompt import PromptForm
@@ -116,7 +116,7 @@ def test_what_the_model_goes_on_from_is_what_its_response_follows(family):
     prompts, batch = collate.prompts(samples), collate(samples)
     with torch.no_grad():
         said = model.generate(**prompts, max_new_tokens=1, do_sample=False, pad_token_id=0)[:, -1]
-        objective = Objective(bridge_of(model), PixelSpace.from_processor(processor), batch)
+        objective = Victim(bridge_of(model), PixelSpace.from_processor(processor), batch)
         features = objective.encode(objective.space.to_model(objective.pixels()))
         logits, targets = objective.bridge.fuse(features, **objective.batch)
     first = (targets != -100).int().argmax(1)
@@ -129,7 +129,7 @@ def test_a_sample_is_the_same_in_any_batch(family):
     collate, space = VQACollator(processor, negatives=2), PixelSpace.from_processor(processor)
 
     def losses(batch):
-        objective = Objective(bridge_of(model), space, batch)
+        objective = Victim(bridge_of(model), space, batch)
         with torch.no_grad():
             return objective(space.to_model(objective.pixels())).loss
 
