@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim, exact_gradient
 from cmai_fast.bridge import bridge_of, lean_activations
 from cmai_fast.evaluation.overhead import SavedActivations
 from cmai_fast.threat import PixelSpace
@@ -51,15 +51,15 @@ def test_what_an_attack_keeps(side_by_side, recipes) -> None:
     _, sized_models = recipes
     sized = sized_models.MODELS["llava-100m"]()
     model = sized_models.build(sized, None, torch.device("cpu"), torch.float32).requires_grad_(True).eval()
-    objective = Objective(bridge_of(model), PixelSpace.from_processor(sized.processor), sized.batch(2, 32, 8))
+    objective = Victim(bridge_of(model), PixelSpace.from_processor(sized.processor), sized.batch(2, 32, 8))
     at = objective.space.to_model(objective.pixels())
 
     def gradient(context: Any) -> None:
         with context:
-            objective.gradient(at)
+            exact_gradient(objective, at)
 
     contenders = {
-        "attack": lambda: gradient(objective.lent()),
+        "attack": lambda: gradient(objective.attack_mode()),
         "trainable": lambda: gradient(nullcontext()),
         "trainable, lean": lambda: gradient(lean_activations(model)),
     }

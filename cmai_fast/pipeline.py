@@ -71,7 +71,7 @@ class Pipeline:
         if "input_ids" not in self.bridge.needs:
             raise ValueError(
                 f"{type(self.model).__name__} takes no questions, and what is measured here are answers; attack it by "
-                "Objective with batches of your own"
+                "Victim with batches of your own"
             )
         self.space = PixelSpace.from_processor(self.processor)
         self.collate = VQACollator(self.processor, max_length=self.bridge.context)

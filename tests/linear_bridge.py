@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.bridge.one_image import OneImageBridge
 from cmai_fast.threat import PixelSpace
@@ -47,7 +47,7 @@ class LinearBridge(OneImageBridge):
         """d<w, x_model>/d pixels, (3, 4, 4)."""
         return self.model.weight[1].detach().view(SHAPE) / SPACE.std.to(self.model.weight)[:, None, None]
 
-    def objective(self, rows: int) -> Objective:
+    def victim(self, rows: int) -> Victim:
         ids = torch.tensor([[1, 0]]).repeat(rows, 1)
         labels = torch.tensor([[-100, 0]]).repeat(rows, 1)
-        return Objective(self, SPACE, {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels})  # type: ignore[arg-type]
+        return Victim(self, SPACE, {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels})  # type: ignore[arg-type]

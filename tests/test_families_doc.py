@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import format_prompt
 from cmai_fast.threat import PixelSpace
@@ -22,7 +22,7 @@ def row(family: Family) -> str:
     model, samples = family.model(), family.samples()
     batch = family.batch(model, samples)
     values = batch["pixel_values"]
-    objective = Objective(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
+    objective = Victim(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
     keys = sorted(set(batch) - {"pixel_values", "input_ids", "attention_mask", "labels"})
     assert set(objective.inputs(objective.pixels())) == set(batch)
     several = max(len(s.pictures) for s in samples) > 1

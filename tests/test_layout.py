@@ -10,7 +10,8 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from cmai_fast.attacks import Objective, pgd
+from cmai_fast.attacks import Victim
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import bridge_of
 from cmai_fast.layout import Layout, Patches
 from cmai_fast.mbat import maximise
@@ -22,9 +23,9 @@ patched = pytest.mark.parametrize("family", [f for f in FAMILIES if "Qwen" in f.
 LINF = ThreatModel("linf", 8 / 255)
 
 
-def objective_of(family: Family) -> Objective:
+def objective_of(family: Family) -> Victim:
     batch = family.batch(family.model(), family.samples())
-    return Objective(bridge_of(family.model()), PixelSpace.from_processor(family.processor), batch)
+    return Victim(bridge_of(family.model()), PixelSpace.from_processor(family.processor), batch)
 
 
 def saved_and_loaded(pictures: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
@@ -81,7 +82,7 @@ def test_images_of_a_sample_fit_it_in_any_grouping(family):
         batch = family.batch(family.model(), [samples[i] for i in rows])
         if family.kind == "dual":
             batch = {**family.batch(family.model(), samples), **{k: batch[k] for k in ("pixel_values", "labels")}}
-        other = Objective(objective.bridge, objective.space, batch)
+        other = Victim(objective.bridge, objective.space, batch)
         assert torch.equal(other.join([images[i] for i in rows]), other.pixels())
     with pytest.raises(ValueError, match="made on one model fit another only if"):
         objective.join([i[..., :-1, :-1] for i in images] if objective.layout is None else [i[:-1] for i in images])
@@ -134,7 +135,7 @@ def test_frames_of_a_video_are_refused():
     moved = batch["pixel_values"].clone()
     moved[5, 70] += 0.1
     with pytest.raises(ValueError, match="frames of a video"):
-        Objective(bridge_of(family.model()), space, {**batch, "pixel_values": moved}).pixels()
+        Victim(bridge_of(family.model()), space, {**batch, "pixel_values": moved}).pixels()
     grid = batch["image_grid_thw"] * torch.tensor([2, 1, 1])
     with pytest.raises(ValueError, match="expected images, whose first number is 1"):
         Layout(batch["pixel_values"], image_grid_thw=grid, patches=space.patches)
@@ -153,7 +154,7 @@ def test_bad_pixel_values_are_named():
     with pytest.raises(ValueError, match="the samples have 3 images in all, pixel_values 2"):
         Layout(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]))
     plain = objective_of(next(f for f in FAMILIES if f.name == "BLIP-2"))
-    bare = Objective(plain.bridge, plain.space, plain.batch)
+    bare = Victim(plain.bridge, plain.space, plain.batch)
     with pytest.raises(ValueError, match="the batch has no pixel_values"):
         bare.pixels()
 
@@ -181,7 +182,7 @@ def test_padding_inside_an_image_is_no_pixel_of_it():
     labels = torch.full_like(ids, -100)
     labels[:, -1] = 11
     batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    objective = Objective(bridge_of(family.model()), PixelSpace(MEAN, STD), batch)
+    objective = Victim(bridge_of(family.model()), PixelSpace(MEAN, STD), batch)
     mask = batch["pixel_attention_mask"].bool()
     assert objective.layout.mask is not None
     clean = objective.pixels()
@@ -212,10 +213,10 @@ def test_a_black_tile_is_attacked_where_the_processors_mean_is_0():
     batch = family.batch(family.model(), family.samples())
     batch["pixel_values"] = (batch["pixel_values"] - batch["pixel_values"].min()) / 20
     batch["pixel_values"][0] = 0.0
-    black = Objective(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch)
+    black = Victim(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch)
     assert black.layout.real[0].any()
     result = maximise(black, black.pixels(), LINF, "pgd", steps=1)
     assert (result.adv[0][black.layout.real[0]] != 0).any()
     del batch["pixel_attention_mask"]
     with pytest.raises(ValueError, match="mean is 0, so a black tile looks like the zeros"):
-        Objective(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch).pixels()
+        Victim(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch).pixels()

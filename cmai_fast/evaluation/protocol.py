@@ -12,8 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from cmai_fast.attacks import ATTACKS, AttackResult, Objective, Passes
-from cmai_fast.bridge import frozen
+from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.data import Sample
 from cmai_fast.metrics import (
     accuracy,
@@ -54,7 +53,7 @@ class AttackSpec:
 
 @dataclass
 class Attacked:
-    """What an attack did to all samples: images in [0, 1], as `Objective.split` gives them, verdicts (N,) bool, price,
+    """What an attack did to all samples: images in [0, 1], as `Victim.split` gives them, verdicts (N,) bool, price,
     bad gradients."""
 
     adv: list[Tensor]
@@ -75,21 +74,20 @@ class Measured:
     attacked: dict[str, Attacked] = field(default_factory=dict)
 
 
-def objective_of(subject: Pipeline, batch: dict[str, Tensor]) -> Objective:
+def objective_of(subject: Pipeline, batch: dict[str, Tensor]) -> Victim:
     """L_task on a batch of `subject.collate`, on the model's device."""
-    return Objective(subject.bridge, subject.space, subject.on_device(batch))
+    return Victim(subject.bridge, subject.space, subject.on_device(batch))
 
 
-def is_right(subject: Pipeline, pixels: Tensor, objective: Objective) -> Tensor:
+def is_right(subject: Pipeline, pixels: Tensor, objective: Victim) -> Tensor:
     """Verdict on images in [0, 1], as `objective.pixels()` gives them: (N,) bool."""
-    with frozen(subject.model), torch.no_grad():
-        return objective(subject.space.to_model(pixels)).right
+    return objective.right(pixels)
 
 
 def batches(
     subject: Pipeline, samples: Sequence[Sample], size: int, what: str, progress: bool
-) -> Iterator[tuple[Objective, Tensor, Tensor]]:
-    """Objectives of the samples, `size` at a time, their clean images in [0, 1] and ids (n,), with a progress bar."""
+) -> Iterator[tuple[Victim, Tensor, Tensor]]:
+    """Victims of the samples, `size` at a time, their clean images in [0, 1] and ids (n,), with a progress bar."""
     for start in track(range(0, len(samples), size), f"{subject.name}: {what}", disable=not progress, transient=False):
         batch = subject.collate(samples[start : start + size])
         objective = objective_of(subject, batch)
@@ -124,7 +122,7 @@ def run_attack(
     return Attacked(adv, *verdicts, passes, time.perf_counter() - start, nonfinite)
 
 
-def _kept(objective: Objective, pixels: Tensor) -> list[Tensor]:
+def _kept(objective: Victim, pixels: Tensor) -> list[Tensor]:
     """On the CPU, so that a device holds the images of one batch only."""
     return [image.cpu() for image in objective.split(pixels)]
 

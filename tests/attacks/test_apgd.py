@@ -6,8 +6,9 @@ import functools
 import pytest
 import torch
 
-from cmai_fast.attacks import Evaluation, Passes, apgd, pgd
-from cmai_fast.attacks.apgd import checkpoints
+from cmai_fast.attacks import Evaluation, Passes
+from cmai_fast.attacks.apgd import apgd, checkpoints
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.threat import PixelSpace, ThreatModel
 from plain_attacks import look, plain_apgd, start_of
 from recording import Recording
@@ -34,12 +35,19 @@ def test_trajectory_is_that_of_the_published_algorithm(threat, case64):
     expected = reference(case64, threat, steps, seed)
     halvings = [tuple(halved) for _, halved in expected]
     assert len(set(halvings)) > 1 and max(map(len, halvings)) >= 2  # samples go their own ways
-    objective = case64.objective(kind=Recording)
+    victim, recording = case64.victim(), Recording()
     result = apgd(
-        objective, case64.clean, threat, steps=steps, seed=seed, sample_ids=case64.sample_ids, early_stop=False
+        victim,
+        case64.clean,
+        threat,
+        steps=steps,
+        seed=seed,
+        sample_ids=case64.sample_ids,
+        early_stop=False,
+        gradient=recording,
     )
-    assert len(objective.asked) == steps + 1
-    for k, (rows, x) in enumerate(objective.asked):
+    assert len(recording.asked) == steps + 1
+    for k, (rows, x) in enumerate(recording.asked):
         assert rows == list(range(6))
         torch.testing.assert_close(x, torch.stack([points[k] for points, _ in expected]), rtol=0, atol=1e-9)
     assert result.fooled.any()
@@ -54,29 +62,33 @@ class Scripted:
         change = torch.where(up, 1.0, -4.0) * torch.rand(looks, rows, generator=generator)
         self.losses = change.double().cumsum(0).round(decimals=1)  # rounded, so that ties happen
         self.grads = torch.randn(looks, rows, 3, 1, 1, generator=generator, dtype=torch.float64)
-        self.space, self.passes, self.lent = PixelSpace([0.0] * 3, [1.0] * 3), Passes(), contextlib.nullcontext
+        self.space, self.passes, self.attack_mode = PixelSpace([0.0] * 3, [1.0] * 3), Passes(), contextlib.nullcontext
         self.layout = None
         self.asked: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return self.losses.shape[1]
 
-    def gradient(self, model_input, rows):
-        k = len(self.asked)
-        self.asked.append(model_input.clone())
-        return self.grads[k].clone(), Evaluation(self.losses[k].clone(), torch.ones(len(self), dtype=torch.bool), None)
+    def start(self, course):
+        def estimate(model_input, rows, step):
+            assert step == len(self.asked)
+            self.asked.append(model_input.clone())
+            at = Evaluation(self.losses[step].clone(), torch.ones(len(self), dtype=torch.bool))
+            return self.grads[step].clone(), at
+
+        return estimate
 
 
 def test_every_turn_of_the_halving_rules_is_the_published_one():
     rows, steps, threat = 150, 40, ThreatModel("linf", 0.25)
-    objective, clean = Scripted(rows, steps + 1), torch.full((rows, 3, 1, 1), 0.5, dtype=torch.float64)
-    apgd(objective, clean, threat, steps=steps, early_stop=False)  # type: ignore[arg-type]
+    victim, clean = Scripted(rows, steps + 1), torch.full((rows, 3, 1, 1), 0.5, dtype=torch.float64)
+    apgd(victim, clean, threat, steps=steps, early_stop=False, gradient=victim)  # type: ignore[arg-type]
     counts = set()
     for i in range(rows):
-        script = iter(zip(objective.losses[:, i].tolist(), objective.grads[:, i : i + 1], strict=True))
+        script = iter(zip(victim.losses[:, i].tolist(), victim.grads[:, i : i + 1], strict=True))
         value_and_grad = functools.partial(lambda script, _: next(script), script)
-        points, halved = plain_apgd(value_and_grad, clean[:1], objective.asked[0][i : i + 1], threat, steps)
-        torch.testing.assert_close(torch.stack(objective.asked)[:, i], torch.cat(points), rtol=0, atol=1e-12)
+        points, halved = plain_apgd(value_and_grad, clean[:1], victim.asked[0][i : i + 1], threat, steps)
+        torch.testing.assert_close(torch.stack(victim.asked)[:, i], torch.cat(points), rtol=0, atol=1e-12)
         counts.add(len(halved))
     assert len(counts) > 3
 
@@ -86,9 +98,9 @@ def test_the_shrinking_batch_takes_the_steps_of_the_full_one(case64):
     expected = reference(case64, threat, steps, 0)
     right = torch.stack([look(case64, torch.stack([p[k] for p, _ in expected]))[1] for k in range(steps + 1)])
     assert right.all(0).any() and not right.all(0).all()
-    objective = case64.objective(kind=Recording)
-    result = apgd(objective, case64.clean, threat, steps=steps, sample_ids=case64.sample_ids)
-    for k, (rows, x) in enumerate(objective.asked):
+    victim, recording = case64.victim(), Recording()
+    result = apgd(victim, case64.clean, threat, steps=steps, sample_ids=case64.sample_ids, gradient=recording)
+    for k, (rows, x) in enumerate(recording.asked):
         assert rows == [i for i in range(6) if right[:k, i].all()]
         torch.testing.assert_close(x, torch.stack([expected[i][0][k] for i in rows]), rtol=0, atol=1e-9)
     assert torch.equal(result.fooled, ~right.all(0))
@@ -105,7 +117,7 @@ def test_checkpoints_are_the_published_ones():
 def test_returns_the_best_point_of_the_trajectory(case64):
     threat, steps = ThreatModel("linf", 16 / 255), 8
     expected = reference(case64, threat, steps, 0)
-    result = apgd(case64.objective(), case64.clean, threat, steps=steps, sample_ids=case64.sample_ids, early_stop=False)
+    result = apgd(case64.victim(), case64.clean, threat, steps=steps, sample_ids=case64.sample_ids, early_stop=False)
     for i, (points, _) in enumerate(expected):
         looks = [look(case64, p[None], [i]) for p in points]
         ranked = [(not right[0], loss[0].item()) for loss, right, _ in looks]
@@ -116,7 +128,6 @@ def test_returns_the_best_point_of_the_trajectory(case64):
 def test_finds_at_least_what_pgd_finds_on_average(case64):
     threat = ThreatModel("linf", 16 / 255)
     losses = [
-        attack(case64.objective(), case64.clean, threat, steps=20, early_stop=False).loss.mean()
-        for attack in (apgd, pgd)
+        attack(case64.victim(), case64.clean, threat, steps=20, early_stop=False).loss.mean() for attack in (apgd, pgd)
     ]
     assert losses[0] > losses[1]

@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 
-from cmai_fast.attacks import ATTACKS, AttackResult, apgd, pgd
+from cmai_fast.attacks import ATTACKS, AttackResult
+from cmai_fast.attacks.apgd import apgd
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.threat import ThreatModel
 from own_answers import Case
 
@@ -25,13 +27,12 @@ RUNS = {
 def in_parts(attack, case: Case, threat: ThreatModel, parts: list[list[int]]) -> AttackResult:
     """The attack on each part by itself, padded by itself; rows of the result in the case's order."""
     results = [
-        attack(case.objective(rows), case.clean[rows], threat, seed=7, sample_ids=case.sample_ids[rows])
-        for rows in parts
+        attack(case.victim(rows), case.clean[rows], threat, seed=7, sample_ids=case.sample_ids[rows]) for rows in parts
     ]
     back = torch.tensor([i for rows in parts for i in rows]).argsort()
-    fields = ("adv", "fooled", "loss", "nonfinite")
-    adv, fooled, loss, nonfinite = (torch.cat([getattr(r, k) for r in results])[back] for k in fields)
-    return AttackResult(adv, fooled, loss, results[0].passes, nonfinite)
+    fields = ("adv", "fooled", "loss", "nonfinite", "zero_gradients")
+    adv, fooled, loss, nonfinite, zero = (torch.cat([getattr(r, k) for r in results])[back] for k in fields)
+    return AttackResult(adv, fooled, loss, results[0].passes, nonfinite, zero)
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
@@ -58,7 +59,7 @@ def test_float32_verdicts_are_equal_in_any_batch(name, case32):
 def test_starts_belong_to_sample_seed_and_restart(threat, case64):
     def start(ids: list[int], rows: list[int], **settings) -> torch.Tensor:
         result = pgd(
-            case64.objective(rows), case64.clean[rows], threat, steps=0, early_stop=False,
+            case64.victim(rows), case64.clean[rows], threat, steps=0, early_stop=False,
             sample_ids=torch.tensor(ids), **settings,
         )  # fmt: skip
         return result.adv
@@ -75,9 +76,9 @@ def test_restarts_have_starts_of_their_own(case64):
     """Two restarts of no steps: the result is the better of two points, and each is the better one for some sample."""
     ids = torch.arange(12)
     rows = [0] * 12
-    objective = case64.objective(rows)
+    victim = case64.victim(rows)
     one, two = (
-        pgd(objective, case64.clean[rows], LINF, steps=0, restarts=n, early_stop=False, sample_ids=ids) for n in (1, 2)
+        pgd(victim, case64.clean[rows], LINF, steps=0, restarts=n, early_stop=False, sample_ids=ids) for n in (1, 2)
     )
     changed = (one.adv != two.adv).flatten(1).any(1)
     assert changed.any() and not changed.all()

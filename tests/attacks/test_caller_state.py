@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmai_fast.attacks import ATTACKS
+from cmai_fast.attacks import ATTACKS, weighted
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.threat import ThreatModel
 from own_answers import Case, answer_itself
@@ -55,10 +55,11 @@ def snapshot(*modules: torch.nn.Module) -> dict[str, list]:
     }
 
 
-def run(name: str, case: Case, **settings):
+def run(name: str, case: Case, heads: ConsistencyHeads | None = None):
     return ATTACKS[name](
-        case.objective(**settings), case.clean, THREAT, steps=1 if name == "fgsm" else 4, sample_ids=case.sample_ids
-    )
+        case.victim(heads=heads), case.clean, THREAT, steps=1 if name == "fgsm" else 4, sample_ids=case.sample_ids,
+        loss=weighted(beta=0.5) if heads else None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
@@ -66,7 +67,7 @@ def test_model_heads_and_random_states_are_as_before(name, disordered, heads):
     before = snapshot(disordered.model, heads)
     assert len(set(before["modes"])) == len(set(before["requires_grad"])) == 2
     assert any(g is None for g in before["grad"]) and any(g for g in before["grad"])
-    run(name, disordered, beta=0.5, heads=heads)
+    run(name, disordered, heads)
     assert snapshot(disordered.model, heads) == before
 
 
@@ -83,30 +84,35 @@ def test_also_when_the_kth_forward_fails(name, kth, disordered, heads):
         if calls == kth:
             raise RuntimeError("out of memory")
 
-    objective = disordered.objective(beta=0.5, heads=heads)
+    victim = disordered.victim(heads=heads)
     hook = disordered.model.lm_head.register_forward_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="out of memory"):
-            ATTACKS[name](objective, disordered.clean, ThreatModel("linf", 1e-4), steps=1 if name == "fgsm" else 4)
+            ATTACKS[name](
+                victim, disordered.clean, ThreatModel("linf", 1e-4), steps=1 if name == "fgsm" else 4,
+                loss=weighted(beta=0.5),
+            )  # fmt: skip
     finally:
         hook.remove()
     assert calls == kth
     assert snapshot(disordered.model, heads) == before
-    assert objective.passes.full_forward == kth - 1  # what did run is still on the bill
+    assert victim.passes.full_forward == kth - 1  # what did run is still on the bill
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_works_where_autograd_is_off_and_gives_the_same(name, around, disordered, heads):
-    expected = run(name, disordered, beta=0.5, heads=heads)
+    expected = run(name, disordered, heads)
     outside = snapshot(disordered.model, heads)
     with around():
         before = snapshot(disordered.model, heads)
         # Tensors that are born in here, as a caller's would be.
         clean, ids = disordered.clean.clone(), disordered.sample_ids.clone()
-        objective = disordered.objective(beta=0.5, heads=heads)
-        assert clean.is_inference() == objective.batch["labels"].is_inference() == (around is torch.inference_mode)
-        result = ATTACKS[name](objective, clean, THREAT, steps=1 if name == "fgsm" else 4, sample_ids=ids)
+        victim = disordered.victim(heads=heads)
+        assert clean.is_inference() == victim.batch["labels"].is_inference() == (around is torch.inference_mode)
+        result = ATTACKS[name](
+            victim, clean, THREAT, steps=1 if name == "fgsm" else 4, sample_ids=ids, loss=weighted(beta=0.5)
+        )
         assert snapshot(disordered.model, heads) == before
     assert snapshot(disordered.model, heads) == outside
     assert torch.equal(result.adv, expected.adv) and torch.equal(result.loss, expected.loss)
@@ -116,10 +122,10 @@ def test_works_where_autograd_is_off_and_gives_the_same(name, around, disordered
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_the_callers_images_and_texts_are_not_written_to(name, disordered):
     clean = disordered.clean.clone()
-    objective = disordered.objective()
-    versions = disordered.clean._version, [v._version for v in objective.batch.values()]
-    ATTACKS[name](objective, disordered.clean, THREAT, steps=1)
-    assert (disordered.clean._version, [v._version for v in objective.batch.values()]) == versions
+    victim = disordered.victim()
+    versions = disordered.clean._version, [v._version for v in victim.batch.values()]
+    ATTACKS[name](victim, disordered.clean, THREAT, steps=1)
+    assert (disordered.clean._version, [v._version for v in victim.batch.values()]) == versions
     assert torch.equal(disordered.clean, clean)
 
 
@@ -137,6 +143,6 @@ def test_the_models_mode_and_the_random_state_change_nothing(name, disordered, m
 
 def test_the_patch_embedding_is_quick_inside_and_the_callers_own_outside(case32: Case) -> None:
     embedding = case32.model.model.vision_tower.embeddings.patch_embedding
-    with case32.objective().lent():
+    with case32.victim().attack_mode():
         assert "forward" in vars(embedding)
     assert "forward" not in vars(embedding)

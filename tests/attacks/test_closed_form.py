@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmai_fast.attacks import ATTACKS, apgd, fgsm, mi_fgsm, pgd
+from cmai_fast.attacks import ATTACKS
+from cmai_fast.attacks.apgd import apgd
+from cmai_fast.attacks.fgsm import fgsm
+from cmai_fast.attacks.mi_fgsm import mi_fgsm
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.threat import ThreatModel, round_to_8bit
 from linear_bridge import SHAPE, LinearBridge
 
@@ -31,7 +35,7 @@ def optimum(bridge: LinearBridge, threat: ThreatModel) -> torch.Tensor:
 )
 def test_the_closed_form_optimum_is_reached(attack, norm, eps):
     bridge, threat = LinearBridge(), ThreatModel(norm, eps)
-    result = attack(bridge.objective(2), INNER, threat)
+    result = attack(bridge.victim(2), INNER, threat)
     assert not result.fooled.any()  # the bias keeps the label right, so nothing stops early
     torch.testing.assert_close(
         result.adv - INNER, optimum(bridge, threat).expand(2, *SHAPE), rtol=0, atol=1e-9 if norm == "linf" else 1e-6
@@ -41,7 +45,7 @@ def test_the_closed_form_optimum_is_reached(attack, norm, eps):
 def test_in_the_corner_of_the_box_the_linf_optimum_is_the_clamped_one():
     bridge = LinearBridge()
     clean = torch.stack([torch.zeros(SHAPE), torch.ones(SHAPE)]).double()
-    result = pgd(bridge.objective(2), clean, ThreatModel("linf", 0.1), steps=10)
+    result = pgd(bridge.victim(2), clean, ThreatModel("linf", 0.1), steps=10)
     expected = (clean + optimum(bridge, ThreatModel("linf", 0.1))).clamp(0, 1)
     torch.testing.assert_close(result.adv, expected, rtol=0, atol=1e-12)
 
@@ -65,7 +69,7 @@ def test_every_result_is_in_ball_and_box_also_after_rounding(name, norm, levels,
     )
     threat = ThreatModel(norm, levels / 255)
     bridge = LinearBridge(dtype, bias)
-    result = ATTACKS[name](bridge.objective(3), clean, threat, steps=1 if name == "fgsm" else steps, seed=seed)
+    result = ATTACKS[name](bridge.victim(3), clean, threat, steps=1 if name == "fgsm" else steps, seed=seed)
     assert result.adv.dtype == dtype and result.adv.shape == clean.shape
     assert result.adv.min() >= 0 and result.adv.max() <= 1
     slack = 1e-12 if dtype == torch.float64 else 2.0**-24 * (1 if norm == "linf" else 48**0.5)
@@ -77,5 +81,5 @@ def test_every_result_is_in_ball_and_box_also_after_rounding(name, norm, levels,
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_nothing_moves_without_a_ball(name):
-    result = ATTACKS[name](LinearBridge().objective(2), INNER, ThreatModel("linf", 0.0), steps=1)
+    result = ATTACKS[name](LinearBridge().victim(2), INNER, ThreatModel("linf", 0.0), steps=1)
     assert torch.equal(result.adv, INNER)

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim, exact_gradient
 from cmai_fast.bridge import bridge_of, lean_activations
 from cmai_fast.evaluation.overhead import SavedActivations
 from cmai_fast.threat import PixelSpace
@@ -95,11 +95,11 @@ def test_a_factor_of_another_width_gets_a_gradient_of_its_own_shape() -> None:
 def test_an_attack_gradient_is_that_of_the_model_as_it_was(family) -> None:
     model = family.model()
     batch = family.batch(model, family.samples())
-    objective = Objective(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
+    objective = Victim(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
     at = objective.space.to_model(objective.pixels())
-    plain, _ = objective.gradient(at)
+    plain, _ = exact_gradient(objective, at)
     with lean_activations(model):
-        lean, _ = objective.gradient(at)
+        lean, _ = exact_gradient(objective, at)
     assert torch.equal(plain, lean)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmai_fast.attacks import Objective, pgd
+from cmai_fast.attacks import Victim, exact_gradient
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import Bridge, recomputed, set_recompute
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation.overhead import SavedActivations
@@ -23,8 +24,8 @@ def batch(tiny_processor):
     return VQACollator(tiny_processor, negatives=1)([data[i] for i in range(4)])
 
 
-def objective_of(model: Any, batch: dict[str, torch.Tensor]) -> Objective:
-    return Objective(Bridge(model), PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), batch)
+def objective_of(model: Any, batch: dict[str, torch.Tensor]) -> Victim:
+    return Victim(Bridge(model), PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), batch)
 
 
 def run(make_tiny: Any, batch: dict[str, torch.Tensor], mode: str, how: str) -> tuple[torch.Tensor, int, list[int]]:
@@ -37,11 +38,11 @@ def run(make_tiny: Any, batch: dict[str, torch.Tensor], mode: str, how: str) -> 
     objective = objective_of(model, batch)
     with SavedActivations(model) as held:
         if how == "attack":
-            with objective.lent():
-                grad = objective.gradient(batch["pixel_values"])[0]
+            with objective.attack_mode():
+                grad = exact_gradient(objective, batch["pixel_values"])[0]
         else:
             model.train()
-            grad = objective.gradient(batch["pixel_values"])[0]
+            grad = exact_gradient(objective, batch["pixel_values"])[0]
     return grad, held.peak, runs
 
 
@@ -72,8 +73,8 @@ def test_selective_repeats_no_product_and_no_attention(make_tiny, batch):
         model, _ = make_tiny()
         set_recompute(model, Bridge(model).vision_side, mode)
         objective = objective_of(model, batch)
-        with objective.lent(), Products() as products:
-            objective.gradient(batch["pixel_values"])
+        with objective.attack_mode(), Products() as products:
+            exact_gradient(objective, batch["pixel_values"])
         counted.append(products.count)
     none, selective, full = counted
     assert none == selective < full
@@ -107,8 +108,8 @@ def test_a_hook_of_somebody_else_runs_inside_and_comes_back(make_tiny, batch):
 
     layer.forward = hooked
     objective = objective_of(model, batch)
-    with objective.lent():
-        grad = objective.gradient(batch["pixel_values"])[0]
+    with objective.attack_mode():
+        grad = exact_gradient(objective, batch["pixel_values"])[0]
     assert layer.forward is hooked and len(runs) == 2
     assert torch.equal(grad, run(make_tiny, batch, "none", "attack")[0])
 
@@ -117,8 +118,8 @@ def test_the_reentrant_kind_of_the_users_own_does_not_stop_an_attack(make_tiny, 
     model, _ = make_tiny()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     objective = objective_of(model, batch)
-    with objective.lent():
-        grad = objective.gradient(batch["pixel_values"])[0]
+    with objective.attack_mode():
+        grad = exact_gradient(objective, batch["pixel_values"])[0]
     assert torch.equal(grad, run(make_tiny, batch, "none", "attack")[0])
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of, is_right, output_layer, task_loss
 from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.replaced import replaced
@@ -320,7 +320,7 @@ def test_an_attack_finds_the_same_images(solver, chunked, monkeypatch):
     for large in (True, False):
         monkeypatch.setattr(OutputLayer, "_pays", lambda *_, large=large: large)
         batch = llava.batch(model, llava.samples())
-        objective = Objective(bridge_of(model), PixelSpace.from_processor(llava.processor), batch)
+        objective = Victim(bridge_of(model), PixelSpace.from_processor(llava.processor), batch)
         clean = objective.pixels().double()
         found.append(maximise(objective, clean, ThreatModel("linf", 8 / 255), solver, steps=3, refreshes=1).adv)
         assert len(chunked) == (3 if solver == "pgd" else 2)

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import VQACollator, format_prompt
 from cmai_fast.data.prompt import PromptForm
@@ -119,7 +119,7 @@ def test_what_the_model_goes_on_from_is_what_its_response_follows(family):
     prompts, batch = collate.prompts(samples), collate(samples)
     with torch.no_grad():
         said = model.generate(**prompts, max_new_tokens=1, do_sample=False, pad_token_id=0)[:, -1]
-        objective = Objective(bridge_of(model), PixelSpace.from_processor(processor), batch)
+        objective = Victim(bridge_of(model), PixelSpace.from_processor(processor), batch)
         features = objective.encode(objective.space.to_model(objective.pixels()))
         logits, targets = objective.bridge.fuse(features, **objective.batch)
     first = (targets != -100).int().argmax(1)
@@ -132,7 +132,7 @@ def test_a_sample_is_the_same_in_any_batch(family):
     collate, space = VQACollator(processor, negatives=2), PixelSpace.from_processor(processor)
 
     def losses(batch):
-        objective = Objective(bridge_of(model), space, batch)
+        objective = Victim(bridge_of(model), space, batch)
         with torch.no_grad():
             return objective(space.to_model(objective.pixels())).loss
 

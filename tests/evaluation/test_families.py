@@ -15,7 +15,7 @@ from transformers import processing_utils
 from typer.testing import CliRunner
 
 from cmai_fast.arm import Guard
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of, task_loss
 from cmai_fast.cli import app
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
@@ -59,7 +59,7 @@ def samples(family):
 def subject(family, samples):
     """Fitted to three samples, so that there is something to break. Leave it as it is."""
     model, processor = copy.deepcopy(family.model()), processor_of(family)
-    objective = Objective(bridge_of(model), PixelSpace.from_processor(processor), VQACollator(processor)(samples))
+    objective = Victim(bridge_of(model), PixelSpace.from_processor(processor), VQACollator(processor)(samples))
     model_input = objective.space.to_model(objective.pixels())
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     for _ in range(60):

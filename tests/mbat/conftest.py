@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
@@ -47,21 +47,21 @@ def make_heads(model: Any, seed: int = 0) -> ConsistencyHeads:
 
 
 @pytest.fixture
-def make_objective(tiny_model, tiny_processor, batch):
-    """`make_objective(alpha=1.0, beta=0.0)` for the batch of four, on the shared model."""
-    heads = make_heads(tiny_model)
+def make_victim(tiny_model, tiny_processor, batch):
+    """`make_victim(heads=False)` for the batch of four, on the shared model; with consistency heads or without."""
+    made = make_heads(tiny_model)
 
-    def make(alpha: float = 1.0, beta: float = 0.0) -> Objective:
+    def make(heads: bool = False) -> Victim:
         space = PixelSpace.from_processor(tiny_processor)
-        return Objective(Bridge(tiny_model), space, batch, alpha, beta, heads if beta else None)
+        return Victim(Bridge(tiny_model), space, batch, made if heads else None)
 
     return make
 
 
 @pytest.fixture
-def clean(make_objective, batch):
+def clean(make_victim, batch):
     """Pixels (4, 3, 64, 64) in [0, 1]."""
-    return make_objective().space.to_pixels(batch["pixel_values"])
+    return make_victim().space.to_pixels(batch["pixel_values"])
 
 
 @pytest.fixture

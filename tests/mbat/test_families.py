@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_the_formula(family, tmp_path, refreshes):
     trainer._attack = lambda *args: found.append(attack(*args)) or found[-1]  # type: ignore[func-returns-value]
     model = copy.deepcopy(trainer.model).train()
     total = trainer.training_step(trainer.model, batch)
-    objective = Objective(bridge_of(model), trainer.space, batch)
+    objective = Victim(bridge_of(model), trainer.space, batch)
     clean, adv = objective.pixels(), found[0].adv
     assert (adv - clean).abs().amax() > 1 / 255
     clean_loss, adv_loss = (objective(trainer.space.to_model(x)).loss.mean() for x in (clean, adv))
@@ -93,8 +93,8 @@ def test_evaluation_and_prediction(family, tmp_path):
     trainer = trainer_of(family, tmp_path, eval_attack_steps=2)
     metrics = trainer.evaluate(Samples(family))
     batch = family.batch(family.model(), family.samples())
-    objective = Objective(bridge_of(trainer.model), trainer.space, batch)
-    with torch.no_grad(), objective.lent():
+    objective = Victim(bridge_of(trainer.model), trainer.space, batch)
+    with torch.no_grad(), objective.attack_mode():
         expected = objective(trainer.space.to_model(objective.pixels()))
     assert metrics["eval_loss"] == pytest.approx(float(expected.loss.mean()), rel=1e-3, abs=1e-5)
     assert metrics["eval_accuracy"] == pytest.approx(float(expected.right.float().mean()))

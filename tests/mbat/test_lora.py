@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 
 from cmai_fast import Guard
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator
@@ -99,7 +99,7 @@ def check_formula(trainer: MBATTrainer, batch: dict[str, torch.Tensor], lam: flo
     trainer._attack = lambda *args: found.append(attack(*args)) or found[-1]
     twin = copy.deepcopy(trainer.model).train()
     total = trainer.training_step(trainer.model, batch)
-    objective = Objective(bridge_of(twin), trainer.space, batch)
+    objective = Victim(bridge_of(twin), trainer.space, batch)
     clean, adv = objective.pixels(), found[0].adv
     assert (adv - clean).abs().max() > 1 / 255
     parts = [objective(trainer.space.to_model(x)).loss.mean() for x in (clean, adv)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.mbat import MBATConfig, MBATTrainer, shards
 from cmai_fast.mbat.parts import cut
@@ -204,11 +204,11 @@ def test_a_batch_of_any_family_is_cut_by_samples(family, tmp_path, monkeypatch) 
     batch = family.batch(family.model(), family.samples())
     batch["sample_ids"] = torch.tensor([7, 3, 9])
     space = PixelSpace.from_processor(family.processor)
-    objective = Objective(bridge_of(family.model()), space, batch)
+    objective = Victim(bridge_of(family.model()), space, batch)
     whole = objective(space.to_model(objective.pixels())).loss
     losses = []
     for part in cut(objective, batch, 2):
-        own = Objective(bridge_of(family.model()), space, part)
+        own = Victim(bridge_of(family.model()), space, part)
         losses.append(own(space.to_model(own.pixels())).loss)
     torch.testing.assert_close(torch.cat(losses), whole, rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from cmai_fast.attacks import Objective, pgd
+from cmai_fast.attacks import Victim, exact_gradient
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import Bridge, task_loss
 from cmai_fast.data import VQACollator
 from cmai_fast.mbat import MBATConfig, MBATTrainer, quantized_language_model
@@ -71,7 +72,7 @@ def test_gradients_reach_the_pixels_and_no_quantised_weight(load, tiny_model, ba
     # Of a random model: 4 bits keep the direction, 8 bits nearly all of it.
     likeness = torch.cosine_similarity(*grads)
     assert (likeness > {4: 0.8, 8: 0.97}[bits]).all() and (likeness < 0.999999).all()
-    objective = Objective(Bridge(model), PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), batch)
+    objective = Victim(Bridge(model), PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), batch)
     clean = objective.space.to_pixels(batch["pixel_values"])
     result = pgd(objective, clean, ThreatModel("linf", 8 / 255), steps=3, early_stop=False)
     assert (result.loss > objective(batch["pixel_values"]).loss).all()
@@ -82,9 +83,9 @@ def test_a_pass_without_gradient_before_does_not_take_the_gradient_away(load, ba
     """Where the processor has AVX512-BF16, bitsandbytes would pack the weights in that pass."""
     model, grads = load(4), []
     for _ in range(2):
-        objective = Objective(Bridge(model), PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), batch)
-        with objective.lent():
-            grads.append(objective.gradient(batch["pixel_values"])[0])
+        objective = Victim(Bridge(model), PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), batch)
+        with objective.attack_mode():
+            grads.append(exact_gradient(objective, batch["pixel_values"])[0])
         with torch.no_grad():
             objective(batch["pixel_values"])
     # Packing rounds the scales of the weights to bfloat16, which cannot be undone.

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 from transformers import TrainerCallback
 
-from cmai_fast.attacks import Objective, pgd
+from cmai_fast.attacks import Victim
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import is_right, task_loss
 from cmai_fast.mbat import MBATConfig, robust_eval
 from cmai_fast.threat import ThreatModel
@@ -27,11 +28,11 @@ def by_hand(trainer, samples, steps, eps):
     found = {name: [] for name in NAMES}
     for sample in samples:
         batch = trainer.data_collator([sample])
-        objective = Objective(trainer.bridge, trainer.space, batch, heads=trainer.heads)
+        victim = Victim(trainer.bridge, trainer.space, batch, heads=trainer.heads)
         text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-        clean = objective.pixels()
+        clean = victim.pixels()
         result = pgd(
-            objective, clean, ThreatModel("linf", eps), steps=steps, seed=trainer.args.seed,
+            victim, clean, ThreatModel("linf", eps), steps=steps, seed=trainer.args.seed,
             sample_ids=batch["sample_ids"],
         )  # fmt: skip
         found["robust_accuracy"].append(float(not result.fooled))
@@ -42,7 +43,7 @@ def by_hand(trainer, samples, steps, eps):
                 found[f"{prefix}loss"].append(float(task_loss(logits, targets)))
                 if not prefix:
                     found["accuracy"].append(float(is_right(logits, targets)))
-                found[f"{prefix}s_c"].append(float(objective.score(features)))
+                found[f"{prefix}s_c"].append(float(victim.score(features)))
     return {f"eval_{name}": np.mean(values) for name, values in found.items()}
 
 

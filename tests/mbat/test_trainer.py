@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from cmai_fast.arm import ARMSchedule
-from cmai_fast.attacks import Objective, Passes
+from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import Bridge, output_layer, task_loss
 from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.token_loss import token_losses
@@ -328,7 +328,7 @@ def test_arm_moves_beta(make_trainer, monkeypatch):
     """Every S_c is below tau_train, so beta rises as soon as the averages have seen enough batches."""
     trainer = make_trainer(tau_train=1.0, beta=0.1, beta_step=0.2, beta_max=0.35, max_steps=14, save_strategy="no")
     used, attack = [], trainer_module.maximise
-    monkeypatch.setattr(trainer_module, "maximise", lambda o, *a, **k: used.append(o.beta) or attack(o, *a, **k))
+    monkeypatch.setattr(trainer_module, "maximise", lambda *a, **k: used.append(k["beta"]) or attack(*a, **k))
     trainer.train()
     twin = ARMSchedule(1.0, 0.1, 0.35, 0.2)
     expected = []
@@ -490,16 +490,16 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
     wrong = trainer.bridge.encode_text(**{k: batch[f"negative_{k}"].flatten(0, 1) for k in text})
     seen, contrast = [], trainer._contrast
 
-    def spy_objective(*args):
-        objective = Objective(*args)
-        seen.append(objective.text_features)
-        return objective
+    def spy_victim(*args):
+        victim = Victim(*args)
+        seen.append(victim.text_features)
+        return victim
 
     def spy_contrast(parts, text):
         seen.extend((parts[0].own, parts[0].wrong))
         return contrast(parts, text)
 
-    monkeypatch.setattr(trainer_module, "Objective", spy_objective)
+    monkeypatch.setattr(trainer_module, "Victim", spy_victim)
     monkeypatch.setattr(trainer, "_contrast", spy_contrast)
     trainer.training_step(trainer.model, batch)
     for got, right in zip(seen, (expected, expected, wrong), strict=True):

@@ -5,7 +5,11 @@ import copy
 import pytest
 import torch
 
-from cmai_fast.attacks import ATTACKS, Objective, apgd, fgsm, mi_fgsm, pgd
+from cmai_fast.attacks import ATTACKS, Victim, exact_gradient, weighted
+from cmai_fast.attacks.apgd import apgd
+from cmai_fast.attacks.fgsm import fgsm
+from cmai_fast.attacks.mi_fgsm import mi_fgsm
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import Bridge, bridge_of
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
@@ -19,108 +23,111 @@ def heads() -> ConsistencyHeads:
         return ConsistencyHeads(64, 64, dim=8, hidden=16).double()
 
 
-def at_clean(case, **settings):
-    return case.objective(**settings)(case.space.to_model(case.clean))
+def score(victim, values, rows=None):
+    return victim.score(victim.encode(values, rows), rows)
 
 
 def test_loss_is_alpha_task_minus_beta_score(case64, heads):
-    task, both = at_clean(case64), at_clean(case64, alpha=2.0, beta=0.7, heads=heads)
-    assert task.score is None and both.score.shape == (6,)
-    torch.testing.assert_close(both.loss, 2.0 * task.loss - 0.7 * both.score)
+    values = case64.space.to_model(case64.clean)
+    victim = case64.victim(heads=heads)
+    task, both, s_c = victim(values), victim(values, None, weighted(2.0, 0.7)), score(victim, values)
+    assert s_c.shape == (6,) and torch.equal(task.right, both.right)
+    torch.testing.assert_close(both.loss, 2.0 * task.loss - 0.7 * s_c)
     bridge = Bridge(case64.model)
-    image = heads.project_image(bridge.encode_image(case64.space.to_model(case64.clean)))
+    image = heads.project_image(bridge.encode_image(values))
     text = heads.project_text(bridge.encode_text(**case64.batch()))
-    torch.testing.assert_close(both.score, torch.cosine_similarity(image, text))
+    torch.testing.assert_close(s_c, torch.cosine_similarity(image, text))
 
 
 def test_rows_choose_texts_and_scores(case64, heads):
-    objective = case64.objective(beta=1.0, heads=heads)
+    victim, loss = case64.victim(heads=heads), weighted(beta=1.0)
     values, rows = case64.space.to_model(case64.clean), torch.tensor([4, 1])
-    whole, part = objective(values), objective(values[rows], rows)
+    whole, part = victim(values, None, loss), victim(values[rows], rows, loss)
     torch.testing.assert_close(part.loss, whole.loss[rows])
-    torch.testing.assert_close(part.score, whole.score[rows])
-    assert not torch.allclose(objective(values[rows], rows.flip(0)).loss, part.loss)
+    torch.testing.assert_close(score(victim, values[rows], rows), score(victim, values)[rows])
+    assert not torch.allclose(victim(values[rows], rows.flip(0), loss).loss, part.loss)
 
 
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.0, 1.0), (0.5, 50.0)])
 def test_gradient_is_that_of_the_loss_and_of_each_row_alone(alpha, beta, case64, heads):
-    objective = case64.objective(alpha=alpha, beta=beta, heads=heads)
+    victim, loss = case64.victim(heads=heads), weighted(alpha, beta)
     values = case64.space.to_model(case64.clean)
-    grad, at = objective.gradient(values)
-    assert not at.loss.requires_grad and not at.score.requires_grad and not grad.requires_grad
+    grad, at = exact_gradient(victim, values, None, loss)
+    assert not at.loss.requires_grad and not grad.requires_grad
     # Not smaller: RMSNorm computes in float32 whatever the model's dtype.
     h = 1e-4
     with torch.no_grad():
-        slope = (objective(values + h * grad.sign()).loss - objective(values - h * grad.sign()).loss) / (2 * h)
+        slope = victim(values + h * grad.sign(), None, loss).loss - victim(values - h * grad.sign(), None, loss).loss
+        slope = slope / (2 * h)
     torch.testing.assert_close(slope, grad.abs().flatten(1).sum(1), rtol=1e-2, atol=0)
-    alone, _ = objective.gradient(values[2:3], torch.tensor([2]))
+    alone, _ = exact_gradient(victim, values[2:3], torch.tensor([2]), loss)
     torch.testing.assert_close(alone[0], grad[2], rtol=1e-6, atol=1e-9)
 
 
 def test_beta_above_zero_lowers_the_score_and_below_zero_raises_it(case64, heads):
-    scores = {}
+    scores, victim = {}, case64.victim(heads=heads)
     for beta in (-1.0, 1.0):
-        objective = case64.objective(alpha=0.0, beta=beta, heads=heads)
-        adv = pgd(objective, case64.clean, ThreatModel("linf", 8 / 255), steps=5, early_stop=False).adv
-        scores[beta] = objective(case64.space.to_model(adv)).score
-    clean = at_clean(case64, beta=1.0, heads=heads).score
+        loss = weighted(0.0, beta)
+        adv = pgd(victim, case64.clean, ThreatModel("linf", 8 / 255), steps=5, early_stop=False, loss=loss).adv
+        scores[beta] = score(victim, case64.space.to_model(adv))
+    clean = score(victim, case64.space.to_model(case64.clean))
     assert (scores[1.0] < clean).all() and (clean < scores[-1.0]).all()
 
 
 def test_an_incomplete_or_ragged_batch_is_refused(case64):
     batch = case64.batch()
     with pytest.raises(ValueError, match="no attention_mask, no labels"):
-        Objective(Bridge(case64.model), case64.space, {"input_ids": batch["input_ids"]})
+        Victim(Bridge(case64.model), case64.space, {"input_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match=r"input_ids \(6, \d+\), .*labels \(5, \d+\); expected one shape"):
-        Objective(Bridge(case64.model), case64.space, {**batch, "labels": batch["labels"][:5]})
+        Victim(Bridge(case64.model), case64.space, {**batch, "labels": batch["labels"][:5]})
     with pytest.raises(ValueError, match=r"beta is 0\.5, but there are no consistency heads"):
-        case64.objective(beta=0.5)
+        pgd(case64.victim(), case64.clean, ThreatModel(), loss=weighted(beta=0.5))
 
 
 def test_other_keys_of_a_collated_batch_are_ignored(case64):
     batch = {**case64.batch(), "pixel_values": torch.zeros(1), "sample_ids": torch.zeros(9)}
-    assert len(Objective(Bridge(case64.model), case64.space, batch)) == 6
+    assert len(Victim(Bridge(case64.model), case64.space, batch)) == 6
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_bad_images_and_texts_are_named(name, case64):
-    attack, threat, objective = ATTACKS[name], ThreatModel(), case64.objective()
+    attack, threat, victim = ATTACKS[name], ThreatModel(), case64.victim()
     broken = case64.clean.clone()
     broken[3, 0, 5, 5] = torch.nan
     with pytest.raises(ValueError, match="image 3 of the batch holds NaN"):
-        attack(objective, broken, threat, steps=1)
+        attack(victim, broken, threat, steps=1)
     with pytest.raises(ValueError, match=r"expected \[0, 1\]. Normalised pixel_values go through PixelSpace.to_pixels"):
-        attack(objective, case64.space.to_model(case64.clean), threat, steps=1)
+        attack(victim, case64.space.to_model(case64.clean), threat, steps=1)
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
-        attack(objective, (case64.clean * 255).to(torch.uint8), threat, steps=1)
+        attack(victim, (case64.clean * 255).to(torch.uint8), threat, steps=1)
     with pytest.raises(ValueError, match="there are 4 images for 6 texts"):
-        attack(objective, case64.clean[:4], threat, steps=1)
+        attack(victim, case64.clean[:4], threat, steps=1)
     with pytest.raises(ValueError, match=r"reads \(N, 3, 64, 64\)"):
-        attack(objective, case64.clean[:, :, :32], threat, steps=1)
+        attack(victim, case64.clean[:, :, :32], threat, steps=1)
     with pytest.raises(ValueError, match=r"expected \(N, 3, height, width\)"):
-        attack(objective, case64.clean[:, :1], threat, steps=1)
+        attack(victim, case64.clean[:, :1], threat, steps=1)
     with pytest.raises(ValueError, match=r"sample_ids has shape \(2,\); expected \(6,\)"):
-        attack(objective, case64.clean, threat, steps=1, sample_ids=torch.tensor([1, 2]))
+        attack(victim, case64.clean, threat, steps=1, sample_ids=torch.tensor([1, 2]))
     labels = case64.batch()["labels"]
     labels[4] = -100
-    objective.batch["labels"] = labels
+    victim.batch["labels"] = labels
     with pytest.raises(ValueError, match="row 4 of labels holds only -100"):
-        attack(objective, case64.clean, threat, steps=1)
-    long = Objective(Bridge(case64.model), case64.space, case64.batch(extra=100))
+        attack(victim, case64.clean, threat, steps=1)
+    long = Victim(Bridge(case64.model), case64.space, case64.batch(extra=100))
     with pytest.raises(ValueError, match=r"the model's context is 128"):
         attack(long, case64.clean, threat, steps=1)
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_an_empty_batch_gives_an_empty_result(name, case64):
-    objective = Objective(Bridge(case64.model), case64.space, {k: v[:0] for k, v in case64.batch().items()})
-    result = ATTACKS[name](objective, case64.clean[:0], ThreatModel(), steps=1)
+    victim = Victim(Bridge(case64.model), case64.space, {k: v[:0] for k, v in case64.batch().items()})
+    result = ATTACKS[name](victim, case64.clean[:0], ThreatModel(), steps=1)
     assert result.adv.shape == (0, 3, 64, 64) and result.fooled.shape == result.loss.shape == (0,)
     assert result.passes.full_forward == 0
 
 
 def test_settings_that_mean_nothing_are_refused(case64):
-    objective, threat = case64.objective(), ThreatModel()
+    victim, threat = case64.victim(), ThreatModel()
     for attack, settings, said in (
         (pgd, {"steps": -1}, "steps is -1"),
         (pgd, {"restarts": 0}, "restarts 0"),
@@ -133,16 +140,16 @@ def test_settings_that_mean_nothing_are_refused(case64):
         (fgsm, {"restarts": 2}, "Use pgd"),
     ):
         with pytest.raises(ValueError, match=said):
-            attack(objective, case64.clean, threat, **settings)
+            attack(victim, case64.clean, threat, **settings)
 
 
 def test_pixels_a_rounding_error_outside_the_box_come_back_inside(case64):
-    result = pgd(case64.objective(), case64.clean * 0 + 1 + 5e-7, ThreatModel("linf", 0.0), steps=0)
+    result = pgd(case64.victim(), case64.clean * 0 + 1 + 5e-7, ThreatModel("linf", 0.0), steps=0)
     assert result.adv.max() <= 1
 
 
 def test_half_precision_images_are_attacked_in_float32(case32):
-    result = pgd(case32.objective(), case32.clean.bfloat16(), ThreatModel("linf", 8 / 255), steps=2, early_stop=False)
+    result = pgd(case32.victim(), case32.clean.bfloat16(), ThreatModel("linf", 8 / 255), steps=2, early_stop=False)
     delta = result.adv.double() - case32.clean.bfloat16().double()
     assert result.adv.dtype == torch.float32 and delta.abs().max() <= 8 / 255 + 1e-7
 
@@ -159,13 +166,13 @@ def test_gradients_in_float16_do_not_underflow(tiny_model, tiny_processor):
     batch["labels"][batch["labels"] != -100] = logits.argmax(-1)[targets != -100]
     found = {}
     for dtype in (torch.float32, torch.float16):
-        objective = Objective(bridge_of(model.to(dtype)), space, batch)
-        with objective.lent():
-            leaf = objective.space.to_model(objective.pixels())
-            found[dtype] = objective.gradient(leaf)[0]
+        victim = Victim(bridge_of(model.to(dtype)), space, batch)
+        with victim.attack_mode():
+            leaf = victim.space.to_model(victim.pixels())
+            found[dtype] = exact_gradient(victim, leaf)[0]
             if dtype == torch.float16:
                 leaf.requires_grad_()
-                (plain,) = torch.autograd.grad(objective(leaf).loss.sum(), leaf)
+                (plain,) = torch.autograd.grad(victim(leaf).loss.sum(), leaf)
     exact, scaled = found[torch.float32], found[torch.float16]
     largest = exact.abs().flatten(1).amax(1)
     assert largest.min() < 1e-4 * largest.max()  # rows need scales of their own
@@ -179,9 +186,9 @@ def test_gradients_in_float16_do_not_underflow(tiny_model, tiny_processor):
 def test_a_row_that_overflows_in_float16_is_scaled_less(tiny_model, tiny_processor, monkeypatch):
     model, space = copy.deepcopy(tiny_model).half(), PixelSpace.from_processor(tiny_processor)
     data = load_dataset("easyvqa", "train", 4, seed=3)
-    objective = Objective(Bridge(model), space, VQACollator(tiny_processor)([data[i] for i in range(4)]))
-    values = space.to_model(objective.pixels())
-    expected, _ = objective.gradient(values)
+    victim = Victim(Bridge(model), space, VQACollator(tiny_processor)([data[i] for i in range(4)]))
+    values = space.to_model(victim.pixels())
+    expected, _ = exact_gradient(victim, values)
     differentiate, scales = torch.autograd.grad, []
 
     def overflowing(total, leaf, **kwargs):
@@ -192,6 +199,6 @@ def test_a_row_that_overflows_in_float16_is_scaled_less(tiny_model, tiny_process
         return (grad,)
 
     monkeypatch.setattr(torch.autograd, "grad", overflowing)
-    grad, _ = objective.gradient(values)
+    grad, _ = exact_gradient(victim, values)
     assert len(scales) == 3 and scales[0] > scales[1] > scales[2]
     torch.testing.assert_close(grad, expected, rtol=0.2, atol=1e-2 * float(expected.abs().max()))
