@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast.bridge import BatchImages, bridge_of, frozen
-from cmai_fast.bridge.remembered import images_encoded_once
+from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.generation import Generation, own_settings
