@@ -100,7 +100,7 @@ class Guard:
 
         Args:
             image: what `read_picture` reads, of any size: a path, a PIL picture, an array, ... The model's processor
-                resizes it.
+                resizes it. A list or tuple of them is several images of one question.
 
         Raises:
             ValueError: an image that cannot be read; a question that is empty or too long.
@@ -114,7 +114,8 @@ class Guard:
         asked = []
         for i, (image, question) in enumerate(zip(images, questions, strict=True)):
             self._check_question(question, f"question {i}")
-            asked.append(Sample(i, (read_picture(image, name=f"image {i}"),), question))
+            several = image if isinstance(image, (list, tuple)) else [image]
+            asked.append(Sample(i, tuple(read_picture(one, name=f"image {i}") for one in several), question))
         return [replace(decision, id=None) for decision in self._decide(asked)]
 
     def decide_samples(self, samples: Sequence[Sample]) -> list[Decision]:
