@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmai_fast.arm.images import read_image as read_picture
 from cmai_fast.arm.policies import POLICIES, Case, Decision
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import Sample
+from cmai_fast.data.pictures import read_picture
 from cmai_fast.pipeline import Generation, Pipeline
 
 Decider = Callable[[Case], Decision | None]
@@ -140,6 +140,3 @@ class Guard:
     def _check_question(self, question: Any, name: str) -> None:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
-        token = getattr(self.pipeline.processor, "image_token", None)
-        if token and str(token) in question:
-            raise ValueError(f"{name} holds {str(token)!r}, which stands for an image; ask without it")
