@@ -12,8 +12,9 @@ from PIL import Image
 from cmai_fast.arm import Decision, Guard
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.pipeline import Generation, Pipeline
 
-TAU = Threshold(0.0, 0.05, 100, "calibration")
+TAU = Threshold(0.0, 0.05, 100, "calibration", Generation(4))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def dims(tiny_model):
 
 @pytest.fixture
 def guard(tiny_model, tiny_processor, dims):
-    return Guard(tiny_model, tiny_processor, make_heads(dims), TAU, max_new_tokens=4)
+    return Guard(Pipeline("tiny", tiny_model, tiny_processor, make_heads(dims), TAU))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def run_folder(make_tiny, dims, tmp_path_factory):
 
 
 def with_tau(guard, tau):
-    return Guard(guard.model, guard.processor, guard.heads, tau, max_new_tokens=guard.max_new_tokens)
+    return Guard(guard.pipeline, threshold=tau)
 
 
 def columns(samples):
@@ -60,12 +61,12 @@ def columns(samples):
 
 def test_the_answer_is_what_transformers_alone_gives(guard, samples):
     decisions = with_tau(guard, -1.1).decide_batch(*columns(samples))
-    processor = guard.processor
+    processor = guard.pipeline.processor
     for sample, decision in zip(samples, decisions, strict=True):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}
         prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
         inputs = processor(images=sample.images[0], text=prompt, return_tensors="pt")
-        output = guard.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        output = guard.pipeline.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         plain = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert decision.answer == plain.strip() and decision.route == "answer"
     assert len({d.answer for d in decisions}) > 1, "answers that are all alike would prove nothing"
@@ -75,11 +76,12 @@ def test_the_score_is_that_of_the_question_with_the_answer(guard, samples):
     for sample in samples[:3]:
         decision = guard.decide(sample.images[0], sample.prompt)
         said = decision.answer if decision.route == "answer" else decision.withheld_answer
-        batch = VQACollator(guard.processor)([replace(sample, references=(said,))])
+        pipeline = guard.pipeline
+        batch = VQACollator(pipeline.processor)([replace(sample, references=(said,))])
         with torch.no_grad():
-            image = guard.bridge.encode_image(batch["pixel_values"])
-            text = guard.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            score = guard.heads.score(guard.heads.project_image(image), guard.heads.project_text(text))
+            image = pipeline.bridge.encode_image(batch["pixel_values"])
+            text = pipeline.bridge.encode_text(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            score = pipeline.heads.score(pipeline.heads.project_image(image), pipeline.heads.project_text(text))
         assert decision.score == pytest.approx(score.item(), abs=1e-6)
 
 
@@ -130,7 +132,7 @@ def test_the_model_is_given_back_as_it_was(make_tiny, dims, samples, monkeypatch
     next(model.lm_head.parameters()).requires_grad_(False)
     settings = model.generation_config.to_dict()
     rng = torch.get_rng_state()
-    guard = Guard(model, processor, heads, TAU, max_new_tokens=2)
+    guard = Guard(Pipeline("tiny", model, processor, heads, TAU))
     before = state_of(model, heads)
     if fails:
         monkeypatch.setattr(heads, "score", lambda *_: 1 / 0)
@@ -149,7 +151,7 @@ def test_dropout_is_off_also_for_a_model_in_training(make_tiny, dims, samples):
     model, processor = make_tiny()
     model.model.language_model.layers[0].self_attn.attention_dropout = 0.9
     model.model.vision_tower.encoder.layers[0].self_attn.dropout = 0.9
-    guard = Guard(model.train(), processor, make_heads(dims).train(), TAU, max_new_tokens=2)
+    guard = Guard(Pipeline("tiny", model.train(), processor, make_heads(dims).train(), TAU))
     decisions = [guard.decide(samples[0].images[0], samples[0].prompt) for _ in range(3)]
     assert decisions[0] == decisions[1] == decisions[2]
 
@@ -165,7 +167,6 @@ def cut_png(image):
     [
         ({"image": np.full((64, 64, 3), np.nan)}, "image 0 has 12288 NaN"),
         ({"image": np.full((64, 64, 3), 1.5)}, "from 1.5 to 1.5"),
-        ({"image": np.zeros((32, 64, 3), np.uint8)}, r"32 x 64 .* takes 64 x 64.*resize=True"),
         ({"image": cut_png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))}, "truncated"),
         ({"image": "nowhere.png"}, r"nowhere\.png"),
         ({"question": ""}, "question 0 is ''.*not empty"),
@@ -185,19 +186,22 @@ def test_the_faulty_row_of_a_batch_is_named(guard, samples):
     with pytest.raises(ValueError, match="question 2"):
         guard.decide_batch(images, [*questions[:2], ""])
     with pytest.raises(ValueError, match="image 1 "):
-        guard.decide_batch([images[0], images[1][:9], images[2]], questions)
+        guard.decide_batch([images[0], images[1] * np.nan, images[2]], questions)
     for wrong in (questions[:2], questions[0]):
-        with pytest.raises(ValueError, match="one question an image"):
+        with pytest.raises(ValueError, match="one question per image"):
             guard.decide_batch(images, wrong)
 
 
-def test_resize_takes_an_image_of_another_size(guard, samples):
-    large = Image.fromarray(samples[0].images[0]).resize((128, 100))
-    assert guard.decide(large, samples[0].prompt, resize=True).route in ("answer", "reject")
+def test_a_photo_of_any_size_is_resized_by_the_processor(guard, samples):
+    photo = Image.fromarray(samples[0].images[0]).resize((128, 100))
+    small = guard.pipeline.processor.image_processor.resize
+    expected = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC))
+    decision, by_hand = (guard.decide(x, samples[0].prompt) for x in (photo, expected))
+    assert decision.score == pytest.approx(by_hand.score, abs=1e-2) and small is not None
 
 
 def test_a_broken_score_is_rejected_and_still_logged_as_json(guard, samples, monkeypatch):
-    monkeypatch.setattr(guard.heads, "score", lambda v, t: torch.full((len(v),), math.nan))
+    monkeypatch.setattr(guard.pipeline.heads, "score", lambda v, t: torch.full((len(v),), math.nan))
     decision = guard.decide(samples[0].images[0], samples[0].prompt)
     assert decision.route == "reject" and decision.answer is None
     assert json.loads(decision.to_json())["score"] is None
@@ -212,19 +216,25 @@ def test_json_is_one_line_with_every_attribute():
 
 def test_heads_and_threshold_must_fit(tiny_model, tiny_processor, dims):
     with pytest.raises(ValueError, match="heads were made for"):
-        Guard(tiny_model, tiny_processor, make_heads((dims[0] + 1, dims[1])), TAU)
+        Pipeline("tiny", tiny_model, tiny_processor, make_heads((dims[0] + 1, dims[1])), TAU)
+    plain = Pipeline("tiny", tiny_model, tiny_processor, make_heads(dims))
     with pytest.raises(ValueError, match="threshold is nan"):
-        Guard(tiny_model, tiny_processor, make_heads(dims), math.nan)
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        Guard(tiny_model, tiny_processor, make_heads(dims), TAU, max_new_tokens=0)
+        Guard(plain, threshold=math.nan)
+    with pytest.raises(ValueError, match="tiny has heads and no threshold; calibrate"):
+        Guard(plain)
+    with pytest.raises(ValueError, match="tiny has no consistency heads"):
+        Guard(Pipeline("tiny", tiny_model, tiny_processor))
+    for wrong in (0, True, 1.5, None):
+        with pytest.raises(ValueError, match="max_new_tokens is"):
+            Generation(wrong)
 
 
 def test_run_folder_and_model_folder_give_the_same_guard(run_folder, guard, samples):
     image, question = samples[0].images[0], samples[0].prompt
     expected = guard.decide(image, question)
     for folder in (run_folder, run_folder / "model", str(run_folder)):
-        loaded = Guard.from_pretrained(folder, max_new_tokens=4)
-        assert not loaded.model.training and loaded.threshold == TAU.tau
+        loaded = Guard.from_pretrained(folder)
+        assert not loaded.pipeline.model.training and loaded.threshold == TAU.tau
         assert loaded.decide(image, question) == expected
     assert Guard.from_pretrained(run_folder, threshold=0.75).threshold == 0.75
 
