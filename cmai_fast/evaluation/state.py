@@ -149,8 +149,9 @@ def check_settings(began: Mapping[str, Any], mine: Mapping[str, Any], what: Path
 
 @contextlib.contextmanager
 def running(folder: Path, settings: Mapping[str, Any], what: Path) -> Iterator[State]:
-    """The state in `folder`, new or as it was left, which this process alone holds. It is deleted on leaving, unless by
-    an exception.
+    """The state in `folder`, new or as it was left, which this process alone holds.
+
+    It is deleted on leaving, but by an exception only where nothing is finished yet.
 
     Raises:
         ValueError: another process holds it.
@@ -162,7 +163,14 @@ def running(folder: Path, settings: Mapping[str, Any], what: Path) -> Iterator[S
     with _locked(folder, what):
         if not (folder / _SETTINGS).is_file():
             write_text(json.dumps(plain(dict(settings)), indent=1) + "\n", folder / _SETTINGS)
-        yield State(folder)
+        try:
+            yield State(folder)
+        except BaseException:
+            if {path.name for path in folder.iterdir()} <= {_SETTINGS, _LOCK}:  # nothing was done
+                shutil.rmtree(folder)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()  # unless something else is there
+            raise
         shutil.rmtree(folder)
 
 

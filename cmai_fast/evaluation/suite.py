@@ -49,6 +49,9 @@ class AttackSpec:
         if hasattr(self.attack, "check"):
             self.attack.check(norm, self.steps, self.restarts)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "steps": self.steps, "restarts": self.restarts, "settings": dict(self.settings)}
+
     @property
     def key(self) -> str:
         """What results call it: `pgd-50x2`; settings of its own are named."""

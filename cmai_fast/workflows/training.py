@@ -43,6 +43,8 @@ def load(settings: ImmunizeSettings, name: str) -> Pipeline:
 
 def defence_values(settings: ImmunizeSettings) -> dict[str, Any]:
     """The values of `MBATConfig` that the defence sets, but where a setting was moved from its default."""
+    if settings.defence == "mbat":  # which the defaults are
+        return {}
     from cmai_fast.defences import DEFENCES
 
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
