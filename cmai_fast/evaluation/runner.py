@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast import attacks
-from cmai_fast.attacks import ATTACKS, AttackResult, Passes
+from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.state import random_start
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.progress import Overall, Silent
@@ -121,10 +120,9 @@ class Attacked(Answers):
         return whole
 
 
-def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Any:
+def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Victim:
     """A batch of `pipeline.collate`, on the model's device, as attacks take it."""
-    make = getattr(attacks, "Victim", None) or attacks.Objective
-    return make(pipeline.bridge, pipeline.space, pipeline.on_device(batch))
+    return Victim(pipeline.bridge, pipeline.space, pipeline.on_device(batch), pipeline.heads)
 
 
 class Runner:
@@ -238,12 +236,11 @@ class Runner:
             rounded = _apart(victim, round_to_8bit(result.adv, clean, threat))
             known = {k: entry[k] for k in ("predictions", "scores")}
             entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
-        zero = getattr(result, "zero_gradients", torch.zeros_like(result.nonfinite))
         entry |= {
             "fooled": result.fooled.tolist(),
             "passes": vars(result.passes),
             "nonfinite": result.nonfinite.tolist(),
-            "zero_gradients": zero.tolist(),
+            "zero_gradients": result.zero_gradients.tolist(),
             "seconds": time.perf_counter() - start,
         }
         return entry, dict(zip(rows, adv, strict=True)) if keep else None

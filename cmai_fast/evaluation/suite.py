@@ -26,28 +26,20 @@ class AttackSpec:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.name not in ATTACKS:
-            raise ValueError(f"unknown attack {self.name!r}; known: {', '.join(ATTACKS)}")
+        attack = ATTACKS[self.name]
         if self.steps is None:
-            object.__setattr__(self, "steps", getattr(self.attack, "steps", 50))
-        for what in ("steps", "restarts"):
-            if getattr(self, what) < 1:
-                raise ValueError(f"{what} of {self.name} is {getattr(self, what)}; expected at least 1")
-        if hasattr(self.attack, "read"):
-            object.__setattr__(self, "settings", self.attack.read(self.settings))
-
-    @property
-    def attack(self) -> Any:
-        return ATTACKS[self.name]
+            object.__setattr__(self, "steps", attack.steps)
+        attack.check(attack.threats[0], self.steps, self.restarts)
+        object.__setattr__(self, "settings", attack.read(self.settings))
 
     @property
     def label(self) -> str:
-        return getattr(self.attack, "label", self.name)
+        """What reports call it."""
+        return ATTACKS[self.name].label
 
     def check(self, norm: str) -> None:
-        """Raises ValueError where the attack does not take balls of this norm, or this budget."""
-        if hasattr(self.attack, "check"):
-            self.attack.check(norm, self.steps, self.restarts)
+        """Raises ValueError where the attack does not take balls of this norm."""
+        ATTACKS[self.name].check(norm, int(self.steps or 0), self.restarts)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "steps": self.steps, "restarts": self.restarts, "settings": dict(self.settings)}
