@@ -141,7 +141,7 @@ class Layout:
         if units.dim() != 5 or tuple(units.shape[:2]) != expected:
             raise ValueError(
                 f"images have shape {tuple(units.shape)}; this batch has samples of up to {expected[1]} images, tiles "
-                f"or patches, ({expected[0]}, {expected[1]}, C, h, w). Take them from Objective.pixels()"
+                f"or patches, ({expected[0]}, {expected[1]}, C, h, w). Take them from Victim.pixels()"
             )
 
     def split(self, units: torch.Tensor) -> list[torch.Tensor]:

@@ -62,7 +62,7 @@ class Pipeline:
         if "input_ids" not in self.bridge.needs:
             raise ValueError(
                 f"{type(model).__name__} takes no questions, and what is measured here are answers; attack it by "
-                "Objective with batches of your own"
+                "Victim with batches of your own"
             )
         calibrated = threshold.generation if threshold is not None else None
         self.generation = generation or calibrated or Generation()

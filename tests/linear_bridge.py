@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.threat import PixelSpace
 
@@ -41,7 +41,7 @@ class LinearBridge(Bridge):
         """d<w, x_model>/d pixels, (3, 4, 4)."""
         return self.model.weight[1].detach().view(SHAPE) / SPACE.std.to(self.model.weight)[:, None, None]
 
-    def objective(self, rows: int) -> Objective:
+    def victim(self, rows: int) -> Victim:
         ids = torch.tensor([[1, 0]]).repeat(rows, 1)
         labels = torch.tensor([[-100, 0]]).repeat(rows, 1)
-        return Objective(self, SPACE, {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels})  # type: ignore[arg-type]
+        return Victim(self, SPACE, {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels})  # type: ignore[arg-type]

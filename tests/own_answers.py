@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmai_fast.attacks import Objective
+from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.threat import PixelSpace
@@ -43,8 +43,8 @@ class Case:
         chosen = list(range(len(self.rows))) if rows is None else rows
         return pad_left([self.rows[i] for i in chosen], [self.answers[i] for i in chosen], self.pad, extra)
 
-    def objective(self, rows: list[int] | None = None, kind: type[Objective] = Objective, **settings: Any) -> Any:
-        return kind(Bridge(self.model), self.space, self.batch(rows), **settings)
+    def victim(self, rows: list[int] | None = None, **settings: Any) -> Victim:
+        return Victim(Bridge(self.model), self.space, self.batch(rows), **settings)
 
 
 def answer_itself(tiny: tuple[Any, Any], samples: int, dtype: torch.dtype = torch.float32) -> Case:

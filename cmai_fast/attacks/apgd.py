@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from cmai_fast import ops
-from cmai_fast.attacks.objective import Objective, Passes
-from cmai_fast.attacks.state import AttackResult, Best, geometry, prepare, random_start
+from cmai_fast.attacks.attack import attack
+from cmai_fast.attacks.gradients import Gradient
+from cmai_fast.attacks.losses import Loss
+from cmai_fast.attacks.restarts import Restart, restarted
+from cmai_fast.attacks.state import AttackResult, geometry, random_start
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 _MOMENTUM = 0.75
@@ -24,68 +28,49 @@ def checkpoints(steps: int) -> set[int]:
     return {-(-x * steps // 100) for x in p[1:] if x <= 100}
 
 
+@attack("apgd", label="APGD", steps=100)
 def apgd(
-    objective: Objective,
+    victim: Victim,
     clean: Tensor,
     threat: ThreatModel,
     *,
-    steps: int = 100,
-    restarts: int = 1,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
+    steps: int,
+    restarts: int,
+    seed: int,
+    sample_ids: Tensor | None,
+    loss: str | Loss | None = None,
+    gradient: str | Gradient | None = None,
     early_stop: bool = True,
 ) -> AttackResult:
-    """APGD-CE (Croce and Hein, 2020), whose first step is 2 * eps.
+    """APGD (Croce and Hein, 2020), whose first step is 2 * eps; on the cross-entropy unless `loss` says otherwise.
 
-    Arguments and result are those of `cmai_fast.attacks.pgd`, but with `early_stop=False` the result is still the best
-    point found. As in the authors' own code, checkpoint w_j comes when x^(w_j) has been evaluated, which is all that
-    its two conditions look at.
+    Args:
+        early_stop: samples that are fooled leave the batch; with False the result is still the best point found.
+
+    As in the authors' own code, checkpoint w_j comes when x^(w_j) has been evaluated, which is all that its two
+    conditions look at.
     """
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps is {steps} and restarts {restarts}; expected at least 1 of each")
-    before, objective.passes = objective.passes, Passes()
-    try:
-        with objective.lent():
-            clean, eps, sample_ids = prepare(objective, clean, threat, sample_ids)
-            best = Best(clean)
-            if early_stop and len(clean):
-                with torch.no_grad():
-                    rows = torch.arange(len(clean), device=clean.device)
-                    best.offer(clean, objective(objective.space.to_model(clean)), rows)
-            for restart in range(restarts):
-                rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
-                if not len(rows):
-                    break
-                start = seed + 1_000_003 * restart
-                _Run(objective, clean, threat, eps, sample_ids, best, rows, early_stop, start).ascend(steps)
-            return best.result(objective.passes)
-    finally:
-        objective.passes = before + objective.passes
+    return restarted(
+        lambda run: _Run(run, steps, early_stop).ascend(steps),
+        victim, clean, threat, restarts=restarts, seed=seed, sample_ids=sample_ids, loss=loss, gradient=gradient,
+        early_stop=early_stop,
+    )  # fmt: skip
 
 
 class _Run:
     """One restart: the state of each row that is still in the batch."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        clean: Tensor,
-        threat: ThreatModel,
-        eps: Tensor,
-        sample_ids: Tensor,
-        best: Best,
-        rows: Tensor,
-        early_stop: bool,
-        seed: int,
-    ) -> None:
-        self.objective, self.best, self.early_stop = objective, best, early_stop
-        self.step = ops.apgd_linf_step_ if threat.norm == "linf" else ops.apgd_l2_step_
-        self.space = geometry(objective, clean)
-        self.rows, self.clean, self.eps = rows, clean[rows], eps[rows]
+    def __init__(self, run: Restart, steps: int, early_stop: bool) -> None:
+        self.run, self.early_stop = run, early_stop
+        victim, norm = run.victim, run.threat.norm
+        self.step = ops.apgd_linf_step_ if norm == "linf" else ops.apgd_l2_step_
+        self.estimate, self.count = run.estimate(steps + 1), 0
+        self.space = geometry(victim, run.clean)
+        self.rows, self.clean, self.eps = run.rows, run.clean[run.rows], run.eps[run.rows]
         self.adv = torch.empty_like(self.clean)
-        random_start(objective, self.adv, self.clean, self.eps, sample_ids[rows], rows, seed, threat.norm)
+        random_start(victim, self.adv, self.clean, self.eps, run.sample_ids[run.rows], run.rows, run.seed, norm)
         self.previous = self.adv.clone()
-        self.model_input = objective.space.to_model(self.adv)
+        self.model_input = victim.space.to_model(self.adv)
         self.size = 2 * self.eps
         self.evaluate()
         # What the next step does first: the point it starts from is a row's best so far, or the row goes back there.
@@ -97,9 +82,13 @@ class _Run:
 
     def evaluate(self) -> None:
         """Loss, gradient and verdict at `adv`; what fools goes to `best`."""
-        self.grad, at = self.objective.gradient(self.model_input, self.rows)
+        self.grad, at = self.estimate(self.model_input, self.rows, self.count)
+        self.count += 1
+        if at is None:  # the gradient did without the language model; when to halve a step hangs on the loss
+            with torch.no_grad():
+                at = self.run.victim(self.model_input, self.rows, self.run.loss)
         self.loss, self.right = at.loss.to(self.adv), at.right
-        self.best.offer(self.adv, at, self.rows)
+        self.run.best.offer(self.adv, self.model_input, at, self.rows)
 
     def drop_fooled(self) -> None:
         if not self.early_stop or self.right.all():
@@ -121,7 +110,7 @@ class _Run:
                 self.improved, self.restart, _MOMENTUM if k else 1.0, model_input=self.model_input, nonfinite=bad,
                 **self.space,
             )  # fmt: skip
-            self.best.nonfinite[self.rows] += bad
+            self.run.tally.add(self.grad, bad, self.rows)
             self.previous, self.adv = self.adv, self.previous
             old_loss = self.loss
             self.evaluate()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cmai_fast.attacks import Objective
+from cmai_fast.bridge import BatchImages
 from cmai_fast.mbat import ranks
 
 T = TypeVar("T")
@@ -38,19 +38,19 @@ def agreed(run: Callable[[], T]) -> T:
     return result
 
 
-def cut(objective: Objective, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """The batch of `objective` in batches of at most `size` samples.
+def cut(images: BatchImages, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """The batch of `images` in batches of at most `size` samples.
 
     `inputs` is what it was made of, with `sample_ids`. What belongs to no sample, such as the fixed texts of a dual
     encoder, is in each of them.
     """
-    count, values, layout = len(objective), inputs["pixel_values"], objective.layout
+    count, values, layout = len(images), inputs["pixel_values"], images.layout
     if size >= count:
         return [dict(inputs)]
-    image, text = objective.bridge.inputs(inputs)
+    image, text = images.bridge.inputs(inputs)
     parts = []
     for rows in torch.arange(count).split(size):
-        part = {**objective.rows(image, rows), **objective.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
+        part = {**images.rows(image, rows), **images.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
         part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
         for name, value in inputs.items():
             if name.startswith("negative_"):

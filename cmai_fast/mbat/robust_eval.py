@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmai_fast.attacks import Objective, pgd
+from cmai_fast.attacks import Passes, Victim, exact_gradient
+from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import Bridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat.shards import is_sharded
@@ -43,39 +44,42 @@ def verdicts(
 
     The model is given back as it was.
     """
-    objective = Objective(bridge, space, batch, heads=heads)
-    clean = objective.pixels()
-    found = _look(objective, clean)
+    victim = Victim(bridge, space, batch, heads)
+    clean = victim.pixels()
+    found = _look(victim, space.to_model(clean))
     if steps:
-        # Without the heads, which the attack would score at every step.
-        attacked = Objective(bridge, space, batch)
-        result = pgd(attacked, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
-        _keep_pace(attacked, clean, steps)
-        robust = _look(objective, result.adv) | {"accuracy": (~result.fooled).to(found["loss"])}
+        before = victim.passes
+        result = pgd(victim, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
+        assert result.model_input is not None
+        _keep_pace(victim, clean, before, steps)
+        robust = _look(victim, result.model_input) | {"accuracy": (~result.fooled).to(found["loss"])}
         found |= {f"robust_{name}": value for name, value in robust.items()}
     return found
 
 
-def _look(objective: Objective, pixels: Tensor) -> dict[str, Tensor]:
-    with objective.lent(), torch.no_grad():
-        at = objective(objective.space.to_model(pixels))
-    found = {"loss": at.loss, "accuracy": at.right.to(at.loss)}
-    return found if at.score is None else found | {"s_c": at.score.to(at.loss)}
+def _look(victim: Victim, model_input: Tensor) -> dict[str, Tensor]:
+    with victim.attack_mode(), torch.no_grad():
+        features = victim.encode(model_input)
+        outputs = victim.outputs(features)
+        found = {"loss": outputs.losses, "accuracy": outputs.right.to(outputs.losses)}
+        if victim.heads is not None:
+            found["s_c"] = victim.score(features).to(outputs.losses)
+    return found
 
 
-def _keep_pace(objective: Objective, clean: Tensor, steps: int) -> None:
-    """Takes the passes that PGD left out when all its samples were fooled.
+def _keep_pace(victim: Victim, clean: Tensor, before: Passes, steps: int) -> None:
+    """Takes the passes that PGD left out when all its samples were fooled; `before` are those of before the attack.
 
     Processes that share the shards of a model gather them together, pass by pass: none may stop before the others.
     """
-    if not is_sharded(objective.bridge.model):
+    if not is_sharded(victim.bridge.model):
         return
-    model_input = objective.space.to_model(clean)
-    with objective.lent(), torch.no_grad():
-        while objective.passes.full_backward < steps:
-            objective.gradient(model_input)
-        while objective.passes.full_forward < steps + 2:
-            objective(model_input)
+    model_input = victim.space.to_model(clean)
+    with victim.attack_mode(), torch.no_grad():
+        while victim.passes.full_backward - before.full_backward < steps:
+            exact_gradient(victim, model_input)
+        while victim.passes.full_forward - before.full_forward < steps + 2:
+            victim(model_input)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from cmai_fast.arm import ARMSchedule
-from cmai_fast.attacks import Objective, Passes
-from cmai_fast.bridge import DualBridge, bridge_of, frozen, lean_activations, set_recompute, unpack
+from cmai_fast.attacks import Passes, Victim
+from cmai_fast.bridge import BatchImages, DualBridge, bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.data.collate import negative_texts
 from cmai_fast.mbat import ranks, shards
@@ -313,7 +313,7 @@ class MBATTrainer(CheckpointedTrainer):
         # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             whole = size >= count
-            batches = [inputs] if whole else cut(Objective(self.bridge, self.space, inputs), inputs, size)
+            batches = [inputs] if whole else cut(BatchImages(self.bridge, self.space, inputs), inputs, size)
             parts = together(lambda: [self._language_side(b, len(b["labels"]) / count, keep=whole) for b in batches])
             found = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
             if self.heads is not None:
@@ -335,10 +335,10 @@ class MBATTrainer(CheckpointedTrainer):
         if args.inner == "none":
             return part
         heads = self.heads if self.beta else None
-        objective = Objective(self.bridge, self.space, inputs, args.alpha, self.beta, heads, part.own)
-        result = self._attack(objective, inputs["sample_ids"], p)
-        model_input = self.space.to_model(result.adv).to(clean.leaf.dtype)
-        adversarial = View.of(lambda: objective.encode(model_input), args.device, keep=keep)
+        victim = Victim(self.bridge, self.space, inputs, heads, part.own)
+        result = self._attack(victim, inputs["sample_ids"], p)
+        model_input = result.model_input.to(clean.leaf.dtype)
+        adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
         part.views.append(adversarial)
         with torch.set_grad_enabled(args.lam > 0):
             loss = self.bridge.losses(adversarial.leaf, **text)[0].mean()
@@ -346,6 +346,7 @@ class MBATTrainer(CheckpointedTrainer):
         if args.lam:
             self.accelerator.backward(share * self._share * args.lam * loss)
         part.sums |= {"loss_adv": share * loss.detach(), "nonfinite_gradients": result.nonfinite.sum().float()}
+        part.sums["zero_gradients"] = result.zero_gradients.sum().float()
         return part
 
     def _vision_side(self, parts: list[Part]) -> None:
@@ -391,15 +392,17 @@ class MBATTrainer(CheckpointedTrainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
-    def _attack(self, objective: Objective, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
+    def _attack(self, victim: Victim, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
         """Adversarial images, made on the model as it is now, in evaluation mode."""
         args = self.args
         with shards.quiet(self.model):
             result = maximise(
-                objective,
-                objective.pixels(),
+                victim,
+                victim.pixels(),
                 ThreatModel(args.threat.norm, args.eps * self._eps_share()),
                 args.inner,
+                alpha=args.alpha,
+                beta=self.beta,
                 steps=args.inner_steps,
                 step_size=args.inner_step_size,
                 refreshes=args.refreshes,

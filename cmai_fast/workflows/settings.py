@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmai_fast.data.sources import DataSource
+
 
 @dataclass
 class ImmunizeSettings:
     """One immunisation. `eps` in the [0, 1] pixel range; `max_steps` are optimiser steps of `batch_size` samples.
 
     `data`, `fields` and `split_seed` are those of a `DataSource`. Values of the `defence` (a name of `DEFENCES`) stand
-    in for fields that are left at their defaults; a field that differs from its default wins.
+    in for fields that are left at their defaults; a field that differs from its default wins. `max_new_tokens` None:
+    what the model's threshold was calibrated under, else 16.
     """
 
     model: str = "easyvqa-llava"
@@ -42,7 +45,7 @@ class ImmunizeSettings:
     attack_steps: int = 50
     restarts: int = 2
     limit: int = 500
-    max_new_tokens: int = 16
+    max_new_tokens: int | None = None
     save_steps: int = 100
     calibration_samples: int = 1000
     device: str | None = None
@@ -54,7 +57,13 @@ class ImmunizeSettings:
         for name, kind in self.__annotations__.items():
             value: Any = getattr(self, name)
             least = 0 if name in ("refreshes", "seed") else 1
-            if kind == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if kind == "int | None" and value is None:
+                continue
+            if kind.startswith("int") and name != "split_seed" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected above 0, finite")
+
+    @property
+    def source(self) -> DataSource:
+        return DataSource(self.data, self.fields, self.split_seed)

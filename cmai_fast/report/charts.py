@@ -1,8 +1,9 @@
 """Charts as inline SVG, drawn by hand: lines, step histograms and bars, in the colours of the page around them.
 
-Colours, dashes and fonts come from CSS classes (see `style.py`), so one drawing serves light, dark and paper. A class
-is a role: `undefended`, `immunised`, `clean`, ... . All text is escaped here. Coordinates are in CSS pixels of a
-460-wide drawing that scales with its column, so text stays readable in a phone's width.
+Colours, dashes and fonts come from CSS classes (`templates/style.css`), so one drawing serves light, dark and paper: a
+`look` is the classes of a model (`models.Shown`) or of a thing that is the same on every page (`clean`, `chance`, ...).
+All text is escaped here, so the drawings are Markup. Coordinates are in CSS pixels of a 460-wide drawing that scales
+with its column, so text stays readable in a phone's width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from markupsafe import Markup
 
 WIDTH = 460
 _LEFT, _TOP, _BOTTOM = 48, 34, 46
@@ -41,11 +44,11 @@ class Line:
     """One line: (x, y) points, a None breaks it; `tips` are texts shown over points; `band` holds (x, low, high)."""
 
     name: str
-    role: str
+    look: str
     points: Sequence[tuple[float, float | None]]
     tips: Sequence[str] = ()
     band: Sequence[tuple[float, float, float]] = ()
-    markers: bool = False
+    marker: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Steps:
     """One histogram: n + 1 bin edges and n heights."""
 
     name: str
-    role: str
+    look: str
     edges: Sequence[float]
     heights: Sequence[float]
 
@@ -87,7 +90,7 @@ def line_chart(
     rules: Sequence[tuple[float, str]] = (),
     label_ends: bool = True,
     height: int = 300,
-) -> str:
+) -> Markup:
     """Lines over numeric axes as an `<svg>`.
 
     `description` is read out by screen readers. `rules` are labelled vertical lines (x, text). With `label_ends` each
@@ -104,12 +107,12 @@ def line_chart(
         if line.band:
             upper = [(x.place(px, _LEFT, right), y.place(high, bottom, _TOP)) for px, _, high in line.band]
             lower = [(x.place(px, _LEFT, right), y.place(low, bottom, _TOP)) for px, low, _ in line.band]
-            parts.append(f'<path class="band {line.role}" d="{_path(upper + lower[::-1])}Z"/>')
-        parts.append(f'<path class="line {line.role}" d="{_path(placed)}"/>')
+            parts.append(f'<path class="band {line.look}" d="{_path(upper + lower[::-1])}Z"/>')
+        parts.append(f'<path class="line {line.look}" d="{_path(placed)}"/>')
         drawn = [(i, px, py) for i, (px, py) in enumerate(placed) if py is not None]
         for i, px, py in drawn:
-            if line.markers:
-                parts.append(_marker(line.role, px, py))
+            if line.marker:
+                parts.append(_marker(line.look, line.marker, px, py))
             if i < len(line.tips):
                 tip = escape(line.tips[i], quote=True)
                 parts.append(f'<circle class="hit" data-tip="{tip}" cx="{px:.1f}" cy="{py:.1f}" r="11"/>')
@@ -117,7 +120,7 @@ def line_chart(
             ends.append((drawn[-1][2], drawn[-1][1], line))
     ends.sort(key=lambda end: end[0])
     for label_y, (_, px, line) in zip(_spread([end[0] for end in ends]), ends, strict=True):
-        parts.append(_text(px + 9, label_y + 4, line.name, f"end {line.role}"))
+        parts.append(_text(px + 9, label_y + 4, line.name, f"end {line.look}"))
     return _svg(parts, description, height)
 
 
@@ -129,7 +132,7 @@ def histogram_chart(
     *,
     rule: tuple[float, str] | None = None,
     height: int = 260,
-) -> str:
+) -> Markup:
     """Step histograms laid over each other as an `<svg>`; heights are shares of each one's own samples."""
     right, bottom = WIDTH - 16.0, float(height - _BOTTOM)
     parts = [_frame(x, y, right, bottom)]
@@ -139,8 +142,8 @@ def histogram_chart(
             level = y.place(share, bottom, _TOP)
             outline += [(x.place(edge, _LEFT, right), level) for edge in (shape.edges[i], shape.edges[i + 1])]
         outline.append((x.place(shape.edges[-1], _LEFT, right), bottom))
-        parts.append(f'<path class="area {shape.role}" d="{_path(outline)}Z"/>')
-        parts.append(f'<path class="line {shape.role}" d="{_path(outline)}"/>')
+        parts.append(f'<path class="area {shape.look}" d="{_path(outline)}Z"/>')
+        parts.append(f'<path class="line {shape.look}" d="{_path(outline)}"/>')
     if rule:
         parts.append(_rule(x, *rule, right, bottom))
     if len({tuple(shape.edges) for shape in shapes}) == 1:
@@ -154,33 +157,35 @@ def histogram_chart(
     return _svg(parts, description, height)
 
 
-def bar_chart(bars: Sequence[tuple[str, str, float, str]], description: str) -> str:
-    """Horizontal bars from zero as an `<svg>`; a bar is (name, role, value, text at its end)."""
+def bar_chart(bars: Sequence[tuple[str, str, float, str]], description: str) -> Markup:
+    """Horizontal bars from zero as an `<svg>`; a bar is (name, look, value, text at its end)."""
     longest = max(value for _, _, value, _ in bars) or 1.0
     start = 12 + _CHARACTER * max(len(name) for name, *_ in bars)
     room = WIDTH - start - 14 - _CHARACTER * max(len(text) for *_, text in bars)
     parts = []
-    for i, (name, role, value, text) in enumerate(bars):
+    for i, (name, look, value, text) in enumerate(bars):
         top, length = 8 + 32 * i, max(2.0, room * value / longest)
         parts.append(_text(start - 8, top + 16, name, "name"))
-        parts.append(f'<rect class="bar {role}" x="{start:.1f}" y="{top}" width="{length:.1f}" height="22" rx="3"/>')
+        parts.append(f'<rect class="bar {look}" x="{start:.1f}" y="{top}" width="{length:.1f}" height="22" rx="3"/>')
         parts.append(_text(start + length + 8, top + 16, text, "value"))
     parts.append(f'<path class="axis" d="M{start:.1f} 2V{8 + 32 * len(bars) - 4}"/>')
     return _svg(parts, description, 8 + 32 * len(bars))
 
 
-def swatch(role: str, kind: str = "marker") -> str:
-    """The key of a legend, drawn as in the chart: `marker` (line with its marker), `line`, or `area` of a histogram."""
+def swatch(look: str, kind: str = "line", marker: str = "") -> Markup:
+    """The key of a legend, drawn as in the chart: a `line`, with its marker if it has one, or the `area` of a
+    histogram."""
     if kind == "area":
-        inside = f'<path class="area {role}" d="M3 1H25V15H3Z"/><path class="line {role}" d="M3 1H25V15H3Z"/>'
+        inside = f'<path class="area {look}" d="M3 1H25V15H3Z"/><path class="line {look}" d="M3 1H25V15H3Z"/>'
     else:
-        inside = f'<path class="line {role}" d="M1 8H27"/>' + (_marker(role, 14, 8) if kind == "marker" else "")
-    return f'<svg class="swatch" viewBox="0 0 28 16" width="28" height="16" aria-hidden="true">{inside}</svg>'
+        inside = f'<path class="line {look}" d="M1 8H27"/>' + (_marker(look, marker, 14, 8) if marker else "")
+    return Markup(f'<svg class="swatch" viewBox="0 0 28 16" width="28" height="16" aria-hidden="true">{inside}</svg>')
 
 
-def _svg(parts: Sequence[str], description: str, height: int) -> str:
+def _svg(parts: Sequence[str], description: str, height: int) -> Markup:
     label = escape(description, quote=True)
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    shape = f'class="chart" viewBox="0 0 {WIDTH} {height}" role="img"'
+    return Markup(f'<svg {shape} aria-label="{label}">{"".join(parts)}</svg>')
 
 
 def _frame(x: Axis, y: Axis, right: float, bottom: float) -> str:
@@ -208,11 +213,14 @@ def _rule(x: Axis, value: float, text: str, right: float, bottom: float) -> str:
     return f'<path class="rule" d="M{place:.1f} {_TOP}V{bottom}"/>{label}'
 
 
-def _marker(role: str, px: float, py: float) -> str:
-    """A square for the immunised model, a circle for all else: the shape tells them apart without colour."""
-    if role == "immunised":
-        return f'<rect class="marker {role}" x="{px - 4:.1f}" y="{py - 4:.1f}" width="8" height="8"/>'
-    return f'<circle class="marker {role}" cx="{px:.1f}" cy="{py:.1f}" r="4.4"/>'
+def _marker(look: str, shape: str, px: float, py: float) -> str:
+    """One point of a line: the shape tells models apart without colour."""
+    if shape == "circle":
+        return f'<circle class="marker {look}" cx="{px:.1f}" cy="{py:.1f}" r="4.4"/>'
+    if shape == "square":
+        return f'<rect class="marker {look}" x="{px - 4:.1f}" y="{py - 4:.1f}" width="8" height="8"/>'
+    corners = {"triangle": "M0 -5.4L5 3.8H-5Z", "diamond": "M0 -5.6L5 0L0 5.6L-5 0Z"}[shape]
+    return f'<path class="marker {look}" transform="translate({px:.1f} {py:.1f})" d="{corners}"/>'
 
 
 def _path(points: Sequence[tuple[float, float | None]]) -> str:

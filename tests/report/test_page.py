@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from cmai_fast.evaluation.report import render_report, write_report
+from cmai_fast.report import render_report, write_report
 
 EDGES = [i / 20 - 1 for i in range(41)]
 

@@ -1,0 +1,240 @@
+"""What an attack says of itself, and the registry that finds it by name. Imports no PyTorch: names are checked early."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from cmai_fast.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmai_fast.attacks.gradients import Gradient
+    from cmai_fast.attacks.losses import Loss
+    from cmai_fast.attacks.state import AttackResult
+    from cmai_fast.attacks.victim import Victim
+    from cmai_fast.threat import ThreatModel
+
+# Every attack takes these; what else its function takes by keyword are settings of its own.
+_SHARED = ("steps", "restarts", "seed", "sample_ids", "loss", "gradient")
+_BY_NAME = ("loss", "gradient")  # registered names, which may stand among the settings
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack on the image, found in `ATTACKS` by name, and called with a victim.
+
+    Attributes:
+        name: as in `--attack`.
+        label: what reports call it.
+        steps, restarts: the default budget.
+        least: the smallest number of steps.
+        single: the budget is fixed.
+        threats: norms of the balls it searches.
+        settings: its own settings, with their defaults.
+        kinds: the types that each of these takes.
+        gradients: it follows gradients, so it takes `loss` and `gradient`.
+        run: the function itself.
+    """
+
+    name: str
+    label: str
+    steps: int
+    restarts: int
+    least: int
+    single: bool
+    threats: tuple[str, ...]
+    settings: Mapping[str, Any]
+    kinds: Mapping[str, tuple[type, ...]]
+    gradients: bool
+    run: Callable[..., AttackResult]
+
+    def __call__(
+        self,
+        victim: Victim,
+        clean: Tensor,
+        threat: ThreatModel,
+        *,
+        steps: int | None = None,
+        restarts: int | None = None,
+        seed: int = 0,
+        sample_ids: Tensor | None = None,
+        loss: str | Loss | None = None,
+        gradient: str | Gradient | None = None,
+        **settings: Any,
+    ) -> AttackResult:
+        """Adversarial images for the batch of `victim`.
+
+        Args:
+            victim: the batch and its model, which is given back as it was; no global random state is read or changed.
+            clean: (N, C, H, W) pixels in [0, 1], or what `victim.pixels` gives.
+            threat: the ball.
+            steps, restarts: None takes the default. The best result of each sample over the restarts is kept.
+            seed: of random starts. A sample's start depends on (seed, restart, sample id) only.
+            sample_ids: (N,) int64, a name for each sample; None: its place in the batch.
+            loss: what is maximised, by name or as a function (`cmai_fast.attacks.losses`); None: the task's
+                cross-entropy.
+            gradient: how it is differentiated, by name or as an object (`cmai_fast.attacks.gradients`); None: exactly.
+            settings: the attack's own.
+
+        Raises:
+            ValueError: a setting, budget, norm or batch that the attack does not take.
+        """
+        steps = self.steps if steps is None else steps
+        restarts = self.restarts if restarts is None else restarts
+        self.check(threat.norm, steps, restarts)
+        own = self.read({**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})})
+        return self.run(
+            victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own
+        )
+
+    def check(self, norm: str, steps: int, restarts: int) -> None:
+        """Refuses a budget or norm that the attack does not take, before any model is loaded."""
+        if norm not in self.threats:
+            raise ValueError(f"{self.name} is given the norm {norm!r}; it takes {', '.join(self.threats)}")
+        if self.single and (steps, restarts) != (self.steps, self.restarts):
+            raise ValueError(
+                f"{self.name} takes one step from the clean image; steps is {steps}, restarts {restarts}. Use pgd for "
+                "more"
+            )
+        if steps < self.least or restarts < 1:
+            raise ValueError(
+                f"{self.name}: steps is {steps} and restarts {restarts}; expected at least {self.least} and at least 1"
+            )
+
+    def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The attack's own settings (and `loss` and `gradient`, by name) in their types, from values or from text.
+
+        Raises:
+            ValueError: an unknown setting, or a value that cannot be read; the message lists the settings.
+        """
+        found: dict[str, Any] = {}
+        for key, value in settings.items():
+            if key in _BY_NAME and self.gradients:
+                _check_named(key, value)
+                found[key] = value
+            elif key not in self.settings:
+                raise ValueError(f"{self.name} has no setting {key!r}; {self._listed()}")
+            else:
+                found[key] = self._typed(key, value)
+        return found
+
+    def describe(self) -> dict[str, str]:
+        """Each own setting, with its types and default in words."""
+        return {
+            key: f"{' or '.join('none' if k is types.NoneType else k.__name__ for k in self.kinds[key])}, default {value}"
+            for key, value in self.settings.items()
+        }
+
+    def _listed(self) -> str:
+        own = [f"{key} ({said})" for key, said in self.describe().items()]
+        if self.gradients:
+            own += ["loss (a name)", "gradient (a name)"]
+        return f"its settings are {', '.join(own)}" if own else "it has no settings of its own"
+
+    def _typed(self, key: str, value: Any) -> Any:
+        for kind in self.kinds[key]:
+            try:
+                return _read(value, kind)
+            except (ValueError, ZeroDivisionError, OverflowError):
+                continue
+        raise ValueError(f"{self.name}: {key} is {value!r}; {self._listed()}")
+
+
+ATTACKS: Registry[Attack] = Registry(
+    "attack",
+    "cmai_fast.attacks",
+    frozenset({"ascent", "attack", "gradients", "losses", "restarts", "state", "victim"}),
+)
+
+
+def attack(
+    name: str,
+    *,
+    label: str,
+    steps: int,
+    restarts: int = 1,
+    least: int = 1,
+    single: bool = False,
+    threats: Sequence[str] = ("linf", "l2"),
+) -> Callable[[Callable[..., AttackResult]], Attack]:
+    """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
+
+    What it takes by keyword beside these are its own settings: each has a default and an annotation of `bool`, `int`,
+    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`.
+    """
+
+    def register(function: Callable[..., AttackResult]) -> Attack:
+        taken = inspect.signature(function).parameters
+        missing = [key for key in _SHARED[:4] if key not in taken]
+        if missing:
+            raise TypeError(f"attack {name!r} does not take {', '.join(missing)}, which every attack does")
+        own = [p for p in taken.values() if p.kind is p.KEYWORD_ONLY and p.name not in _SHARED]
+        if bare := [p.name for p in own if p.default is p.empty]:
+            raise TypeError(f"attack {name!r} has settings without a default: {', '.join(bare)}")
+        made = Attack(
+            name=name,
+            label=label,
+            steps=steps,
+            restarts=restarts,
+            least=least,
+            single=single,
+            threats=tuple(threats),
+            settings={p.name: p.default for p in own},
+            kinds={p.name: _kinds(p.annotation, function) for p in own},
+            gradients=set(_BY_NAME) <= set(taken),
+            run=function,
+        )
+        return ATTACKS.add(name, made)
+
+    return register
+
+
+def _kinds(annotation: Any, function: Callable[..., Any]) -> tuple[type, ...]:
+    """The types of an annotation such as `float | None`; None comes first, so that text is read as it before."""
+    if isinstance(annotation, str):
+        annotation = eval(annotation, function.__globals__)  # one annotation alone: the others may be unimported types
+    kinds = typing.get_args(annotation) or (annotation,)
+    known = (types.NoneType, bool, int, float, str)
+    if bad := [k for k in kinds if k not in known]:
+        raise TypeError(f"a setting of an attack is a bool, int, float, str or None, not {bad[0]!r}")
+    return tuple(k for k in known if k in kinds)
+
+
+def _read(value: Any, kind: type) -> Any:
+    """`value` as `kind`; text as a user writes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if kind is str:
+            return value
+        if kind is types.NoneType and text.lower() == "none":
+            return None
+        if kind is bool and text.lower() in _BOOLS:
+            return _BOOLS[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(Fraction(text)) if "/" in text else float(text)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(value)
+
+
+def _check_named(key: str, value: Any) -> None:
+    if isinstance(value, str):
+        from cmai_fast.attacks import gradients, losses
+
+        (losses.LOSSES if key == "loss" else gradients.GRADIENTS).check(value)

@@ -1,0 +1,89 @@
+"""What every restarted attack does around its ascents: checked inputs, the clean image first, the best of all starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmai_fast.attacks.gradients import Course, Estimate, Gradient, gradient_of
+from cmai_fast.attacks.losses import Loss, loss_of
+from cmai_fast.attacks.state import AttackResult, Best, Tally, prepare
+from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.threat import ThreatModel
+
+
+@dataclass
+class Restart:
+    """One ascent from one start, for `rows` (n,) of the batch.
+
+    clean (N, ...), eps and sample_ids (N,) are those of the whole batch. What the ascent finds goes to `best` and
+    `tally`; `number` counts restarts from 0, and `seed` is the restart's own.
+    """
+
+    victim: Victim
+    threat: ThreatModel
+    clean: Tensor
+    eps: Tensor
+    sample_ids: Tensor
+    rows: Tensor
+    number: int
+    seed: int
+    loss: Loss
+    gradient: Gradient
+    best: Best
+    tally: Tally
+
+    def estimate(self, steps: int) -> Estimate:
+        """The gradient, for so many calls."""
+        return self.gradient.start(Course(self.victim, self.loss, self.clean, self.sample_ids, steps, self.seed))
+
+
+def restarted(
+    ascend: Callable[[Restart], None],
+    victim: Victim,
+    clean: Tensor,
+    threat: ThreatModel,
+    *,
+    restarts: int,
+    seed: int,
+    sample_ids: Tensor | None,
+    loss: str | Loss | None,
+    gradient: str | Gradient | None,
+    early_stop: bool,
+    from_clean: bool = False,
+) -> AttackResult:
+    """Runs `ascend` once per restart, and gives the best point of each sample.
+
+    Args:
+        early_stop: the clean image counts too, and a restart takes only rows that are not yet fooled.
+        from_clean: restart 0 draws no noise, so the seeds begin at restart 1.
+
+    The victim's model is given back as it was, and its `passes` are those of before and of this attack.
+    """
+    maximised, estimator = loss_of(loss), gradient_of(gradient)
+    before, victim.passes = victim.passes, Passes()
+    try:
+        with victim.attack_mode():
+            clean, eps, sample_ids = prepare(victim, clean, threat, sample_ids)
+            model_input = victim.space.to_model(clean)
+            best, tally = Best(clean, model_input), Tally(victim, clean)
+            rows = torch.arange(len(clean), device=clean.device)
+            if early_stop and len(rows):
+                with torch.no_grad():
+                    best.offer(clean, model_input, victim(model_input, None, maximised), rows)
+            for number in range(restarts):
+                rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
+                if not len(rows):
+                    break
+                own = seed + 1_000_003 * max(number - from_clean, 0)
+                ascend(
+                    Restart(
+                        victim, threat, clean, eps, sample_ids, rows, number, own, maximised, estimator, best, tally
+                    )
+                )
+            return best.result(victim.passes, tally)
+    finally:
+        victim.passes = before + victim.passes

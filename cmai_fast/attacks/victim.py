@@ -1,0 +1,206 @@
+"""The victim of an attack: a batch of images and texts bound to a model, which is lent to the attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cmai_fast.bridge import (
+    BatchImages,
+    Bridge,
+    frozen,
+    is_right,
+    lean_activations,
+    patches_by_matmul,
+    recomputed,
+    task_loss,
+    unpacked,
+)
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.threat import PixelSpace
+
+if TYPE_CHECKING:
+    from cmai_fast.attacks.losses import Loss
+
+
+@dataclass
+class Passes:
+    """Model passes, counted in batches: `full` runs the whole model, `vision` and `text` one side alone."""
+
+    full_forward: int = 0
+    full_backward: int = 0
+    vision_forward: int = 0
+    vision_backward: int = 0
+    text_forward: int = 0
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(**{k: v + getattr(other, k) for k, v in vars(self).items()})
+
+
+@dataclass
+class Evaluation:
+    """A batch of N images evaluated: `loss` (N,) as maximised, `right` (N,) bool."""
+
+    loss: Tensor
+    right: Tensor
+
+
+class Victim(BatchImages):
+    """A batch that is attacked, and the model that reads it.
+
+    Args:
+        bridge, space, batch: as of `BatchImages`.
+        heads: consistency heads, for losses that use S_c. S_c is that of the true response, whose text side no image
+            perturbation moves: it is computed once.
+        text_features: h_t (N, text_dim) of the batch, where the caller has it already.
+
+    `passes` counts what ran on the model.
+
+    Raises:
+        ValueError: a key of the batch is missing or has another shape.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        space: PixelSpace,
+        batch: Mapping[str, Tensor],
+        heads: ConsistencyHeads | None = None,
+        text_features: Tensor | None = None,
+    ) -> None:
+        super().__init__(bridge, space, batch)
+        self.heads, self.text_features = heads, text_features
+        self.passes = Passes()
+        self._text: Tensor | None = None
+        self._own_features: Tensor | None = None
+        self._tokens = bridge.image_tokens(self.batch)
+
+    @contextmanager
+    def attack_mode(self) -> Iterator[None]:
+        """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, recomputing
+        where it does so in training, with memory-saving MLPs and a fast patch embedding. It is given back as it was,
+        also after an exception."""
+        model = self.bridge.model
+        cheap = unpacked(model), recomputed(model), patches_by_matmul(model), lean_activations(model)
+        with cheap[0], cheap[1], cheap[2], cheap[3], frozen(model, self.heads):
+            yield
+
+    def outputs(self, image_features: Tensor, rows: Tensor | None = None) -> Outputs:
+        """What the language side says of h_v (n, T, image_dim), computed when it is asked for."""
+        return Outputs(self, image_features, rows)
+
+    def __call__(self, model_input: Tensor, rows: Tensor | None = None, loss: Loss | None = None) -> Evaluation:
+        """Normalised images (n, C, H, W) that belong to `rows` (n,) of the batch (None: all), differentiable.
+
+        `loss`: what is maximised; None: the task's cross-entropy.
+        """
+        features = self.encode(model_input, rows)
+        outputs = self.outputs(features, rows)
+        losses = outputs.losses if loss is None else loss(features, outputs, self, rows)
+        return Evaluation(losses, outputs.right)
+
+    def right(self, pixels: Tensor) -> Tensor:
+        """Whether every target token is the most likely one, under teacher forcing, (N,) bool: the fast verdict.
+
+        `pixels`: images in [0, 1], as `pixels()` gives them.
+        """
+        with frozen(self.bridge.model), torch.no_grad():
+            return self(self.space.to_model(pixels)).right
+
+    def text_projection(self) -> Tensor:
+        """P_t(h_t) of prompt and true response, (N, dim), no gradient."""
+        heads = self._heads()
+        if self._text is None:
+            with torch.no_grad():
+                if self.text_features is None:
+                    self.text_features = self.bridge.encode_text(**self.batch)
+                    self.passes.text_forward += 1
+                self._text = heads.project_text(self.text_features)
+        return self._text
+
+    def score(self, image_features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """S_c (n,) of h_v (n, T, image_dim) against the texts of `rows`.
+
+        Raises:
+            ValueError: there are no heads.
+        """
+        heads, text, tokens = self._heads(), self.text_projection(), self._tokens
+        if rows is not None:
+            text, tokens = text[rows], None if tokens is None else tokens[rows]
+        return heads.score(heads.project_image(image_features, tokens), text)
+
+    def own_features(self, rows: Tensor | None = None) -> Tensor:
+        """h_v (n, T, image_dim) of the batch's own images, no gradient, computed once."""
+        if self._own_features is None:
+            with torch.no_grad():
+                self._own_features = self.encode(self.space.to_model(self.pixels()))
+            self.passes.vision_forward += 1
+        return self._own_features if rows is None else self._own_features[rows]
+
+    def _heads(self) -> ConsistencyHeads:
+        if self.heads is None:
+            raise ValueError(
+                "there are no consistency heads, and the loss asks for S_c; give Victim heads, or set beta to 0"
+            )
+        return self.heads
+
+
+class Outputs:
+    """The language side's outputs for features of `rows`; each is computed once, when it is first asked for.
+
+    `losses` (n,) and `right` (n,) come without the logits of all tokens in memory (`Bridge.losses`); a loss that needs
+    them asks for `logits` first, and pays for one full set.
+    """
+
+    def __init__(
+        self, victim: Victim, features: Tensor, rows: Tensor | None, texts: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`texts`: inputs of `Bridge.fuse` in place of the victim's own."""
+        self._victim, self._features, self._rows = victim, features, rows
+        self._batch = victim.batch if texts is None else texts
+        self._losses: tuple[Tensor, Tensor] | None = None
+        self._logits: tuple[Tensor, Tensor] | None = None
+
+    def _texts(self) -> Mapping[str, Tensor]:
+        return self._victim.rows(self._batch, self._rows)
+
+    def _judged(self) -> tuple[Tensor, Tensor]:
+        if self._losses is None:
+            if self._logits is not None:
+                logits, targets = self._logits
+                self._losses = task_loss(logits, targets), is_right(logits.detach(), targets)
+            else:
+                self._losses = self._victim.bridge.losses(self._features, **self._texts())
+                self._victim.passes.full_forward += 1
+        return self._losses
+
+    def _fused(self) -> tuple[Tensor, Tensor]:
+        if self._logits is None:
+            self._logits = self._victim.bridge.fuse(self._features, **self._texts())
+            self._victim.passes.full_forward += 1
+        return self._logits
+
+    @property
+    def losses(self) -> Tensor:
+        """L_task (n,): the mean cross-entropy over a sample's target tokens."""
+        return self._judged()[0]
+
+    @property
+    def right(self) -> Tensor:
+        """(n,) bool, no gradient: every target token is the most likely one."""
+        return self._judged()[1]
+
+    @property
+    def logits(self) -> Tensor:
+        """(n, L', vocabulary), of every column in which any of the rows has a label."""
+        return self._fused()[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """(n, L'), -100 where a row has no target."""
+        return self._fused()[1]
