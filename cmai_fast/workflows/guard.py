@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from cmai_fast.arm import Decision, Guard
 from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation.progress import Overall
 from cmai_fast.files import write_text
 from cmai_fast.tasks import TASKS
 
@@ -75,6 +74,9 @@ def decided(
 ) -> Iterator[Decision]:
     """Decisions in the order of the samples, `batch_size` at a time."""
     asked = TASKS[task]
-    for start in track(range(0, len(samples), batch_size), "guard", disable=not progress):
-        rows = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-        yield from guarded.decide_samples([Sample(s.id, s.images, asked.prompt(s)) for s in rows])
+    with Overall({"guard": 1.0}, progress) as overall:
+        overall.start("guard", len(samples))
+        for start in range(0, len(samples), batch_size):
+            rows = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+            yield from guarded.decide_samples([Sample(s.id, s.images, asked.prompt(s)) for s in rows])
+            overall.advance(len(rows))
