@@ -12,6 +12,7 @@ from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
 from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
 from cmai_fast.data.collate import negative_texts
+from cmai_fast.generation import Generation
 
 
 def fit_heads(
@@ -57,7 +58,13 @@ def fit_heads(
         heads.eval()
 
 
-def fit_threshold(scores: Tensor, split: str, false_rejection_rate: float = 0.05) -> Threshold:
-    """The threshold that rejects at most this share of clean `scores` (N,), which come from `split`."""
+def fit_threshold(
+    scores: Tensor, split: str, false_rejection_rate: float = 0.05, generation: Generation | None = None
+) -> Threshold:
+    """The threshold that rejects at most this share of clean `scores` (N,).
+
+    Args:
+        scores: S_c of inputs from `split` with the answers that the model generated under `generation`.
+    """
     tau = calibrate(scores.cpu().numpy(), false_rejection_rate)
-    return Threshold(tau=tau, false_rejection_rate=false_rejection_rate, samples=len(scores), split=split)
+    return Threshold(tau, false_rejection_rate, len(scores), split, generation)
