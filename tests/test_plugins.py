@@ -1,4 +1,4 @@
-"""An attack, a task, a format, a defence, a policy and a metric, each one file outside the package (plugin_example/)."""
+"""One attack, task, format, defence, policy and metric, each a file outside the package (plugin_example/)."""
 
 from __future__ import annotations
 
