@@ -130,6 +130,7 @@ def test_a_broken_sample_is_named_with_its_key(tiny_processor, samples):
         ({"prompt": "a \ud800"}, r"its question holds U\+D800 at character 2"),
         ({"prompt": "\ufdd1</s>"}, r"its question holds U\+FDD1"),
         ({"images": (None,)}, r"its image is None"),
+        ({"images": "photo.png"}, "has a str as images; expected a tuple"),
         ({"images": (good.images[0], "gone.png")}, r"its image 1 'gone\.png' is not a file"),
         ({"images": (good.images[0] / 2.0,)}, r"its image has floats from"),
     ):

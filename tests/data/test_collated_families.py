@@ -265,6 +265,16 @@ def test_a_processor_that_does_not_say_how_to_ask_is_refused():
             VQACollator(processor)
 
 
+def test_a_template_that_writes_one_image_whatever_it_is_given_is_refused():
+    first = "{% for m in messages %}<image>{{ m.content[-1].text }}{% endfor %}"
+    sample = samples_of(by_name("LLaVA"))[0]
+    collate = VQACollator(changed("LLaVA", chat_template=first))
+    collate([sample])
+    for images in ((), sample.images * 2):
+        with pytest.raises(ValueError, match=rf"sample 3: .* writes '<image>' 1 times for {len(images)} images"):
+            collate([sample, replace(sample, images=images)])
+
+
 def test_a_prompt_whose_tokens_change_when_the_answer_follows_is_refused():
     merging = Tokenizer(models.BPE({"<unk>": 0, "a": 1, ":": 2, "r": 3, ":r": 4}, [(":", "r")], unk_token="<unk>"))
     merging.add_special_tokens(["<pad>", "</s>", "<image>"])
