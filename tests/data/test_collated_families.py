@@ -165,8 +165,8 @@ def test_photos_of_any_size_are_resized_by_the_processor(family):
 NUMBERS = {"two": (1, 2), "none": (0, 0), "mixed": (0, 2, 1), "none last": (1, 0)}
 
 
-@every_family
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+@every_family
 def test_samples_of_several_images_or_none(family, numbers):
     """Each row is what it is alone, by the model's own forward: no image went to another sample's question."""
     model, collate = family.model(), VQACollator(processor_of(family))
