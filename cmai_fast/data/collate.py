@@ -148,11 +148,12 @@ def negative_texts(batch: Mapping[str, torch.Tensor], keys: Iterable[str]) -> di
     Raises:
         ValueError: they have another shape, so it is not known to which samples they belong.
     """
-    found, count = {}, len(batch["input_ids"])
+    found = {}
     for key in keys:
         value = batch.get(f"negative_{key}")
         if value is None:
             continue
+        count = len(batch["labels"])
         if value.dim() != 3 or len(value) != count:
             raise ValueError(
                 f"the batch has negative_{key} of shape {tuple(value.shape)} for {count} samples; expected "
@@ -175,6 +176,10 @@ def _checked(samples: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
             hash(sample.id)
         except TypeError:
             raise ValueError(f"sample {i} has the id {sample.id!r:.80}; expected a text or a number") from None
+        if not isinstance(sample.images, (list, tuple)):
+            raise ValueError(
+                f"{_name(sample)} has a {type(sample.images).__name__} as images; expected a tuple, of one image too"
+            )
     return checked
 
 

@@ -160,6 +160,8 @@ def _shown(picture: Image.Image, name: str) -> Image.Image:
     """Pixels decoded (a truncated file is found here), upright, on white, in 8-bit RGB; nothing else of the picture."""
     if 0 in picture.size:
         raise ValueError(f"{name} is {picture.width} x {picture.height} pixels; expected a picture that is not empty")
+    if picture.format == "EPS":
+        raise ValueError(f"{name} is EPS, a program that Ghostscript would run; expected PNG, JPEG or the like")
     try:
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format not in _FIRST_FRAME_IS_THE_PICTURE:

@@ -20,15 +20,10 @@ def format_prompt(processor: Any, question: str, images: int = 1) -> str:
     image before any text (BLIP-2, Li et al., 2023, appendix; InstructBLIP).
 
     Raises:
-        ValueError: the processor has no chat template and no known form, or its family does not take that number of
-            images.
+        ValueError: the processor has no chat template and no known form, or its family takes another number of images.
     """
     if getattr(processor, "chat_template", None):
-        prompt = processor.apply_chat_template([_asked(question, images)], add_generation_prompt=True)
-        token = getattr(processor, "image_token", None)
-        if isinstance(token, str) and images != 1:
-            _check_placeholders(processor, token, images)
-        return prompt
+        return processor.apply_chat_template([_asked(question, images)], add_generation_prompt=True)
     if takes_suffix(processor):
         if not images:
             raise ValueError(f"{type(processor).__name__} takes no prompt without an image; expected at least one")
@@ -41,18 +36,6 @@ def format_prompt(processor: Any, question: str, images: int = 1) -> str:
         f"{type(processor).__name__} has no chat template, so it is not known how to ask; set processor.chat_template "
         "to that of the model's documentation"
     )
-
-
-def _check_placeholders(processor: Any, token: str, images: int) -> None:
-    """The template writes a place for each image (some are made for one, and write it whatever they are given)."""
-    one, found = (
-        processor.apply_chat_template([_asked(_PROBE, n)], add_generation_prompt=True).count(token) for n in (1, images)
-    )
-    if one == 1 and found != images:
-        raise ValueError(
-            f"the chat template of {type(processor).__name__} writes {token!r} {found} times for {images} images; set "
-            "processor.chat_template to one that takes this number of images"
-        )
 
 
 def takes_suffix(processor: Any) -> bool:
@@ -120,7 +103,19 @@ class PromptForm:
 
     def prompt(self, question: str, images: int, name: str) -> str:
         """`format_prompt`, with the control tokens of the question read as text. Errors call the question `name`."""
+        if images not in self._own_control and getattr(self.processor, "chat_template", None):
+            self._check_places(images)
         return self._filled(lambda text: format_prompt(self.processor, text, images), images, question, name)
+
+    def _check_places(self, images: int) -> None:
+        """The template writes a place for each image (some write one, whatever they are given)."""
+        token = str(getattr(self.processor, "image_token", None))
+        one, found = (format_prompt(self.processor, _PROBE, n).count(token) for n in (1, images))
+        if one == 1 and found != images:
+            raise ValueError(
+                f"the chat template of {type(self.processor).__name__} writes {token!r} {found} times for {images} "
+                "images; set processor.chat_template to one that takes this number of images"
+            )
 
     def closing(self, answer: str, name: str) -> str:
         """What follows a prompt: the answer and its end, with the control tokens of the answer read as text."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import find_batch_size, slice_tensors
 from PIL import Image
 
 from cmai_fast.data import VQACollator, format_prompt, load_dataset
@@ -104,9 +105,10 @@ def test_what_cannot_be_collated_is_named(tiny_processor, samples):
 
 
 def test_negatives_go_where_their_samples_go(tiny_processor, samples):
-    """As accelerate cuts and gathers batches: rows of dim 0, whatever they are."""
+    """accelerate cuts the batches of a stream by rows of dim 0, to the number of rows that it finds in one of them."""
     batch = VQACollator(tiny_processor, negatives=3)(samples)
-    part = {k: v[2:5] for k, v in batch.items()}
+    assert find_batch_size(dict(reversed(batch.items()))) == len(samples)
+    part = slice_tensors(batch, slice(2, 5))
     texts = negative_texts(part, ("input_ids", "labels"))
     assert set(texts) == {"input_ids", "labels"}
     whole = negative_texts(batch, ("input_ids",))["input_ids"]
@@ -130,6 +132,7 @@ def test_a_broken_sample_is_named_with_its_key(tiny_processor, samples):
         ({"prompt": "a \ud800"}, r"its question holds U\+D800 at character 2"),
         ({"prompt": "\ufdd1</s>"}, r"its question holds U\+FDD1"),
         ({"images": (None,)}, r"its image is None"),
+        ({"images": "photo.png"}, "has a str as images; expected a tuple"),
         ({"images": (good.images[0], "gone.png")}, r"its image 1 'gone\.png' is not a file"),
         ({"images": (good.images[0] / 2.0,)}, r"its image has floats from"),
     ):

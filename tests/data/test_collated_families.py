@@ -165,8 +165,8 @@ def test_photos_of_any_size_are_resized_by_the_processor(family):
 NUMBERS = {"two": (1, 2), "none": (0, 0), "mixed": (0, 2, 1), "none last": (1, 0)}
 
 
-@every_family
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+@every_family
 def test_samples_of_several_images_or_none(family, numbers):
     """Each row is what it is alone, by the model's own forward: no image went to another sample's question."""
     model, collate = family.model(), VQACollator(processor_of(family))
@@ -263,6 +263,16 @@ def test_a_processor_that_does_not_say_how_to_ask_is_refused():
         setattr(processor.tokenizer, token, None)
         with pytest.raises(ValueError, match=f"has no {token}"):
             VQACollator(processor)
+
+
+def test_a_template_that_writes_one_image_whatever_it_is_given_is_refused():
+    first = "{% for m in messages %}<image>{{ m.content[-1].text }}{% endfor %}"
+    sample = samples_of(by_name("LLaVA"))[0]
+    collate = VQACollator(changed("LLaVA", chat_template=first))
+    collate([sample])
+    for images in ((), sample.images * 2):
+        with pytest.raises(ValueError, match=rf"sample 3: .* writes '<image>' 1 times for {len(images)} images"):
+            collate([sample, replace(sample, images=images)])
 
 
 def test_a_prompt_whose_tokens_change_when_the_answer_follows_is_refused():
