@@ -57,8 +57,8 @@ def _path(text: Any, name: str, folder: Path | None) -> Any:
         return _encoded(_decoded(text, name), name)
     if _URL.match(text):
         raise ValueError(f"{name} is the URL {text[:80]!r}; nothing is downloaded. Save the picture and give its path")
-    path = Path(text).expanduser()
-    return str(path if folder is None else folder.absolute() / path)
+    path = os.path.expanduser(text)
+    return path if folder is None else os.path.join(os.path.abspath(folder), path)
 
 
 def _decoded(text: str, name: str) -> bytes:

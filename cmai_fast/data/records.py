@@ -65,7 +65,7 @@ def sample_of(
     if pictures and not own:
         row.check_unread()
     where = where if where != f"record {place}" else ""
-    return Sample(row.id, tuple(own), question, answers, choices, where)  # type: ignore[arg-type]
+    return Sample(row.id, tuple(own), question, answers, choices, where)
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
@@ -129,6 +129,9 @@ class _Row:
         self.id, self.own_id = value, key is not None
 
     def _rename(self, record: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+        self.mapped: set[str] = set(fields)
+        if not fields:
+            return
         mapped = {}
         for own, theirs in fields.items():
             if theirs not in record:
@@ -136,12 +139,11 @@ class _Row:
             mapped[own] = record[theirs]
         for group in GROUPS:
             # A question that was named takes the place of a chat; a chat that of a question and its answer.
-            more = {QUESTIONS: CHATS, CHATS: (*QUESTIONS, *ANSWERS)}.get(group, ())
+            more = CHATS if group == QUESTIONS else (*QUESTIONS, *ANSWERS) if group == CHATS else ()
             rivals = (*group, *more)
             if any(key in mapped for key in group):
                 self.values = {k: v for k, v in self.values.items() if k not in rivals}
         self.values |= mapped
-        self.mapped = set(mapped)
 
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.name()}: {message}")
@@ -184,10 +186,9 @@ class _Row:
     def chat(self) -> Chat | None:
         key = self._one_of(CHATS)
         if key is None and isinstance(self.values.get("prompt"), (list, tuple)):  # TRL's prompt and completion
-            turns = [*self.values["prompt"]]
-            if isinstance(self.values.get("completion"), (list, tuple)):
-                turns += self.values.pop("completion")
-            return chat_of(turns, self.name("prompt"))
+            closing = self.values.get("completion")
+            closing = self.values.pop("completion") if isinstance(closing, (list, tuple)) else []
+            return chat_of([*self.values["prompt"], *closing], self.name("prompt"))
         if key is None:
             return None
         rival = self._one_of(QUESTIONS)
