@@ -23,7 +23,7 @@ def picture_of(value: Any, name: str, folder: Path | None) -> Any:
         folder: what a path is relative to; None: a relative path stays as it is.
 
     Raises:
-        ValueError: a URL, base64 that is none, or something that is no picture.
+        ValueError: a URL, broken base64, or a value that is not a picture.
     """
     if isinstance(value, (str, os.PathLike)):
         return _path(os.fspath(value), name, folder)

@@ -69,10 +69,10 @@ def sample_of(
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
-    """Raises ValueError for a name of ours that there is not."""
+    """Raises ValueError for an unknown key of ours."""
     for own, theirs in fields.items():
         if own not in KEYS:
-            raise ValueError(f"--map {own}={theirs}: {own!r} is no key of ours; expected one of {', '.join(KEYS)}")
+            raise ValueError(f"--map {own}={theirs}: unknown key {own!r}; expected one of {', '.join(KEYS)}")
 
 
 def check_unique(samples: Iterable[Sample]) -> list[Sample]:
@@ -101,7 +101,7 @@ def listed(cell: str | None, name: str) -> list[Any] | None:
     try:
         return json.loads(cell)
     except ValueError as error:
-        raise ValueError(f"{name} starts as a JSON list and is none ({error}); expected [...] or a|b|c") from None
+        raise ValueError(f"{name} is not a valid JSON list ({error}); expected [...] or a|b|c") from None
 
 
 class _Row:
@@ -160,7 +160,7 @@ class _Row:
         """The key of the group that has a value."""
         present = [key for key in group if self.values.get(key) is not None]
         if len(present) > 1 and group != IDS:
-            raise self.error(f"both {present[0]} and {present[1]} are there; name one: --map {present[0]}=KEY")
+            raise self.error(f"both {present[0]} and {present[1]} are there; choose one: --map {present[0]}=KEY")
         return present[0] if present else None
 
     def pictures(self) -> list[tuple[str, Any]]:
@@ -193,7 +193,9 @@ class _Row:
             return None
         rival = self._one_of(QUESTIONS)
         if rival is not None:
-            raise self.error(f"both {key} and {rival} are there; name one: --map {key}={key} or --map {rival}={rival}")
+            raise self.error(
+                f"both {key} and {rival} are there; choose one: --map {key}={key} or --map {rival}={rival}"
+            )
         turns: Any = self.values[key]
         if isinstance(turns, str):  # a cell of a table
             turns = listed(turns, self.name(key))
@@ -222,7 +224,9 @@ class _Row:
             return self.answers()
         rival = next((key for key in ("answer", "answers", "completion") if self.values.get(key) is not None), None)
         if rival is not None:
-            raise self.error(f"the chat ends with an answer, and {rival} is there too; name one: --map answer={rival}")
+            raise self.error(
+                f"the chat ends with an answer, and {rival} is there too; choose one: --map answer={rival}"
+            )
         return (answer,)
 
     def answers(self) -> tuple[str, ...]:

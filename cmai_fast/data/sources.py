@@ -41,7 +41,7 @@ class DataSource:
     def check(self, *splits: str, answers: bool = False) -> None:
         """Refuses what can be refused without decoding a picture, importing PyTorch or using the network.
 
-        Every record of a local file or folder is read: broken text, records without a question, answers that are none,
+        Every record of a local file or folder is read: broken text, records without a question, empty answers,
         missing pictures, ids that occur twice.
 
         Args:
@@ -232,8 +232,8 @@ def check_pictures(samples: Sequence[Sample]) -> None:
     if gone:
         missing = [f"{path} ({sample.where or sample.name})" for sample, path in paths if path in gone]
         raise ValueError(
-            f"{len(missing)} of {len(paths)} pictures are missing: {_first(missing)}; paths are relative to the file of "
-            "records"
+            f"{len(missing)} of {len(paths)} pictures are missing: {_first(missing)}; paths are relative to the "
+            "file of records"
         )
 
 
