@@ -34,7 +34,7 @@ class Chat:
         """
         if inside and (record or self.places):
             raise ValueError(
-                f"{self.name} has pictures of its own, and there are more beside it; expected pictures in one of the two places"
+                f"{self.name} has pictures of its own, and there are more beside it; expected them in one of the two"
             )
         if self.places and self.places != len(record):
             raise ValueError(

@@ -193,9 +193,7 @@ class _Row:
             return None
         rival = self._one_of(QUESTIONS)
         if rival is not None:
-            raise self.error(
-                f"both {key} and {rival} are there; choose one: --map {key}={key} or --map {rival}={rival}"
-            )
+            raise self.error(f"both {key} and {rival} are there; choose: --map {key}={key} or --map {rival}={rival}")
         turns: Any = self.values[key]
         if isinstance(turns, str):  # a cell of a table
             turns = listed(turns, self.name(key))
@@ -224,9 +222,7 @@ class _Row:
             return self.answers()
         rival = next((key for key in ("answer", "answers", "completion") if self.values.get(key) is not None), None)
         if rival is not None:
-            raise self.error(
-                f"the chat ends with an answer, and {rival} is there too; choose one: --map answer={rival}"
-            )
+            raise self.error(f"the chat ends with an answer, and {rival} is there too; choose: --map answer={rival}")
         return (answer,)
 
     def answers(self) -> tuple[str, ...]:
