@@ -65,14 +65,14 @@ def sample_of(
     if pictures and not own:
         row.check_unread()
     where = where if where != f"record {place}" else ""
-    return Sample(row.id, tuple(own), question, answers, choices, where)  # type: ignore[arg-type]
+    return Sample(row.id, tuple(own), question, answers, choices, where)
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
-    """Raises ValueError for a name of ours that there is not."""
+    """Raises ValueError for an unknown key of ours."""
     for own, theirs in fields.items():
         if own not in KEYS:
-            raise ValueError(f"--map {own}={theirs}: {own!r} is no key of ours; expected one of {', '.join(KEYS)}")
+            raise ValueError(f"--map {own}={theirs}: unknown key {own!r}; expected one of {', '.join(KEYS)}")
 
 
 def check_unique(samples: Iterable[Sample]) -> list[Sample]:
@@ -101,7 +101,7 @@ def listed(cell: str | None, name: str) -> list[Any] | None:
     try:
         return json.loads(cell)
     except ValueError as error:
-        raise ValueError(f"{name} starts as a JSON list and is none ({error}); expected [...] or a|b|c") from None
+        raise ValueError(f"{name} is not a valid JSON list ({error}); expected [...] or a|b|c") from None
 
 
 class _Row:
@@ -129,6 +129,9 @@ class _Row:
         self.id, self.own_id = value, key is not None
 
     def _rename(self, record: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+        self.mapped: set[str] = set(fields)
+        if not fields:
+            return
         mapped = {}
         for own, theirs in fields.items():
             if theirs not in record:
@@ -136,12 +139,11 @@ class _Row:
             mapped[own] = record[theirs]
         for group in GROUPS:
             # A question that was named takes the place of a chat; a chat that of a question and its answer.
-            more = {QUESTIONS: CHATS, CHATS: (*QUESTIONS, *ANSWERS)}.get(group, ())
+            more = CHATS if group == QUESTIONS else (*QUESTIONS, *ANSWERS) if group == CHATS else ()
             rivals = (*group, *more)
             if any(key in mapped for key in group):
                 self.values = {k: v for k, v in self.values.items() if k not in rivals}
         self.values |= mapped
-        self.mapped = set(mapped)
 
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.name()}: {message}")
@@ -158,7 +160,7 @@ class _Row:
         """The key of the group that has a value."""
         present = [key for key in group if self.values.get(key) is not None]
         if len(present) > 1 and group != IDS:
-            raise self.error(f"both {present[0]} and {present[1]} are there; name one: --map {present[0]}=KEY")
+            raise self.error(f"both {present[0]} and {present[1]} are there; choose one: --map {present[0]}=KEY")
         return present[0] if present else None
 
     def pictures(self) -> list[tuple[str, Any]]:
@@ -184,15 +186,14 @@ class _Row:
     def chat(self) -> Chat | None:
         key = self._one_of(CHATS)
         if key is None and isinstance(self.values.get("prompt"), (list, tuple)):  # TRL's prompt and completion
-            turns = [*self.values["prompt"]]
-            if isinstance(self.values.get("completion"), (list, tuple)):
-                turns += self.values.pop("completion")
-            return chat_of(turns, self.name("prompt"))
+            closing = self.values.get("completion")
+            closing = self.values.pop("completion") if isinstance(closing, (list, tuple)) else []
+            return chat_of([*self.values["prompt"], *closing], self.name("prompt"))
         if key is None:
             return None
         rival = self._one_of(QUESTIONS)
         if rival is not None:
-            raise self.error(f"both {key} and {rival} are there; name one: --map {key}={key} or --map {rival}={rival}")
+            raise self.error(f"both {key} and {rival} are there; choose: --map {key}={key} or --map {rival}={rival}")
         turns: Any = self.values[key]
         if isinstance(turns, str):  # a cell of a table
             turns = listed(turns, self.name(key))
@@ -221,7 +222,7 @@ class _Row:
             return self.answers()
         rival = next((key for key in ("answer", "answers", "completion") if self.values.get(key) is not None), None)
         if rival is not None:
-            raise self.error(f"the chat ends with an answer, and {rival} is there too; name one: --map answer={rival}")
+            raise self.error(f"the chat ends with an answer, and {rival} is there too; choose: --map answer={rival}")
         return (answer,)
 
     def answers(self) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def test_choices_hold_the_answer():
         ({"question": "a", "prompt": "b"}, "both question and prompt are there"),
         (
             {"image": PICTURE, "images": [PICTURE], **ASKED},
-            "both image and images are there; name one: --map image=KEY",
+            "both image and images are there; choose one: --map image=KEY",
         ),
         ({"id": [1], **ASKED}, r"id is \[1\] \(list\)"),
         ({"id": float("nan"), **ASKED}, "id is nan"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, overload
 
@@ -73,7 +74,9 @@ class HubSamples(Sequence[Sample]):
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, encoded)
             elif isinstance(inner, datasets.Image):
-                data = data.cast_column(column, [encoded] if isinstance(feature, list) else type(feature)(encoded))
+                data = data.cast_column(
+                    column, [encoded] if isinstance(feature, list) else replace(feature, feature=encoded)
+                )
             else:
                 if isinstance(feature, datasets.ClassLabel):
                     self._labels[column] = feature

@@ -108,7 +108,7 @@ def test_lines_of_json_and_csv_are_those_of_the_file(tmp_path):
         ("x.csv", "question,question\na?,b?\n", "line 1 has two columns 'question'"),
         ("x.csv", "question,\na?,b?\n", "line 1 has a column without a name"),
         ("x.csv", 'question,answer\n"a?,red\nb?,blue\n', r"x\.csv line 2: .*is a closing quote missing"),
-        ("x.csv", 'question,choices\na?,"[""a"",]"\n', r"line 2: choices starts as a JSON list and is none"),
+        ("x.csv", 'question,choices\na?,"[""a"",]"\n', r"line 2: choices is not a valid JSON list"),
         ("x.csv", b"question\ngr\xf6n?\n", r"x\.csv line 2: byte 0xf6"),
         ("x.csv", "", "holds no records"),
         ("x.csv", "question,answer\n", "holds no records"),
