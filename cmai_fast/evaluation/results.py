@@ -19,11 +19,11 @@ ROLES = ("undefended", "immunised", "baseline")
 _SETTINGS = ("data", "eps")
 _NUMBERS = ("acc_clean", "acc_robust", "n")
 # Kinds of the optional parts: what a report would otherwise fail on far from the file.
-_MODEL_PARTS: dict[str, type] = {
+_MODEL_PARTS: dict[str, Any] = {
     "attacks": dict, "curve": list, "s_c": dict, "detection": dict, "sanity": list, "metrics": dict
 }  # fmt: skip
-_TOP_PARTS: dict[str, type] = {"sample_ids": list, "pictures": list, "training": dict, "overhead": dict}
-_KINDS: dict[type, str] = {dict: "an object", list: "a list"}
+_TOP_PARTS: dict[str, Any] = {"sample_ids": list, "pictures": list, "training": dict, "overhead": dict}
+_KINDS = {dict: "an object", list: "a list"}
 
 
 class Passes(TypedDict, total=False):
@@ -234,7 +234,7 @@ def _wrong_models(models: list[Any]) -> list[str]:
     return wrong
 
 
-def _wrong_kinds(values: dict[str, Any], where: str, kinds: dict[str, type]) -> list[str]:
+def _wrong_kinds(values: dict[str, Any], where: str, kinds: dict[str, Any]) -> list[str]:
     """Optional parts of another kind, and lists of objects that hold something else."""
     wrong = []
     for key, kind in kinds.items():

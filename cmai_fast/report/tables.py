@@ -31,12 +31,12 @@ _DETAILED = 3  # models whose checks stand side by side with their details
 
 @dataclass
 class Table:
-    """Headings are texts or models; cells are texts. `small` is a second line of a row's heading or of its cells."""
+    """Headings are texts or models; cells are texts. `small`: second lines by row and column, -1 for headings."""
 
     corner: str
     columns: Sequence[Shown | str]
     rows: Sequence[tuple[Shown | str, Sequence[str]]]
-    small: Mapping[tuple[int, int], str] = field(default_factory=dict)  # by row and column; column -1 is the heading
+    small: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     def turned(self, corner: str) -> Table:
         """Rows as columns, for more models than fit side by side."""
@@ -91,8 +91,9 @@ def accuracy(results: Results, models: Sequence[Shown]) -> dict[str, Any]:
     return {
         "threat": threat_text(results["settings"]),
         "samples": f"{samples} samples{' each' if len(models) > len(counts) else ''}",
-        "intervals": any(column >= 0 for _, column in table.small),
+        "intervals": any(min(place) >= 0 for place in table.small),
         "table": table,
+        "classes": ("", "stacked", "stacked pairs")[min(len(models), 3) - 1],
         "reference": pair[0] if pair and len(models) > 2 else None,
         "metrics": _metrics(models),
         "attacks": _attacks(models),
@@ -161,7 +162,7 @@ def _pairwise(models: Sequence[Shown]) -> Table:
     pair = compared(models)
     ordered = list(pair or models)
     rows: list[tuple[Shown | str, list[str]]] = []
-    small: dict[tuple[int, int], str] = {}
+    small = {(-1, i): model.role for i, model in enumerate(ordered) if pair and model.role != model.name}
     for name, what, key in (
         ("Clean accuracy", "untouched inputs", "acc_clean"),
         ("Robust accuracy", "worst input of all attacks", "acc_robust"),
@@ -198,6 +199,7 @@ def _changes(models: Sequence[Shown]) -> Table:
         if model is pair[0]:
             changes = [NOTHING] * 3
         rows.append((model, [text for both in zip(cells, changes, strict=True) for text in both]))
+        small[row, -1] = model.role if model.role != model.name else ""
         small |= {(row, 0): interval(new.get("acc_clean_interval")), (row, 2): interval(new.get("acc_robust_interval"))}
     columns = ("clean accuracy", "change", "robust accuracy", "change", "ASR", "change")
     return Table("model", columns, rows, {place: text for place, text in small.items() if text})

@@ -105,7 +105,7 @@ def test_evaluate_of_one_model(run, replace_experiment, results):
     called = replace_experiment("evaluate", results | {"undefended": None})
     done = run("evaluate", "--model", "m", "--out", "e")
     assert called.kwargs["against"] is None
-    assert "this model" in done.stdout and "undefended" not in done.stdout
+    assert "easyvqa-llava" in done.stdout and "undefended" not in done.stdout
 
 
 def test_demo_goes_on_with_an_interrupted_one_and_then_leaves_it_alone(run, replace_experiment, results):

@@ -101,6 +101,7 @@ def test_what_a_run_leaves(finished, settings):
 
 def test_results_are_complete(finished, settings):
     results = read_results(finished)
+    results = results | {model["role"]: model for model in results["models"]}
     for key in ("undefended", "immunised"):
         r = results[key]
         assert r["n"] == 8 and r["precision"] == "torch.float32"

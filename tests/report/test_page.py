@@ -275,6 +275,15 @@ def test_two_models_need_no_leaderboard_and_are_put_in_the_order_of_the_change()
     assert "undefended model, 4.1% of those" in page
 
 
+def test_roles_stand_under_names_that_do_not_say_them() -> None:
+    results = fake_results()
+    results["models"][0]["name"], results["models"][1]["name"] = "llava", "llava-mbat"
+    head = re.search(r"<thead>.*?</thead>", section(render_report(results), "accuracy"), re.DOTALL)
+    assert head and visible(head.group(0)) == "llava undefended llava-mbat immunised change"
+    results["models"].pop()
+    assert "undefended" not in section(render_report(results), "accuracy")  # nothing to tell it from
+
+
 def test_text_that_no_utf8_file_can_hold_is_replaced(tmp_path: Path) -> None:
     results = fake_results()
     results["pictures"][0]["question"] = json.loads('"half a pair: \\ud800"')
