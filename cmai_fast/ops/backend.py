@@ -1,9 +1,9 @@
 """Which kernels run: the environment variable `CMAI_FAST_BACKEND`, or the fastest backend that is there.
 
-A backend is a module with `unavailable()`, why it cannot run here or None, and `KERNELS`, a planner for each operator
-that it carries. A planner takes the arguments of a call and gives the kernel for all calls of that signature, or None
-where it does not carry it; then the reference runs. What depends on the signature alone (the checks, the choice of a
-kernel, the layout) is done once for each.
+A backend is a module with `unavailable()`, the reason why it cannot run here or None, and `KERNELS`, a planner for each
+operator that it carries. A planner takes the arguments of a call and gives the kernel for all calls of that signature,
+or None where it does not carry it; then the reference runs. What depends on the signature alone (the checks, the choice
+of a kernel, the layout) is done once for each.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def chosen_backend() -> str:
     if report[wanted] != _READY:
         ready = ", ".join(name for name, state in report.items() if state == _READY)
         raise RuntimeError(
-            f"CMAI_FAST_BACKEND={wanted} cannot be had: {report[wanted]}. Unset it, or choose one of: {ready}"
+            f"CMAI_FAST_BACKEND={wanted} is unavailable: {report[wanted]}. Unset it, or choose one of: {ready}"
         )
     return wanted
 
@@ -70,7 +70,7 @@ def backends_for(device: str) -> tuple[str, ...]:
     if wanted != "automatic":
         if wanted not in served:
             raise RuntimeError(
-                f"CMAI_FAST_BACKEND={wanted} cannot be had for tensors on {device}; unset it, or move the tensors"
+                f"CMAI_FAST_BACKEND={wanted} is unavailable for tensors on {device}; unset it, or move the tensors"
             )
         return (wanted,)
     # Only those: asking the CUDA backend starts the driver, and a process that has computed on the CPU alone could then

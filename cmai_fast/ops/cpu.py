@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +31,20 @@ def _load() -> Any:
         return importlib.import_module("cmai_fast._C")
 
 
+def _why_missing(error: Exception) -> str:
+    """What the build noted (see setup.py), since a missing module says nothing; else what loading said."""
+    note = Path(__file__).parent.parent / "_C.txt"
+    if note.exists():
+        return f"the compiled extension cmai_fast._C was not built: {note.read_text().strip()}"
+    return f"the compiled extension cmai_fast._C does not load ({error}); reinstall with a C++ compiler present"
+
+
 _C: Any = None
 _missing: str | None = None
 try:
     _C = _load()
 except (ImportError, OSError) as error:
-    _missing = f"the compiled extension cmai_fast._C does not load ({error}); reinstall with a C++ compiler present"
+    _missing = _why_missing(error)
 
 # The numbers are those of cmai_fast::Type in csrc/step.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}

@@ -115,7 +115,7 @@ def test_explicit_reference_does_not_touch_the_extension(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("cpu", "CMAI_FAST_BACKEND=cpu cannot be had: no compiler was there. Unset it, or choose one of: reference"),
+        ("cpu", "CMAI_FAST_BACKEND=cpu is unavailable: no compiler was there. Unset it, or choose one of: reference"),
         ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu, cuda, triton"),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_explicit_backend_does_not_take_tensors_of_another_device(
 ) -> None:
     monkeypatch.setenv("CMAI_FAST_BACKEND", name)
     monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
-    with pytest.raises(RuntimeError, match=f"CMAI_FAST_BACKEND={name} cannot be had for tensors on {device}; unset"):
+    with pytest.raises(RuntimeError, match=f"CMAI_FAST_BACKEND={name} is unavailable for tensors on {device}; unset"):
         backend.backends_for(device)
 
 
