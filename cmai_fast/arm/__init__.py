@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cmai_fast.arm.policies import POLICIES, Case, Decision, policy
     from cmai_fast.arm.schedule import ARMSchedule
 
-__all__ = ["ARMSchedule", "Case", "Decision", "Guard", "POLICIES", "policy"]
+__all__ = ["POLICIES", "ARMSchedule", "Case", "Decision", "Guard", "policy"]
 
 _HOMES = {
     "ARMSchedule": "schedule",

@@ -8,13 +8,14 @@ import shlex
 import traceback
 from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
+# Where it lives depends on the version of typer, which has a copy of click of its own.
+UsageError: Any = typer.BadParameter.__base__
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -40,18 +41,18 @@ class FaultyGroup(TyperGroup):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.obj = shlex.join(["cmai-fast", *args])
+        ctx.obj, bare = shlex.join(["cmai-fast", *args]), not args
         try:
             return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            if not args:  # the help, which is no error
+        except UsageError as error:
+            if bare:  # the help, which is no error
                 raise
             raise _misused(error) from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except click.UsageError as error:
+        except UsageError as error:
             raise _misused(error) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are no faults
             raise
@@ -66,7 +67,7 @@ class FaultyGroup(TyperGroup):
             raise typer.Exit(BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED) from error
 
 
-def _misused(error: click.UsageError) -> typer.Exit:
+def _misused(error: Any) -> typer.Exit:
     where = error.ctx.command_path.split()[1:] if error.ctx is not None else []
     text = " ".join(error.format_message().split()).rstrip(".")
     _say(f"error: {text}; {' '.join(['cmai-fast', *where, '--help'])} shows the options")

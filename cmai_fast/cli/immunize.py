@@ -25,7 +25,8 @@ def immunize(
     split_seed: options.SplitSeed = None,
     task: options.Task = "vqa",
     defence: Annotated[
-        str, typer.Option(help="What is trained; --list shows them. Its settings replace options left at their defaults.")
+        str,
+        typer.Option(help="What is trained; --list shows them. Its settings replace options left at their defaults."),
     ] = "mbat",
     eps: options.Eps = None,
     norm: options.Norm = "linf",

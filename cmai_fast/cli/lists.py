@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -27,8 +28,8 @@ def evaluation() -> None:
     from cmai_fast.tasks import TASKS
 
     _show("task", ("",), [(name, task.label) for name, task in TASKS.items()])
-    _show("data", ("",), [(f"{name}:{f.takes}" if f.takes else name, _first_line(f.read.__doc__)) for name, f in FORMATS.items()])
-    _show("metric", ("",), [(name, _first_line(metric.__doc__)) for name, metric in METRICS.items()])
+    _show("data", ("",), [(f"{name}:{f.takes}" if f.takes else name, _idea(f.read)) for name, f in FORMATS.items()])
+    _show("metric", ("",), [(name, _idea(metric)) for name, metric in METRICS.items()])
 
 
 def defences() -> None:
@@ -51,5 +52,6 @@ def _show(kind: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     Console(highlight=False).print(table)
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
+def _idea(thing: Callable[..., object]) -> str:
+    """The first line of the file that it is in."""
+    return (sys.modules[thing.__module__].__doc__ or "").strip().partition("\n")[0]

@@ -22,7 +22,9 @@ Data = Annotated[
 ]
 Map = Annotated[
     list[str] | None,
-    typer.Option(help="Other names of a record's keys, ours first: question=text,answer=label.", metavar="KEY=NAME,..."),
+    typer.Option(
+        "--map", metavar="KEY=NAME,...", help="Other names of a record's keys, ours first: question=text,answer=label."
+    ),
 ]
 SplitSeed = Annotated[
     int | None,
