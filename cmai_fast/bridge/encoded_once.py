@@ -20,7 +20,8 @@ def images_encoded_once(model: Any) -> Iterator[None]:
     if not hasattr(body, "get_image_features") or "get_image_features" in vars(body):
         yield
         return
-    plain, last = body.get_image_features, []
+    plain = body.get_image_features
+    last: list[Any] = []
 
     @functools.wraps(plain)
     def once(*args: Any, **kwargs: Any) -> Any:
