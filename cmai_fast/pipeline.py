@@ -28,7 +28,7 @@ from cmai_fast.threat import PixelSpace
 __all__ = ["Generation", "Pipeline", "alone", "in_parts"]
 
 T = TypeVar("T")
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 

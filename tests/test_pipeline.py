@@ -129,7 +129,7 @@ def test_settings_come_with_the_threshold(pipeline, tmp_path):
     assert Pipeline("a", model, processor, heads, threshold).generation == Generation(3)
     assert Pipeline("a", model, processor, heads).generation == Generation(16)
     assert Pipeline("a", model, processor, heads, threshold, Generation(3)).generation == Generation(3)
-    with pytest.raises(ValueError, match="max_new_tokens is 4, and the threshold of a .*at most 3 tokens"):
+    with pytest.raises(ValueError, match=r"max_new_tokens is 4, and the threshold of a .*at most 3 tokens"):
         Pipeline("a", model, processor, heads, threshold, Generation(4))
 
 

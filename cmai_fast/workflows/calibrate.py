@@ -116,9 +116,7 @@ def new_heads(
     return heads
 
 
-def _own_scores(
-    pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, progress: Overall
-) -> list[float]:
+def _own_scores(pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, progress: Overall) -> list[float]:
     """S_c of clean samples with the model's own answers: what a threshold is set on."""
     progress.start(_OWN, len(samples))
     found: list[float] = []
