@@ -1,4 +1,4 @@
-"""From pictures and texts to the tensors of a dual encoder (CLIP, SigLIP): which of these texts is the picture's own?"""
+"""Pictures and texts as tensors of a dual encoder (CLIP, SigLIP): which of the texts is the picture's own?"""
 
 from __future__ import annotations
 
