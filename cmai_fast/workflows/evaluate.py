@@ -18,6 +18,7 @@ from cmai_fast.evaluation.versions import versions
 from cmai_fast.models import resolve
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.tasks import TASKS
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
 from cmai_fast.workflows.samples import asked
@@ -69,7 +70,7 @@ def evaluate(
     for spec in suite:
         spec.check(threat.norm)
     for name in names:
-        resolve(name)
+        check_names(name, task=task, metrics=metrics)
         if names.count(name) > 1:
             raise ValueError(f"the model {name} is named twice; expected each once")
     settings = {
@@ -109,3 +110,14 @@ def data_settings(data: DataSource) -> dict[str, Any]:
         "split_seed": data.split_seed,
         "data_fingerprint": data.fingerprint(),
     }
+
+
+def check_names(model: str, *, task: str, metrics: Sequence[str] = ()) -> None:
+    """Raises ValueError for a name that is not known, before anything is loaded."""
+    resolve(model)
+    TASKS.check(task)
+    if metrics:
+        from cmai_fast.metrics import METRICS
+
+        for name in metrics:
+            METRICS.check(name)

@@ -64,22 +64,22 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
     values = {name: getattr(settings, name) for name in _SAME} | defence_values(settings)
-    return MBATConfig(
-        **values,
-        norm=settings.norm,
-        output_dir=str(out),
-        use_cpu=device.type == "cpu",
-        per_device_train_batch_size=settings.batch_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.max_steps // 20),
-        weight_decay=0.0,
-        save_total_limit=2,
-        logging_steps=max(1, min(10, settings.max_steps // 20)),
-        report_to="none",
-        disable_tqdm=True,  # TrainingProgress shows how far it is
-        dataloader_pin_memory=False,
-        dataloader_drop_last=True,
-    )
+    fixed = {
+        "norm": settings.norm,
+        "output_dir": str(out),
+        "use_cpu": device.type == "cpu",
+        "per_device_train_batch_size": settings.batch_size,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, settings.max_steps // 20),
+        "weight_decay": 0.0,
+        "save_total_limit": 2,
+        "logging_steps": max(1, min(10, settings.max_steps // 20)),
+        "report_to": "none",
+        "disable_tqdm": True,  # TrainingProgress shows how far it is
+        "dataloader_pin_memory": False,
+        "dataloader_drop_last": True,
+    }
+    return MBATConfig(**fixed | values)
 
 
 def train(
