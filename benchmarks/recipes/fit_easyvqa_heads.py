@@ -15,7 +15,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
 from cmai_fast.data.sources import DataSource
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 from cmai_fast.workflows.training import calibration_scores
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     heads = ConsistencyHeads(subject.bridge.image_dim, subject.bridge.text_dim)
     with Progress() as progress:
         bar = progress.add_task("heads", total=args.steps)
-        stream = training_batches(subject, TrainingSamples(data, "vqa"), 64, args.seed)
+        stream = training_batches(subject, training_samples(data, "vqa"), 64, args.seed)
         fit_heads(subject.bridge, heads, stream, args.steps, on_step=lambda step, loss: progress.advance(bar))
     subject.heads = heads
     scores = calibration_scores(subject, asked(data, "calibration", "vqa", 1000, args.seed))

@@ -42,7 +42,7 @@ from cmai_fast.metrics import accuracy
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, parse_eps
 from cmai_fast.workflows.immunize import ImmunizeSettings
-from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 from cmai_fast.workflows.training import add_heads, train, training_arguments
 
 DATA, TASK = DataSource("easyvqa"), "vqa"
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
 def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a training step of each defence, alternating in one process, medians."""
     subject = Pipeline.load(BASE.model)
-    batch = next(training_batches(subject, TrainingSamples(DATA, TASK), BASE.batch_size, 0))
+    batch = next(training_batches(subject, training_samples(DATA, TASK), BASE.batch_size, 0))
     base = training_arguments(BASE, args.work)
     steps = {"clean": stepper(subject, base, CLEAN_STEP)}
     for defence in (name for name in DEFENCES if not name.endswith(EQUAL_TIME)):

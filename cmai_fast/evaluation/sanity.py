@@ -123,7 +123,7 @@ def _rounding(record: dict[str, Any]) -> Check:
 
 
 def _white_box(measured: Measured) -> Check:
-    """Both ran on every sample that is right when untouched: transferred images alone, against all made for the model."""
+    """Both ran on every sample that is right when untouched: transferred images, and those made for the model."""
     attacks, count = measured.record["attacks"], len(measured.runner.samples)
     white_box = min(a["acc_robust"] for k, a in attacks.items() if k != "transfer")
     transfer = float(measured.attacked["transfer"].right.sum() / count)

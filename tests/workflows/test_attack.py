@@ -38,11 +38,14 @@ def test_one_file_and_the_attacked_images(few, fitted_folder, tmp_path):
     assert [r["prediction_clean"] for r in rows] == [s.answer for s in samples]
     assert [r["right_adv"] for r in rows] == [r["prediction_adv"] == r["answer"] for r in rows]
     assert record["acc_robust"] == np.mean([r["right_adv"] for r in rows]) < 1
-    assert record["metrics"]["robust"] == {"exact_match": pytest.approx(record["acc_robust"])}
+    assert record["metrics"]["robust"] == {"exact-match": pytest.approx(record["acc_robust"])}
 
     manifest = [json.loads(line) for line in (tmp_path / "png" / "manifest.jsonl").read_text().splitlines()]
     assert [m["id"] for m in manifest] == [s.id for s in samples]
-    assert {p.name for p in (tmp_path / "png").iterdir()} == {"manifest.jsonl", *(f for m in manifest for f in m["files"])}
+    assert {p.name for p in (tmp_path / "png").iterdir()} == {
+        "manifest.jsonl",
+        *(f for m in manifest for f in m["files"]),
+    }
     pipeline = Pipeline.load(str(fitted_folder))
     for line, sample, row in zip(manifest, samples, rows, strict=True):
         picture = np.asarray(Image.open(tmp_path / "png" / line["files"][0]))

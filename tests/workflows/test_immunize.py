@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,8 +39,8 @@ from shortened import shorten
 @pytest.fixture(scope="module")
 def settings(fitted_folder) -> ImmunizeSettings:
     return ImmunizeSettings(
-        model=str(fitted_folder), learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2, attack_steps=2, restarts=1, limit=8,
-        save_steps=1, calibration_samples=16, command="cmai-fast immunize",
+        model=str(fitted_folder), learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2, attack_steps=2,
+        restarts=1, limit=8, save_steps=1, calibration_samples=16, command="cmai-fast immunize",
     )  # fmt: skip
 
 
@@ -380,7 +382,7 @@ def test_training_runs_where_evaluation_does(settings, tmp_path, monkeypatch):
 
 
 def test_training_batches_depend_on_the_seed_alone(model_folder):
-    subject, data = Pipeline.load(str(model_folder)), sampled.TrainingSamples(DataSource("easyvqa"), "vqa")
+    subject, data = Pipeline.load(str(model_folder)), sampled.training_samples(DataSource("easyvqa"), "vqa")
 
     def ids(seed):
         stream = sampled.training_batches(subject, data, 4, seed)
@@ -404,26 +406,29 @@ class Open:
 
 
 def test_wrong_answers_come_from_other_samples_where_there_are_no_choices():
-    samples = sampled.TrainingSamples(Open(), "vqa")
+    samples = sampled.training_samples(Open(), "vqa")
     assert len(samples) == 4
-    assert [samples[0].choices, samples[3].choices] == [("a cat", "a dog", "rain"), ("rain", "a cat", "a dog", "A cat")]
-    closed = Sample("x", (), "?", ("yes",), ("yes", "no"))
-    samples.samples = [closed]
-    assert samples[0].choices == ("yes", "no")
+    assert (samples[0].choices[0], set(samples[0].choices)) == ("a cat", {"a cat", "a dog", "rain"})
+    assert samples[3].choices[0] == "rain" and len(samples[3].choices) == 3
+
+
+def test_prompts_are_those_of_the_task(monkeypatch):
+    task = SimpleNamespace(prompt=lambda s: f"Answer shortly: {s.prompt}", wrong_answers=lambda s, o: ("x",))
+    monkeypatch.setitem(sampled.TASKS._things, "short", task)
+    assert sampled.asked(Open(), "test", "short")[1].prompt == "Answer shortly: what is 1?"
+    assert sampled.training_samples(Open(), "short")[1].prompt == "Answer shortly: what is 1?"
 
 
 def test_a_sample_without_an_answer_is_named(monkeypatch):
     monkeypatch.setattr(Open, "load", lambda *a, **k: [Sample("s7", (), "?")])
-    with pytest.raises(ValueError, match="sample 's7' of open has no answer"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples have no answer.*s7"):
         sampled.asked(Open(), "test", "vqa")
 
 
 def test_a_defence_sets_what_the_user_left(settings, monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     values = {"inner": "pgd", "trainable": "vision", "beta": 0.0, "weight_decay": 0.1}
     defences = SimpleNamespace(DEFENCES={"planted": SimpleNamespace(values=values)})
-    monkeypatch.setitem(__import__("sys").modules, "cmai_fast.defences", defences)
+    monkeypatch.setitem(sys.modules, "cmai_fast.defences", defences)
     chosen = replace(settings, defence="planted", beta=0.7)
     assert training.defence_values(chosen) == {"inner": "pgd", "trainable": "vision", "weight_decay": 0.1}
     args = training.training_arguments(chosen, tmp_path)
