@@ -33,7 +33,9 @@ class Chat:
             ValueError: pictures in both, or another number than there are marks.
         """
         if inside and (record or self.places):
-            raise ValueError(f"{self.name} has pictures of its own, and there are more beside it; expected one of both")
+            raise ValueError(
+                f"{self.name} has pictures of its own, and there are more beside it; expected them in one of the two"
+            )
         if self.places and self.places != len(record):
             raise ValueError(
                 f"{self.name} has {self.places} places for an image ({PLACEHOLDER} or a part of type image), and the "

@@ -23,7 +23,7 @@ def picture_of(value: Any, name: str, folder: Path | None) -> Any:
         folder: what a path is relative to; None: a relative path stays as it is.
 
     Raises:
-        ValueError: a URL, base64 that is none, or something that is no picture.
+        ValueError: a URL, broken base64, or a value that is not a picture.
     """
     if isinstance(value, (str, os.PathLike)):
         return _path(os.fspath(value), name, folder)
@@ -57,8 +57,8 @@ def _path(text: Any, name: str, folder: Path | None) -> Any:
         return _encoded(_decoded(text, name), name)
     if _URL.match(text):
         raise ValueError(f"{name} is the URL {text[:80]!r}; nothing is downloaded. Save the picture and give its path")
-    path = Path(text).expanduser()
-    return str(path if folder is None else folder.absolute() / path)
+    path = os.path.expanduser(text)
+    return path if folder is None else os.path.join(os.path.abspath(folder), path)
 
 
 def _decoded(text: str, name: str) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -60,17 +60,19 @@ def sample_of(
     else:
         question = chat.prompt
         own = chat.join([picture_of(v, row.name("image"), folder) for v in chat.images], own) if pictures else []
-        answers = row.answers() if chat.answer is None else (chat.answer,)
+        answers = row.answers() if chat.answer is None else row.only(chat.answer)
     choices = row.choices(answers)
+    if pictures and not own:
+        row.check_unread()
     where = where if where != f"record {place}" else ""
-    return Sample(row.id, tuple(own), question, answers, choices, where)  # type: ignore[arg-type]
+    return Sample(row.id, tuple(own), question, answers, choices, where)
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
-    """Raises ValueError for a name of ours that there is not."""
+    """Raises ValueError for an unknown key of ours."""
     for own, theirs in fields.items():
         if own not in KEYS:
-            raise ValueError(f"--map {own}={theirs}: {own!r} is no key of ours; expected one of {', '.join(KEYS)}")
+            raise ValueError(f"--map {own}={theirs}: unknown key {own!r}; expected one of {', '.join(KEYS)}")
 
 
 def check_unique(samples: Iterable[Sample]) -> list[Sample]:
@@ -83,7 +85,7 @@ def check_unique(samples: Iterable[Sample]) -> list[Sample]:
     for sample in samples:
         if sample.id in seen:
             raise ValueError(
-                f"{sample.where}: the id {sample.id!r} is also that of {seen[sample.id].where}; expected one id per "
+                f"{sample.name}: {seen[sample.id].where or 'another'} has the same id; expected one id per "
                 "record. Make them unique, or remove the ids: records are then numbered"
             )
         seen[sample.id] = sample
@@ -99,7 +101,7 @@ def listed(cell: str | None, name: str) -> list[Any] | None:
     try:
         return json.loads(cell)
     except ValueError as error:
-        raise ValueError(f"{name} starts as a JSON list and is none ({error}); expected [...] or a|b|c") from None
+        raise ValueError(f"{name} is not a valid JSON list ({error}); expected [...] or a|b|c") from None
 
 
 class _Row:
@@ -110,26 +112,35 @@ class _Row:
             raise ValueError(
                 f"{where} is {_shown(record)}; expected a record with the keys question (or messages), answer, image"
             )
-        self.where, self.keys = where, [str(key) for key in record]
-        self.id: Hashable = None
+        self.where, self.own_id, self.keys = where, False, [str(key) for key in record]
+        self.id: Any = None
         self.values = {k: record[k] for k in KEYS if k in record}
         self.rest = {k: v for k, v in record.items() if k not in self.values and k not in fields.values()}
         self._rename(record, fields)
         key = self._one_of(IDS)
-        self.id = place if key is None else self.values[key]
-        if not isinstance(self.id, Hashable) or self.id != self.id:
-            raise self.error(f"{key} is {_shown(self.id)}; expected a text or a number")
+        value = place if key is None else self.values[key]
+        value = value.tolist() if hasattr(value, "tolist") else value  # NumPy scalars, tensors
+        try:
+            hash(value)
+        except TypeError:
+            raise self.error(f"{key} is {_shown(value)}; expected a text or a number") from None
+        if value != value:
+            raise self.error(f"{key} is {value}; expected a text or a number")
+        self.id, self.own_id = value, key is not None
 
     def _rename(self, record: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+        self.mapped: set[str] = set(fields)
+        if not fields:
+            return
         mapped = {}
         for own, theirs in fields.items():
             if theirs not in record:
                 raise self.error(f"no key {theirs!r}, which --map {own}={theirs} names; {self._has()}")
             mapped[own] = record[theirs]
         for group in GROUPS:
-            # A question or answer that was named takes the place of a chat, and the reverse.
-            rivals = group if group not in (QUESTIONS, ANSWERS) else (*group, *CHATS)
-            rivals = (*rivals, *QUESTIONS, *ANSWERS) if group == CHATS else rivals
+            # A question that was named takes the place of a chat; a chat that of a question and its answer.
+            more = CHATS if group == QUESTIONS else (*QUESTIONS, *ANSWERS) if group == CHATS else ()
+            rivals = (*group, *more)
             if any(key in mapped for key in group):
                 self.values = {k: v for k, v in self.values.items() if k not in rivals}
         self.values |= mapped
@@ -139,7 +150,7 @@ class _Row:
 
     def name(self, key: str = "") -> str:
         """File, line, sample and key."""
-        sample = "" if self.id is None or isinstance(self.id, int) else f" (sample {self.id!r})"
+        sample = f" (sample {self.id!r})" if self.own_id else ""
         return f"{self.where}{sample}" + (f": {key}" if key else "")
 
     def _has(self) -> str:
@@ -149,17 +160,13 @@ class _Row:
         """The key of the group that has a value."""
         present = [key for key in group if self.values.get(key) is not None]
         if len(present) > 1 and group != IDS:
-            raise self.error(f"both {present[0]} and {present[1]} are there; name one: --map {present[0]}=KEY")
+            raise self.error(f"both {present[0]} and {present[1]} are there; choose one: --map {present[0]}=KEY")
         return present[0] if present else None
 
     def pictures(self) -> list[tuple[str, Any]]:
         """Key and value of each picture."""
         key = self._one_of(PICTURES)
         if key is None:
-            # A key that nobody reads would turn a question about a picture into one without.
-            for other, value in self.rest.items():
-                if isinstance(value, str) and value.lower().endswith(_SUFFIXES):
-                    raise self.error(f"no image, but {other} is {_shown(value)}; if that is it: --map image={other}")
             return []
         value = self.values[key]
         if not isinstance(value, (list, tuple)):
@@ -168,18 +175,25 @@ class _Row:
             raise self.error(f"{key} is a list of numbers; expected a path, or the bytes of a PNG or JPEG")
         return [(f"{key}[{i}]", v) for i, v in enumerate(value)]
 
+    def check_unread(self) -> None:
+        """A picture under a key that nobody reads would turn a question about it into one without."""
+        for key, value in self.rest.items():
+            path = isinstance(value, str) and value.lower().endswith(_SUFFIXES)
+            data = isinstance(value, Mapping) and {"bytes", "path"} <= set(value)
+            if path or data or (hasattr(value, "convert") and hasattr(value, "mode")):
+                raise self.error(f"no image, but {key} is {_shown(value)}; if that is it: --map image={key}")
+
     def chat(self) -> Chat | None:
         key = self._one_of(CHATS)
         if key is None and isinstance(self.values.get("prompt"), (list, tuple)):  # TRL's prompt and completion
-            turns = [*self.values["prompt"]]
-            if isinstance(self.values.get("completion"), (list, tuple)):
-                turns += self.values.pop("completion")
-            return chat_of(turns, self.name("prompt"))
+            closing = self.values.get("completion")
+            closing = self.values.pop("completion") if isinstance(closing, (list, tuple)) else []
+            return chat_of([*self.values["prompt"], *closing], self.name("prompt"))
         if key is None:
             return None
         rival = self._one_of(QUESTIONS)
         if rival is not None:
-            raise self.error(f"both {key} and {rival} are there; name one: --map {key}={key} or --map {rival}={rival}")
+            raise self.error(f"both {key} and {rival} are there; choose: --map {key}={key} or --map {rival}={rival}")
         turns: Any = self.values[key]
         if isinstance(turns, str):  # a cell of a table
             turns = listed(turns, self.name(key))
@@ -201,6 +215,15 @@ class _Row:
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{key} is {_shown(value)}; expected a text that is not empty")
         return value
+
+    def only(self, answer: str) -> tuple[str, ...]:
+        """The answer of a chat, where the record gives no other; one that --map names comes first."""
+        if self.mapped & set(ANSWERS):
+            return self.answers()
+        rival = next((key for key in ("answer", "answers", "completion") if self.values.get(key) is not None), None)
+        if rival is not None:
+            raise self.error(f"the chat ends with an answer, and {rival} is there too; choose: --map answer={rival}")
+        return (answer,)
 
     def answers(self) -> tuple[str, ...]:
         """Right answers, the one that training uses first; repeated ones are kept, as scorers count them."""
@@ -237,7 +260,7 @@ class _Row:
         if hasattr(value, "tolist"):  # NumPy arrays and scalars
             value = value.tolist()
         if not isinstance(value, (list, tuple)):
-            if key in LISTS and not isinstance(value, (str, Real)):
+            if key in LISTS and (key == "choices" or not isinstance(value, (str, Real))):
                 raise self.error(f"{key} is {_shown(value)}; expected a list of texts")
             return [self._text(value, key)]
         if not value:

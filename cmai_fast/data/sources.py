@@ -16,7 +16,7 @@ from typing import Any
 from cmai_fast.data.formats import FORMATS, Format, digest_of, format_of_suffix
 from cmai_fast.data.formats.folder import ALIASES, split_named
 from cmai_fast.data.formats.imagefolder import metadata_of
-from cmai_fast.data.records import NO_FIELDS, check_fields, check_unique
+from cmai_fast.data.records import check_fields, check_unique
 from cmai_fast.data.sample import Sample
 from cmai_fast.data.splits import SPLITS, divide
 
@@ -35,13 +35,13 @@ class DataSource:
     """
 
     name: str
-    fields: Mapping[str, str] = field(default_factory=lambda: NO_FIELDS)
+    fields: Mapping[str, str] = field(default_factory=dict)
     split_seed: int | None = None
 
     def check(self, *splits: str, answers: bool = False) -> None:
         """Refuses what can be refused without decoding a picture, importing PyTorch or using the network.
 
-        Every record of a local file or folder is read: broken text, records without a question, answers that are none,
+        Every record of a local file or folder is read: broken text, records without a question, empty answers,
         missing pictures, ids that occur twice.
 
         Args:
@@ -58,8 +58,11 @@ class DataSource:
         form.check(place)
         if form.takes not in ("FILE", "FOLDER", ""):
             return  # on a hub
-        for split in splits or self._all_splits(form, place):
-            samples = self.load(split)
+        own = {self._own_split(form, place, split) for split in splits or self._all_splits(form, place)}
+        for split in sorted(own):
+            samples = self._read(form, place, split)
+            if not split and self.split_seed is not None:
+                self._divided(samples, self.split_seed)
             if answers and isinstance(samples, list):
                 check_answers(samples)
 
@@ -80,13 +83,10 @@ class DataSource:
             raise ValueError(f"limit is {limit}; expected at least 1 sample, or None for all")
         form, place = self._form()
         own = self._own_split(form, place, split)
-        samples = _checked(place, form.read(place, own, self.fields))
+        samples = self._read(form, place, own)
         rows: Sequence[int] = range(len(samples))
         if not own and self.split_seed is not None:
-            try:
-                rows = divide(samples, self.split_seed)[split]
-            except ValueError as error:
-                raise ValueError(f"{self.name}: {error}") from None
+            rows = self._divided(samples, self.split_seed)[split]
         if limit is not None and limit < len(rows):
             import numpy as np
 
@@ -123,6 +123,23 @@ class DataSource:
         if not path.is_file():
             raise ValueError(_unknown(self.name))
         return format_of_suffix(path), str(path)
+
+    def _read(self, form: Format, place: str, split: str) -> Sequence[Sample]:
+        """What the format gives, as a sequence whose ids are unique and whose pictures exist."""
+        samples = form.read(place, split, self.fields)
+        if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
+            return samples
+        rows = check_unique(samples)
+        if not rows:
+            raise ValueError(f"{place} holds no records; expected at least one")
+        check_pictures(rows)
+        return rows
+
+    def _divided(self, samples: Sequence[Sample], seed: int) -> dict[str, list[int]]:
+        try:
+            return divide(samples, seed)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
     def _all_splits(self, form: Format, place: str) -> list[str]:
         theirs = form.splits(place)
@@ -208,26 +225,16 @@ def _unknown(name: str) -> str:
     return f"unknown data {name!r}; {hint} a file, a folder, {', '.join(named)}, or one of {', '.join(placed)}"
 
 
-def _checked(place: str, samples: Iterable[Sample]) -> Sequence[Sample]:
-    """What a format gave, as a sequence whose ids are unique and whose pictures exist."""
-    if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
-        return samples
-    rows = check_unique(samples)
-    if not rows:
-        raise ValueError(f"{place} holds no records; expected at least one")
-    paths = [(sample, path) for sample in rows for path in map(_path, sample.images) if path is not None]
-    missing = [(sample, path) for sample, path in paths if not os.path.isfile(path)]
-    if missing:
+def check_pictures(samples: Sequence[Sample]) -> None:
+    """Raises ValueError with the picture files that are missing: how many, and the first few."""
+    paths = [(sample, image) for sample in samples for image in sample.images if isinstance(image, (str, os.PathLike))]
+    gone = {path for path in {path for _, path in paths} if not os.path.isfile(path)}
+    if gone:
+        missing = [f"{path} ({sample.where or sample.name})" for sample, path in paths if path in gone]
         raise ValueError(
-            f"{len(missing)} of {len(paths)} pictures are missing: "
-            f"{_first(f'{path} ({sample.where or sample.name})' for sample, path in missing)}; paths are relative to "
-            "the file of records"
+            f"{len(missing)} of {len(paths)} pictures are missing: {_first(missing)}; paths are relative to the "
+            "file of records"
         )
-    return rows
-
-
-def _path(image: Any) -> str | None:
-    return image if isinstance(image, str) else None
 
 
 def _first(names: Iterable[str], few: int = 3) -> str:

@@ -26,7 +26,8 @@ def divide(samples: Sequence[Sample], seed: int) -> dict[str, list[int]]:
     Raises:
         ValueError: fewer than three groups of samples that share no picture.
     """
-    groups = _linked([_pictures(sample) for sample in samples])
+    files: dict[str, str] = {}
+    groups = _linked([_pictures(sample, files) for sample in samples])
     if len(groups) < len(SPLITS):
         raise ValueError(
             f"{len(samples)} records have {len(groups)} pictures (or groups linked by a record of several), and each "
@@ -75,9 +76,13 @@ class _Group:
         self.pictures, self.places = pictures, places
 
 
-def _pictures(sample: Sample) -> set[str]:
+def _pictures(sample: Sample, files: dict[str, str]) -> set[str]:
+    """The digests of a sample's pictures; `files` remembers those of files."""
+    for image in sample.images:
+        if isinstance(image, str) and image not in files:
+            files[image] = picture_key(image)
     if sample.images:
-        return {picture_key(image) for image in sample.images}
+        return {files[image] if isinstance(image, str) else picture_key(image) for image in sample.images}
     return {_digest(b"text", sample.prompt.encode())}
 
 

@@ -31,23 +31,20 @@ _FREE = frozenset({"command"})  # settings that may differ between a run and its
 class State:
     """A folder of stages, and of the states of the parts of a run, such as each model's."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+    def __init__(self, folder: Path, keep: object = None) -> None:
+        self.folder, self._keep = Path(folder), keep
 
     @classmethod
     def temporary(cls) -> State:
-        """A state that is deleted with the object: for a run that is not resumed."""
+        """A state for a run that is not resumed; it is deleted with the last of its journals."""
         folder = tempfile.TemporaryDirectory(prefix="cmai-fast-")
-        state = cls(Path(folder.name))
-        state._temporary = folder
-        return state
+        return cls(Path(folder.name), folder)
 
     def part(self, name: str) -> State:
-        return State(self.folder / quote(name, safe=""))
+        return State(self.folder / quote(name, safe=""), self._keep)
 
     def journal(self, name: str) -> Journal:
-        return Journal(self.folder / quote(name, safe=""))
+        return Journal(self.folder / quote(name, safe=""), self._keep)
 
 
 class Journal(Mapping[int, Tensor]):
@@ -58,8 +55,8 @@ class Journal(Mapping[int, Tensor]):
         OSError: the disk is full; names the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._file = folder, folder / _PARTS
+    def __init__(self, folder: Path, keep: object = None) -> None:
+        self.folder, self._file, self._keep = folder, folder / _PARTS, keep
         self.entries: list[dict[str, Any]] = []
         self._place: dict[int, int] = {}  # of a row's image: its entry
         if not self._file.is_file():
@@ -141,7 +138,9 @@ def check_settings(began: Mapping[str, Any], mine: Mapping[str, Any], what: Path
     mine = {k: v for k, v in plain(dict(mine)).items() if k not in _FREE}
     missing = sorted(mine.keys() - began.keys())
     if missing:
-        raise ValueError(f"{what} was written by another version of cmai-fast (it has no {missing[0]}); name a new --out")
+        raise ValueError(
+            f"{what} was written by another version of cmai-fast (it has no {missing[0]}); name a new --out"
+        )
     changed = [f"{k} was {began[k]!r}, now {v!r}" for k, v in mine.items() if began[k] != v]
     if changed:
         raise ValueError(f"{what} was begun with other settings ({'; '.join(changed)}); resume with the same ones")

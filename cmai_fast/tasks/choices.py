@@ -73,7 +73,7 @@ class WithChoices(Sequence[Sample]):
         if not wrong:
             raise ValueError(
                 f"{sample.name}: all samples have the answer {sample.answer!r}, so there is no wrong one; give "
-                " choices, or train without the contrastive loss"
+                "choices, or train without the contrastive loss"
             )
         return replace(sample, choices=(sample.answer, *wrong))
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
 from PIL import Image
 from transformers import processing_utils
 from typer.testing import CliRunner
@@ -21,7 +22,6 @@ from cmai_fast.cli import app
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation import experiment, sanity
-from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.protocol import AttackSpec, measure, own_scores
 from cmai_fast.evaluation.sanity import sanity_checks

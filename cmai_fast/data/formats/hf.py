@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, overload
 
@@ -73,7 +74,9 @@ class HubSamples(Sequence[Sample]):
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, encoded)
             elif isinstance(inner, datasets.Image):
-                data = data.cast_column(column, [encoded] if isinstance(feature, list) else type(feature)(encoded))
+                data = data.cast_column(
+                    column, [encoded] if isinstance(feature, list) else replace(feature, feature=encoded)
+                )
             else:
                 if isinstance(feature, datasets.ClassLabel):
                     self._labels[column] = feature
@@ -81,6 +84,8 @@ class HubSamples(Sequence[Sample]):
             pictures.append(column)
         self._data = data
         self._check(data.remove_columns(pictures))
+        if len(self):
+            self[0]  # a picture under a name that nobody knows is found here
 
     def _check(self, texts: Any) -> None:
         fields = {own: theirs for own, theirs in self._fields.items() if own not in PICTURES}
