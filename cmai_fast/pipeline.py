@@ -176,7 +176,7 @@ class Pipeline:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside, this thread alone uses the model and the tokenizer, the model in evaluation mode, without gradients.
+        """Inside, this thread alone uses model and tokenizer, the model in evaluation mode, without gradients.
 
         The heads have no mode and need no lending: nothing is differentiated.
         """
