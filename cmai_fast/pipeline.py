@@ -202,7 +202,7 @@ class Pipeline:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside, this thread alone uses the model and the tokenizer, the model in evaluation mode, without gradients.
+        """Inside, this thread alone uses model and tokenizer, the model in evaluation mode, without gradients.
 
         The heads have no mode and need no lending: nothing is differentiated.
         """
@@ -225,8 +225,9 @@ class Pipeline:
             return
         for i, length in enumerate(mask.sum(1).tolist()):
             if length + self.generation.max_new_tokens > self.bridge.context:
+                name = Sample.of(samples[i], i).id
                 raise ValueError(
-                    f"question {Sample.of(samples[i], i).id!r} makes a prompt of {length} tokens and the answer may take "
+                    f"question {name!r} makes a prompt of {length} tokens and the answer may take "
                     f"{self.generation.max_new_tokens}; the model's context is {self.bridge.context}. Shorten the "
                     "question or set max_new_tokens lower"
                 )

@@ -55,7 +55,8 @@ def test_immunize_hands_on_every_option(run, replace_workflow, results, mine):
         ImmunizeSettings(
             model="easyvqa-llava-immune", data=mine, fields={"question": "text"}, split_seed=3, task="vqa",
             defence="mbat", max_new_tokens=5, eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2,
-            alpha=0.5, beta=0.2, lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
+            alpha=0.5, beta=0.2,
+            lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
             muon=True, eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16,
             device="cuda:1", dtype="bfloat16", attention="sdpa", command=f"cmai-fast {typed}",
         ),

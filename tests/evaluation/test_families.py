@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
 from PIL import Image
 from transformers import processing_utils
 from typer.testing import CliRunner
@@ -21,7 +22,6 @@ from cmai_fast.cli import app
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation import experiment, sanity
-from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
 from cmai_fast.evaluation.pictures import picture_grid
 from cmai_fast.evaluation.protocol import AttackSpec, measure, own_scores
 from cmai_fast.evaluation.sanity import sanity_checks
@@ -196,7 +196,7 @@ def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path,
     done = command("evaluate --model run --against m --limit 2 --steps 1 --out e --no-progress")
     assert done.exit_code == 0, done.output
     Image.fromarray(load_dataset("easyvqa", "test", limit=1)[0]["image"]).save(tmp_path / "x.png")
-    done = command("guard --model run --image x.png --resize --threshold -1.1 --text what")
+    done = command("guard --model run --image x.png --threshold -1.1 --text what")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["route"] == "answer"
     assert replace(settings, dtype="float32").load("m").model.dtype == torch.float32
