@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import processing_utils
+from typer.testing import CliRunner
 
+from cmai_fast.arm import Guard
+from cmai_fast.attacks import Victim
+from cmai_fast.bridge import bridge_of, task_loss
+from cmai_fast.cli import app
+from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation.pictures import shown
 from cmai_fast.evaluation.protocol import measure, own_scores
 from cmai_fast.evaluation.runner import Runner
