@@ -198,9 +198,12 @@ def _add_consistency(measured: Measured) -> None:
 
     Attacked are the samples that the first attack ran on: those right when untouched.
     """
-    clean, first = measured.clean.scores, next(iter(measured.attacked), None)
-    adv = measured.attacked[first].scores if first is not None else None
-    if clean is None or adv is None or not len(adv):
+    clean = measured.clean.scores
+    if clean is None or not measured.attacked:
+        return
+    first = next(iter(measured.attacked))
+    adv = measured.attacked[first].scores
+    if adv is None:  # no sample was right
         return
     record, broken = measured.record, ~measured.attacked[first].right
     record["s_c"] = {"clean": _distribution(clean), "adversarial": _distribution(adv), "attack": first}

@@ -86,7 +86,7 @@ def evaluate(
     samples = asked(data, "test", task, limit, seed)
     generation = None if max_new_tokens is None else Generation(max_new_tokens)
     roles = [UNDEFENDED if i == 0 else BASELINE for i in range(len(against))]
-    how = {"device": device, "dtype": dtype, "attention": attention, "generation": generation}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "generation": generation}
     entries = [
         Entry(name, role, name, partial(Pipeline.load, name, **how))
         for name, role in zip(names, [*roles, IMMUNISED], strict=True)

@@ -13,7 +13,7 @@ from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import evaluate
 
 THREAT, DATA = ThreatModel("linf", 64 / 255), DataSource("easyvqa")
-SUITE = [AttackSpec("fgsm"), AttackSpec("pgd", 2, settings={"step_size": "8/255"})]
+SUITE = [AttackSpec("pgd", 4), AttackSpec("pgd", 2, settings={"step_size": "8/255"})]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def test_three_models_side_by_side(few, folders, tmp_path, monkeypatch):
         (first, "undefended", first), (second, "baseline", second), (third, "immunised", third),
     ]  # fmt: skip
     assert ["transfer" in m["attacks"] for m in models] == [False, True, True]
-    assert list(models[0]["attacks"]) == ["fgsm-1", "pgd-2[step_size=0.03137254901960784]"]
+    assert list(models[0]["attacks"]) == ["pgd-4", "pgd-2[step_size=0.03137254901960784]"]
     # The same model is broken by exactly the images that broke it.
-    own, moved = models[0]["attacks"]["fgsm-1"], models[1]["attacks"]["transfer"]
+    own, moved = models[0]["attacks"]["pgd-4"], models[1]["attacks"]["transfer"]
     assert (own["attacked"], own["broken"]) == (moved["attacked"], moved["broken"]) and own["broken"] > 0
     checks = [{c["check"] for c in m["sanity"]} for m in models]
     assert ["the undefended model breaks" in names for names in checks] == [True, False, False]
@@ -49,7 +49,7 @@ def test_three_models_side_by_side(few, folders, tmp_path, monkeypatch):
         assert list(picture["answers"]) == list(folders) and picture["against"] in folders
     assert {p["against"] for p in results["pictures"]} == {first, second}  # the third is right on nothing
     settings = results["settings"]
-    assert settings["against"] == [first, second] and settings["curve_attack"] == "pgd-1"
+    assert settings["against"] == [first, second] and settings["curve_attack"] == "pgd-4"
     assert settings["command"] == "cmai-fast evaluate" and settings["attacks"][1]["settings"]["step_size"] == 8 / 255
     assert len(results["sample_ids"]) == 6
 

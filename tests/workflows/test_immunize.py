@@ -303,7 +303,7 @@ def test_resume_names_the_settings_that_changed(settings, tmp_path):
     "wrong, message",
     [
         ({"model": "no-such-model"}, "unknown model 'no-such-model'"),
-        ({"data": "no-such-data"}, "unknown data 'no-such-data'; known: easyvqa"),
+        ({"data": "no-such-data"}, "unknown data 'no-such-data'"),
         ({"eps": 8.0}, "did you mean 8/255"),
         ({"inner": "pdg"}, "inner is 'pdg'"),
         ({"refreshes": 3}, "refreshes is 3; expected 0 to 2"),
