@@ -11,10 +11,15 @@ from typing import Any
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Puts `text` (UTF-8) at `path` in one move: readers see the old file or the whole new one, never a part.
+    """Puts `text` (UTF-8) at `path` in one move, as `write_bytes` does."""
+    return write_bytes(text.encode(), path)
 
-    The text goes to a temporary file in the same folder (a rename is atomic only inside one file system), reaches the
-    disk, and takes the name last. Missing parent folders are made.
+
+def write_bytes(data: bytes, path: Path) -> Path:
+    """Puts `data` at `path` in one move: readers see the old file or the whole new one, never a part.
+
+    The data go to a temporary file in the same folder (a rename is atomic only inside one file system), reach the
+    disk, and take the name last. Missing parent folders are made.
 
     Raises:
         OSError: naming the path and the reason (full disk, no permission); what stood there before is untouched.
@@ -24,8 +29,8 @@ def write_text(text: str, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -6,95 +6,106 @@ has it from here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
-from cmai_fast.bridge import BatchImages, Bridge, bridge_of, frozen
+from cmai_fast.bridge import BatchImages, bridge_of, frozen
+from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
+from cmai_fast.generation import Generation, own_settings
 from cmai_fast.threat import PixelSpace
 
+__all__ = ["Generation", "Pipeline", "alone", "in_parts"]
 
-@dataclass(frozen=True)
-class Generation:
-    """How answers are generated: greedily, at most `max_new_tokens` long, and nothing else of the checkpoint's own
-    generation config but its token ids."""
-
-    max_new_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-
-    def config(self, model: Any) -> GenerationConfig:
-        """For `model.generate`: sampling, penalties, lengths and beams of the checkpoint do not count."""
-        theirs = model.generation_config
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        return GenerationConfig(
-            **{k: getattr(theirs, k, None) for k in ids},
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+T = TypeVar("T")
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
+_making = threading.Lock()
 
 
-@dataclass
 class Pipeline:
-    """A model that is asked about images.
+    """A model that is asked about images. Several threads may ask it; they take turns.
+
+    Args:
+        name: what errors and progress call it.
+        model: an image-text model of `transformers`. It is used in evaluation mode and given back as it was.
+        processor: its processor, one that `VQACollator` takes.
+        heads: trained with this model.
+        threshold: of these heads.
+        generation: None: what the threshold was calibrated under, else 16 tokens.
 
     Raises:
-        ValueError: a model that cannot be bridged or takes no questions, a processor that `VQACollator` refuses, or
-            heads of another model's width.
+        ValueError: a model that cannot be bridged or takes no questions, a processor that `VQACollator` refuses, heads
+            of another model's width, or a threshold that was calibrated on answers generated otherwise.
     """
 
-    name: str
-    model: Any
-    processor: Any
-    heads: ConsistencyHeads | None = None
-    threshold: Threshold | None = None
-    generation: Generation = field(default_factory=Generation)
-    bridge: Bridge = field(init=False)
-    space: PixelSpace = field(init=False)
-    collate: VQACollator = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.bridge = bridge_of(self.model)
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        heads: ConsistencyHeads | None = None,
+        threshold: Threshold | None = None,
+        generation: Generation | None = None,
+    ) -> None:
+        self.name, self.model, self.processor, self.heads, self.threshold = name, model, processor, heads, threshold
+        self.bridge = bridge_of(model)
         if "input_ids" not in self.bridge.needs:
             raise ValueError(
-                f"{type(self.model).__name__} takes no questions, and what is measured here are answers; attack it by "
+                f"{type(model).__name__} takes no questions, and what is measured here are answers; attack it by "
                 "Victim with batches of your own"
             )
-        self.space = PixelSpace.from_processor(self.processor)
-        self.collate = VQACollator(self.processor, max_length=self.bridge.context)
-        if self.heads is not None:
+        calibrated = threshold.generation if threshold is not None else None
+        self.generation = generation or calibrated or Generation()
+        if calibrated is not None and calibrated != self.generation:
+            raise ValueError(
+                f"max_new_tokens is {self.generation.max_new_tokens}, and the threshold of {name} was calibrated on "
+                f"answers of at most {calibrated.max_new_tokens} tokens; leave max_new_tokens out, or calibrate again "
+                "(cmai-fast calibrate)"
+            )
+        self.space = PixelSpace.from_processor(processor)
+        self.collate = VQACollator(processor, max_length=self.bridge.context)
+        if heads is not None:
             dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
-            theirs = {name: self.heads.settings[name] for name in dims}
+            theirs = {name: heads.settings[name] for name in dims}
             if theirs != dims:
                 raise ValueError(
                     f"the heads were made for {theirs}, the model has {dims}; use those trained with this model"
                 )
 
     @classmethod
-    def load(cls, name: str | Path, **how: Any) -> Pipeline:
-        """By name, folder, run or hub id, as `cmai_fast.models.loading.load_model`, whose `device`, `dtype` and
-        `attention` it takes; heads come from `cmcv/` in the model's folder or beside it."""
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        heads: str | Path | None = None,
+        generation: Generation | None = None,
+        **how: Any,
+    ) -> Pipeline:
+        """By name, folder, run or hub id, as `cmai_fast.models.loading.load_model`.
+
+        Args:
+            heads: a folder of heads; None: `cmcv/` in the model's folder or beside it, if there is one.
+            generation: see the class.
+            how: `device`, `dtype`, `attention` and what else `load_model` takes.
+        """
         from cmai_fast.models.loading import find_heads, load_model
 
+        place = find_heads(name) if heads is None else Path(heads)
+        found, saved = (None, None) if place is None else ConsistencyHeads.from_pretrained(place)
         model, processor = load_model(name, **how)
-        place = find_heads(name)
-        if place is None:
-            return cls(str(name), model, processor)
-        heads, threshold = ConsistencyHeads.from_pretrained(place)
-        return cls(str(name), model, processor, heads.to(model.device), threshold)
+        if found is not None:
+            found = found.to(model.device)
+        return cls(str(name), model, processor, found, saved, generation)
 
     def images(self, samples: Sequence[Sample]) -> BatchImages:
         """The images of these samples, one batch, on the model's device."""
@@ -108,16 +119,16 @@ class Pipeline:
         """
         if not samples:
             return []
-        prompts = self.on_device(self.collate.prompts(samples))
-        if images is not None:
-            prompts = self._with(images, self._closed(samples, [""] * len(samples)), prompts)
-        if "pixel_values" in prompts:
-            prompts["pixel_values"] = prompts["pixel_values"].to(self.model.dtype)
-        self._check_context(prompts["attention_mask"])
-        with frozen(self.model), torch.no_grad():
-            output = self.model.generate(**prompts, generation_config=self.generation.config(self.model))
-        new = output if self.model.config.is_encoder_decoder else output[:, prompts["input_ids"].shape[1] :]
-        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        with self._in_use(), own_settings(self.model):
+            prompts = self.on_device(self.collate.prompts(samples))
+            if images is not None:
+                prompts = self._with(images, self._closed(samples, [""] * len(samples)), prompts)
+            if "pixel_values" in prompts:
+                prompts["pixel_values"] = prompts["pixel_values"].to(self.model.dtype)
+            self._check_context(samples, prompts["attention_mask"])
+            output = self.model.generate(**prompts, generation_config=self.generation.config())
+            new = output if self.model.config.is_encoder_decoder else output[:, prompts["input_ids"].shape[1] :]
+            return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def score(
         self, samples: Sequence[Sample], answers: Sequence[str], images: Sequence[Tensor] | None = None
@@ -129,18 +140,48 @@ class Pipeline:
         """
         if self.heads is None:
             raise ValueError(f"{self.name} has no consistency heads; train them (cmai-fast calibrate)")
-        batch = self._closed(samples, answers)
-        if images is not None:
-            batch = self._with(images, batch, batch)
-        batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
-        image_inputs, text = self.bridge.inputs(batch)
-        with frozen(self.model, self.heads), torch.no_grad():
+        if not samples:
+            return torch.zeros(0)
+        with self._in_use():
+            batch = self._closed(samples, answers)
+            if images is not None:
+                batch = self._with(images, batch, batch)
+            if "pixel_values" not in batch:
+                raise ValueError("the samples have no image, and S_c says how well image and text agree; add one each")
+            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+            image_inputs, text = self.bridge.inputs(batch)
             image = self.bridge.encode_image(batch["pixel_values"], **image_inputs)
             projected = self.heads.project_image(image, self.bridge.image_tokens(text))
             return self.heads.score(projected, self.heads.project_text(self.bridge.encode_text(**text)))
 
+    def answer(
+        self, samples: Sequence[Sample], images: Sequence[Tensor] | None = None
+    ) -> tuple[list[str], list[float]]:
+        """Greedy answers and the S_c of each; images are encoded once for both where the model's family allows it.
+
+        Samples that do not fit into memory at once are answered in halves.
+        """
+
+        def part(rows: slice) -> list[tuple[str, float]]:
+            own = None if images is None else images[rows]
+            with self._in_use(), images_encoded_once(self.model):
+                said = self.generate(samples[rows], own)
+                return list(zip(said, self.score(samples[rows], said, own).tolist(), strict=True))
+
+        rows = in_parts(len(samples), part)
+        return [answer for answer, _ in rows], [score for _, score in rows]
+
     def on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.model.device) for k, v in batch.items()}
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Inside, this thread alone uses the model and the tokenizer, the model in evaluation mode, without gradients.
+
+        The heads have no mode and need no lending: nothing is differentiated.
+        """
+        with alone(self.model, self.processor.tokenizer), frozen(self.model), torch.no_grad():
+            yield
 
     def _closed(self, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Tensor]:
         rows = [replace(Sample.of(s), references=(a,)) for s, a in zip(samples, answers, strict=True)]
@@ -153,13 +194,62 @@ class Pipeline:
         own = BatchImages(self.bridge, self.space, batch)
         return {**inputs, "pixel_values": own.inputs(own.join(images))["pixel_values"]}
 
-    def _check_context(self, mask: Tensor) -> None:
+    def _check_context(self, samples: Sequence[Sample], mask: Tensor) -> None:
         if self.bridge.context is None:
             return
         for i, length in enumerate(mask.sum(1).tolist()):
             if length + self.generation.max_new_tokens > self.bridge.context:
                 raise ValueError(
-                    f"question {i} makes a prompt of {length} tokens and the answer may take "
+                    f"question {Sample.of(samples[i], i).id!r} makes a prompt of {length} tokens and the answer may take "
                     f"{self.generation.max_new_tokens}; the model's context is {self.bridge.context}. Shorten the "
                     "question or set max_new_tokens lower"
                 )
+
+
+@contextmanager
+def alone(*things: Any) -> Iterator[None]:
+    """Inside, no other thread is inside with one of these objects.
+
+    A model in use has its mode, `requires_grad` and settings changed for a while, and a tokenizer of Rust refuses to be
+    borrowed twice. The lock belongs to the object, so all guards of a model share it.
+    """
+    with _making:
+        locks = [_locks.setdefault(thing, threading.RLock()) for thing in things]
+    with ExitStack() as stack:
+        for lock in sorted(locks, key=id):  # one order for all threads, so that none waits for another in a circle
+            stack.enter_context(lock)
+        yield
+
+
+def in_parts(count: int, run: Callable[[slice], Sequence[T]]) -> list[T]:
+    """`run` over `count` rows, at once if they fit into memory, else in halves, and so on.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    done: list[T] = []
+    size = count
+    while len(done) < count:
+        rows = slice(len(done), min(len(done) + size, count))
+        try:
+            done += run(rows)
+            continue
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            failed = str(error).splitlines()[0]
+        tried = rows.stop - rows.start
+        if tried == 1:
+            raise torch.OutOfMemoryError(
+                f"a single sample does not fit into memory ({failed}). Load the model in 16 or 4 bits, or let the "
+                "processor make smaller images"
+            )
+        size = (tried + 1) // 2
+        warnings.warn(
+            f"{tried} samples at once do not fit into memory; they are answered {size} at a time",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return done

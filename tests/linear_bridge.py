@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
+from cmai_fast.bridge.one_image import OneImageBridge
 from cmai_fast.threat import PixelSpace
 
 SHAPE = (3, 4, 4)
 SPACE = PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
 
 
-class LinearBridge(Bridge):
+class LinearBridge(OneImageBridge):
     """Logits (0, <w, x_model> + bias); the label is class 0, so that the loss rises with <w, x_model>."""
 
-    image_keys, text_keys = (), Bridge.needs
+    needs = text_keys = Bridge.needs
+    image_size = None
 
     def __init__(self, dtype: torch.dtype = torch.float64, bias: float = -8.0) -> None:
         self.model: nn.Linear = nn.Linear(48, 2, dtype=dtype)
@@ -26,11 +30,13 @@ class LinearBridge(Bridge):
             self.model.weight[1] = 0.2 * torch.randn(48, generator=generator, dtype=torch.float64)
             self.model.bias.copy_(torch.tensor([0.0, bias]))
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
+    def _encode(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.flatten(1).unsqueeze(1)
 
-    def image_tokens(self, batch: object) -> None:
-        return None
+    def select(
+        self, inputs: Mapping[str, Tensor], rows: Tensor, images_per_row: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {k: v[rows] for k, v in inputs.items()}
 
     def fuse(
         self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor

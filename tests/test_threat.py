@@ -47,6 +47,16 @@ def test_threat_model_refuses_what_is_no_ball():
     assert ThreatModel("l2", 3.0).eps == 3.0
 
 
+def test_a_threat_model_is_read_from_text_once_for_both_norms():
+    assert ThreatModel.parse("linf") == ThreatModel("linf", 8 / 255)
+    assert ThreatModel.parse("linf", " 4 / 255").eps == 4 / 255
+    assert ThreatModel.parse("l2", "3/2") == ThreatModel("l2", 1.5)
+    with pytest.raises(ValueError, match="l2 ball needs its radius.*such as 0.5"):
+        ThreatModel.parse("l2")
+    with pytest.raises(ValueError, match="eps is 'much'.*such as 1.5"):
+        ThreatModel.parse("l2", "much")
+
+
 def test_distance_is_the_norm_of_each_row():
     delta = torch.tensor([[[3.0, -4.0]], [[0.5, 0.0]]])
     assert ThreatModel("linf", 1).distance(delta).tolist() == [4.0, 0.5]

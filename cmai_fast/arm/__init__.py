@@ -1,7 +1,29 @@
-"""Adaptive robustness: the schedule of beta in training, the guard in use."""
+"""Adaptive robustness: the schedule of beta in training, the guard in use. Names load when they are first used."""
 
-from cmai_fast.arm.guard import Decision, Guard
-from cmai_fast.arm.images import expected_size, read_image
-from cmai_fast.arm.schedule import ARMSchedule
+from __future__ import annotations
 
-__all__ = ["ARMSchedule", "Decision", "Guard", "expected_size", "read_image"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmai_fast.arm.guard import Guard
+    from cmai_fast.arm.policies import POLICIES, Case, Decision, policy
+    from cmai_fast.arm.schedule import ARMSchedule
+
+__all__ = ["ARMSchedule", "Case", "Decision", "Guard", "POLICIES", "policy"]
+
+_HOMES = {
+    "ARMSchedule": "schedule",
+    "Case": "policies",
+    "Decision": "policies",
+    "Guard": "guard",
+    "POLICIES": "policies",
+    "policy": "policies",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # A command checks the names of policies before it loads PyTorch, which the guard needs.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

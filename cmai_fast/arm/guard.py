@@ -1,176 +1,142 @@
-"""ARM in use: answer what looks consistent, withhold the answer to what does not."""
+"""ARM in use: answer what looks consistent, and hand what does not to a chain of policies."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from PIL import Image
+from cmai_fast.arm.policies import POLICIES, Case, Decision
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.data import Sample
+from cmai_fast.data.pictures import read_picture
+from cmai_fast.pipeline import Generation, Pipeline
 
-from cmai_fast.arm.images import expected_size, read_image
-from cmai_fast.bridge import bridge_of, frozen
-from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.data import VQACollator
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the guard made of one image and one question.
-
-    Attributes:
-        answer: the model's answer; None when it is rejected.
-        score: S_c of the image and the question with the model's answer, in [-1, 1]. NaN (a broken model) is rejected.
-        threshold: tau; rejected is what scores below it.
-        route: "answer" or "reject".
-        question: as asked.
-        withheld_answer: what the model would have said, when it is rejected: for the person who reviews the case,
-            never for the one who asked. None when it is answered.
-    """
-
-    answer: str | None
-    score: float
-    threshold: float
-    route: Literal["answer", "reject"]
-    question: str
-    withheld_answer: str | None = None
-
-    def to_json(self) -> str:
-        """One line of JSON, with all attributes; a score that is not finite is null."""
-        record = dataclasses.asdict(self) | {"score": self.score if math.isfinite(self.score) else None}
-        return json.dumps(record, allow_nan=False)
+Decider = Callable[[Case], Decision | None]
 
 
 class Guard:
-    """Answers with a model, and scores every answer with its consistency heads.
+    """Answers with a model, scores every answer with its consistency heads, and passes low scores to policies.
+
+    Threads may share a guard, and guards may share a model: questions to one model take turns.
 
     Args:
-        model: an image-text model of `transformers`. It is used in evaluation mode and given back as it was.
-        processor: its processor, one that `VQACollator` takes.
-        heads: trained with this model.
-        threshold: below which an answer is withheld: a `Threshold`, or a finite number.
-        max_new_tokens: length of an answer at most.
+        pipeline: a model with heads.
+        policies: names of `POLICIES`, or functions of a `Case`, in the order in which they are asked. What none of
+            them decides is rejected.
+        threshold: below which a score goes to the policies; None: that of the pipeline.
+
+    Raises:
+        ValueError: no heads, no threshold or one that is not finite, or an unknown policy.
     """
 
     def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        heads: ConsistencyHeads,
-        threshold: Threshold | float,
-        *,
-        max_new_tokens: int = 16,
+        self, pipeline: Pipeline, policies: Sequence[str | Decider] = ("reject",), *, threshold: float | None = None
     ) -> None:
-        self.threshold = threshold.tau if isinstance(threshold, Threshold) else float(threshold)
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"threshold is {threshold}; expected a finite number, from cmcv.calibrate on clean inputs")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        self.model, self.processor, self.heads, self.max_new_tokens = model, processor, heads, max_new_tokens
-        self.bridge, self.collate = bridge_of(model), VQACollator(processor)
-        dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
-        theirs = {name: heads.settings[name] for name in dims}
-        if theirs != dims:
-            raise ValueError(
-                f"the heads were made for {theirs}, the model has {dims}; use those trained with this model"
-            )
+        if pipeline.heads is None:
+            raise ValueError(f"{pipeline.name} has no consistency heads; train them (cmai-fast calibrate)")
+        if threshold is None:
+            if pipeline.threshold is None:
+                raise ValueError(
+                    f"{pipeline.name} has heads and no threshold; calibrate it (cmai-fast calibrate) or set threshold"
+                )
+            threshold = pipeline.threshold.tau
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold is {threshold}; expected a finite number, as from cmai-fast calibrate")
+        self.pipeline, self.threshold = pipeline, float(threshold)
+        if isinstance(policies, str):
+            raise ValueError(f"policies is {policies!r}; expected several, such as ({policies!r},)")
+        self.policies = [POLICIES[p] if isinstance(p, str) else p for p in (*policies, "reject")]
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, threshold: float | None = None, max_new_tokens: int = 16, **how: Any
+        cls,
+        name: str | Path,
+        *,
+        heads: str | Path | None = None,
+        policies: Sequence[str | Decider] = ("reject",),
+        threshold: float | None = None,
+        max_new_tokens: int | None = None,
+        **how: Any,
     ) -> Guard:
-        """The guard of a model with `cmcv/` in its folder or beside it, of a run folder, a bundled name or a hub id.
+        """The guard of a model by its name.
 
         Args:
-            folder: a `transformers` folder, a run folder (with `model/` and `cmcv/`), a bundled model's name, or an id
+            name: a `transformers` folder, a run folder (with `model/` and `cmcv/`), a bundled model's name, or an id
                 of the Hugging Face hub.
-            threshold: used in place of the saved one.
+            heads: a folder written by `cmai-fast calibrate`; None: `cmcv/` in the model's folder or beside it.
+            policies: as for the class.
+            threshold: in place of the saved one.
+            max_new_tokens: length of an answer; None: that under which the threshold was calibrated.
             how: for `cmai_fast.models.loading.load_model`: `device`, `dtype`, `attention`, and what the model's
                 `from_pretrained` takes.
 
         Raises:
-            ValueError: no such model, weights damaged or not safetensors, no heads, no threshold.
+            ValueError: no such model, weights damaged or not safetensors, no heads, no threshold, or `max_new_tokens`
+                other than those of the saved threshold.
         """
         from cmai_fast.models.loading import find_heads, load_model
 
-        place = find_heads(folder)
+        place = find_heads(name) if heads is None else Path(heads)
         if place is None:
             raise ValueError(
-                f"no consistency heads for {folder}: there is no cmcv/ in its folder or beside it. Immunise it "
-                "(cmai-fast immunize), which trains them, or copy their cmcv/ folder there"
+                f"no consistency heads for {name}: there is no cmcv/ in its folder or beside it. Train them (cmai-fast "
+                "calibrate), immunise the model (cmai-fast immunize), or name the folder that holds them"
             )
-        heads, saved = ConsistencyHeads.from_pretrained(place)
-        tau = saved if threshold is None else threshold
-        if tau is None:
-            raise ValueError(f"the heads of {folder} were saved without a threshold; calibrate them or pass threshold=")
-        model, processor = load_model(folder, **how)
-        return cls(model, processor, heads.to(model.device), tau, max_new_tokens=max_new_tokens)
+        found, saved = ConsistencyHeads.from_pretrained(place)
+        if saved is None and threshold is None:
+            raise ValueError(f"the heads in {place} were saved without a threshold; calibrate them or set threshold")
+        generation = None if max_new_tokens is None else Generation(max_new_tokens)
+        if threshold is not None and saved is not None:  # the user's own number, for the answers that they ask for
+            generation, saved = generation or saved.generation, None
+        model, processor = load_model(name, **how)
+        pipeline = Pipeline(str(name), model, processor, found.to(model.device), saved, generation)
+        return cls(pipeline, policies, threshold=threshold)
 
-    def decide(self, image: Any, question: str, *, resize: bool = False) -> Decision:
-        """The decision for one image (path, PIL picture, uint8 or [0, 1] float array (H, W, 3)) and one question.
+    def decide(self, image: Any, question: str) -> Decision:
+        """The decision for one image and one question.
+
+        Args:
+            image: what `read_picture` reads, of any size: a path, a PIL picture, an array, ... The model's processor
+                resizes it. A list or tuple of them is several images of one question.
 
         Raises:
-            ValueError: an image that cannot be read, has NaN or is of the wrong size (unless `resize`, which leaves it
-                to the processor); a question that is empty, holds the image token or is too long.
+            ValueError: an image that cannot be read; a question that is empty or too long.
         """
-        return self.decide_batch([image], [question], resize=resize)[0]
+        return self.decide_batch([image], [question])[0]
 
-    def decide_batch(self, images: Sequence[Any], questions: Sequence[str], *, resize: bool = False) -> list[Decision]:
+    def decide_batch(self, images: Sequence[Any], questions: Sequence[str]) -> list[Decision]:
         """As `decide`, for images and questions of the same number; each decision is the one it would get alone."""
         if isinstance(questions, str) or len(images) != len(questions):
-            raise ValueError(f"{len(images)} images for questions {questions!r:.80}; expected one question an image")
-        size = None if resize else expected_size(self.processor)
-        pictures = [read_image(image, size, f"image {i}") for i, image in enumerate(images)]
-        for i, question in enumerate(questions):
+            raise ValueError(f"{len(images)} images for questions {questions!r:.80}; expected one question per image")
+        asked = []
+        for i, (image, question) in enumerate(zip(images, questions, strict=True)):
             self._check_question(question, f"question {i}")
-        if not pictures:
-            return []
-        with frozen(self.model, self.heads), torch.no_grad():
-            answers = self._answer(pictures, questions)
-            scores = self._score(pictures, questions, answers)
-        return [self._decide(*row) for row in zip(questions, answers, scores, strict=True)]
+            several = image if isinstance(image, (list, tuple)) else [image]
+            asked.append(Sample(i, tuple(read_picture(one, name=f"image {i}") for one in several), question))
+        return [replace(decision, id=None) for decision in self._decide(asked)]
 
-    def _decide(self, question: str, answer: str, score: float) -> Decision:
+    def decide_samples(self, samples: Sequence[Sample]) -> list[Decision]:
+        """As `decide_batch`, for samples: with their ids, and as many images each as the model takes."""
+        asked = []
+        for sample in samples:
+            self._check_question(sample.prompt, f"the question of sample {sample.id!r}")
+            pictures = tuple(read_picture(image, name=f"image of sample {sample.id!r}") for image in sample.images)
+            asked.append(Sample(sample.id, pictures, sample.prompt))
+        return self._decide(asked)
+
+    def _decide(self, samples: Sequence[Sample]) -> list[Decision]:
+        answers, scores = self.pipeline.answer(samples)
+        return [self._route(*row) for row in zip(samples, answers, scores, strict=True)]
+
+    def _route(self, sample: Sample, answer: str, score: float) -> Decision:
+        case = Case(sample, answer, score, self.threshold, self.pipeline)
         if score >= self.threshold:  # false for NaN
-            return Decision(answer, score, self.threshold, "answer", question)
-        return Decision(None, score, self.threshold, "reject", question, withheld_answer=answer)
+            return case.decision(answer, "answer")
+        return next(decision for policy in self.policies if (decision := policy(case)) is not None)
 
     def _check_question(self, question: Any, name: str) -> None:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
-        token = getattr(self.processor, "image_token", None)
-        if token and str(token) in question:
-            raise ValueError(f"{name} holds {str(token)!r}, which stands for an image; ask without it")
-
-    def _answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        """Greedy answers to the collator's prompts."""
-        rows = [{"image": p, "question": q} for p, q in zip(pictures, questions, strict=True)]
-        inputs = self._on_device(self.collate.prompts(rows))
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        for i, length in enumerate(lengths):
-            if self.bridge.context is not None and length + self.max_new_tokens > self.bridge.context:
-                raise ValueError(
-                    f"question {i} makes a prompt of {length} tokens and the answer may take {self.max_new_tokens}; "
-                    f"the model's context is {self.bridge.context}. Shorten the question or set max_new_tokens lower"
-                )
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-    def _score(self, pictures: Sequence[Image.Image], questions: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """S_c of each image with its question and answer, laid out as in training (one collator for both)."""
-        rows = zip(pictures, questions, answers, strict=True)
-        batch = self._on_device(self.collate([{"image": p, "question": q, "answer": a} for p, q, a in rows]))
-        image_inputs, text = self.bridge.inputs(batch)
-        image = self.bridge.encode_image(batch["pixel_values"], **image_inputs)
-        projected = self.heads.project_image(image, self.bridge.image_tokens(text))
-        return self.heads.score(projected, self.heads.project_text(self.bridge.encode_text(**text))).tolist()
-
-    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}

@@ -14,17 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
-from cmai_fast.bridge.frozen import frozen
-from cmai_fast.bridge.packed import unpacked
-from cmai_fast.bridge.replaced import replaced
-from cmai_fast.bridge.token_loss import token_losses
+from cmai_fast.bridge.labels import IGNORE, check_labels, is_right, task_loss
+from cmai_fast.bridge.one_image import check_size
+from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.layout import runs
 
-IGNORE = -100
-_LARGE = 1 << 26  # logits that take a quarter of a GiB in float32, and several times that in the loss
 _PER_IMAGE = ("image_sizes", "image_grid_thw")
 # What `fuse` decides itself, or what stands for the same as something else in the batch.
 _NOT_FROM_BATCH = {
@@ -41,9 +37,9 @@ _NOT_FROM_BATCH = {
 class Bridge:
     """The three-part view of a generative model; it holds no weights of its own and changes none.
 
-    `bridge_of` chooses between this one and those of dual encoders and encoder-decoders, which have the same methods.
-    A batch is what the model's own forward takes. h_v is (N, T, image_dim), one row a sample: the features of all its
-    images, one after another, and zeros where it has fewer than the others.
+    `bridge_of` chooses between this one and those of dual encoders and encoder-decoders. A batch is what the model's
+    own forward takes. h_v is (N, T, image_dim), one row per sample: the features of all its images, one after another,
+    and zeros where it has fewer than the others.
 
     Args:
         model: an image-text model of `transformers` (docs/families.md says which are tested).
@@ -53,8 +49,6 @@ class Bridge:
     """
 
     needs: tuple[str, ...] = ("input_ids", "attention_mask", "labels")
-    _vocabulary: int = 0
-    _last: tuple[nn.Module, bool] | None = None  # the output layer, and whether it gives the model's logits
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
@@ -70,10 +64,7 @@ class Bridge:
             if not there
         ]
         if missing:
-            raise ValueError(
-                f"{type(model).__name__} cannot be bridged: it has no {', no '.join(missing)}. "
-                "Supported: image-text models of transformers >= 5.23 such as LlavaForConditionalGeneration"
-            )
+            raise ValueError(f"{type(model).__name__} cannot be bridged: it has no {', no '.join(missing)}")
         if not getattr(config, "use_decoder_only_language_model", True):
             raise ValueError(
                 f"{type(model).__name__} cannot be bridged: its language model is an encoder-decoder, whose labels "
@@ -81,7 +72,7 @@ class Bridge:
             )
         self.model: Any = model
         text = config.get_text_config()
-        self._vocabulary = text.vocab_size
+        self._output = OutputLayer(text.vocab_size)
         vision = getattr(config, "vision_config", None)
         # What crosses the bridge is scattered into the text embeddings, so both sides have the text model's width.
         # Qwen3-VL adds features of earlier layers to the first layers of the language model: they cross, too.
@@ -92,8 +83,13 @@ class Bridge:
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         encoder = inspect.signature(self.model.get_image_features).parameters  # type: ignore[arg-type]  # a method
         self._required = [k for k, p in encoder.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.image_keys = ("input_ids", *(k for k in encoder if k not in ("pixel_values", "kwargs")))
-        self.text_keys = (*self.needs, *(k for k in forward if k not in {*_NOT_FROM_BATCH, *self.needs, "kwargs"}))
+        self.image_keys: tuple[str, ...] = ("input_ids", *(k for k in encoder if k not in ("pixel_values", "kwargs")))
+        others = (k for k in forward if k not in {*_NOT_FROM_BATCH, *self.needs, "kwargs"})
+        self.text_keys: tuple[str, ...] = (*self.needs, *others)
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
 
     @property
     def text_model(self) -> Any:
@@ -162,8 +158,9 @@ class Bridge:
         row = torch.searchsorted(ends, lengths.cumsum(0)).clamp_max(len(tokens) - 1)
         if not torch.equal(torch.zeros_like(tokens).index_add(0, row, lengths), tokens):
             raise ValueError(
-                f"the samples have {tokens.tolist()} image tokens and the images {lengths.tolist()}; these cannot be "
-                "shared out in order. Make text and images in one call of the model's own processor"
+                f"{self._name}: the samples have {tokens.tolist()} image tokens and the images "
+                f"{lengths.tolist()}; these cannot be shared out in order. Make text and images in one call of the "
+                "model's own processor"
             )
         return torch.bincount(row, minlength=len(tokens))
 
@@ -173,34 +170,30 @@ class Bridge:
         """E_v: normalised `pixel_values`, laid out as the model takes them, to h_v (N, T, image_dim), differentiable.
 
         Args:
-            input_ids: (N, L), whose image tokens say which features belong to which sample; None: one image a sample.
+            input_ids: (N, L), whose image tokens say which features belong to which sample; None: one image per sample.
             image_inputs: what else the family's `get_image_features` takes: `image_sizes`, `image_grid_thw`,
                 `pixel_attention_mask`, `qformer_input_ids`, ...
 
         Raises:
             ValueError: images of the wrong size, or not as many image tokens as features.
         """
-        size, keys = self.image_size, set(image_inputs)
-        plain = isinstance(size, int) and not keys and "pixel_attention_mask" not in self.image_keys
-        if plain and (pixel_values.dim() != 4 or tuple(pixel_values.shape[-2:]) != (size, size)):
-            raise ValueError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}; this model reads (N, 3, {size}, {size}). "
-                "Resize the images with the model's own processor"
-            )
+        if not image_inputs and "pixel_attention_mask" not in self.image_keys:
+            check_size(self.model, pixel_values, self.image_size)
         features = self._encode(pixel_values, **image_inputs)
         if input_ids is None:
             lengths = {len(f) for f in features}
             if len(lengths) > 1:
                 raise ValueError(
-                    f"the images take {sorted(lengths)} tokens; pass input_ids, whose image tokens say which image "
-                    "belongs to which sample"
+                    f"{self._name}: the images take {sorted(lengths)} tokens; pass input_ids, whose image tokens "
+                    "say which image belongs to which sample"
                 )
             return torch.stack(features)
         here = input_ids == self.model.config.image_token_id
         counts, packed = here.sum(1), torch.cat(features)
         if int(counts.sum()) != len(packed):
             raise ValueError(
-                f"the images take {len(packed)} tokens ({_several(len(f) for f in features)}), and input_ids hold "
+                f"{self._name}: the images take {len(packed)} tokens ({_several(len(f) for f in features)}), and "
+                "input_ids hold "
                 f"{int(counts.sum())} image tokens (id {self.model.config.image_token_id}; by sample "
                 f"{_several(counts.tolist())}). Make text and images in one call of the model's own processor"
             )
@@ -211,7 +204,7 @@ class Bridge:
         required = ["image_grid_thw"] if pixel_values.dim() == 2 else self._required
         if missing := [k for k in required if k != "pixel_values" and image_inputs.get(k) is None]:
             raise ValueError(
-                f"the batch has no {', no '.join(missing)}, which {type(self.model).__name__} needs to read images; "
+                f"the batch has no {', no '.join(missing)}, which {self._name} needs to read images; "
                 "pass on all that its processor makes"
             )
         output = self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **image_inputs)
@@ -230,7 +223,7 @@ class Bridge:
         Raises:
             ValueError: a row without any response token.
         """
-        _check_labels(labels)
+        check_labels(labels)
         keep = (input_ids != self.model.config.image_token_id) & attention_mask.bool()
         # Pack the kept tokens to the right, so that rows with images and rows without have the same form.
         length = int(keep.sum(1).max())
@@ -263,19 +256,19 @@ class Bridge:
             ValueError: a row without labels, a sequence longer than the model's context, or not as many image tokens as
                 features.
         """
-        _check_labels(labels)
+        check_labels(labels)
         if self._reads_both_ways and "token_type_ids" in self.text_keys:
             kinds = text_inputs.get("token_type_ids")
             if kinds is None or bool((kinds[labels != IGNORE] == 0).any()):
                 what = "has no token_type_ids" if kinds is None else "has labels where token_type_ids is 0"
                 raise ValueError(
-                    f"the batch {what}; {type(self.model).__name__} reads ahead where they are 0 (prompt and image), "
+                    f"the batch {what}; {self._name} reads ahead where they are 0 (prompt and image), "
                     "and must not in the response, where they are 1. Give the response to its processor as suffix"
                 )
         if self.context is not None and input_ids.shape[1] > self.context:
             raise ValueError(
-                f"a sample has {input_ids.shape[1]} tokens with its labels, the model's context is {self.context}; "
-                "shorten the text or use a model with a longer context"
+                f"{self._name}: a sample has {input_ids.shape[1]} tokens with its labels, the model's context is "
+                f"{self.context}; shorten the text or use a model with a longer context"
             )
         body: Any = self._body
         rotary = hasattr(body, "get_rope_index")  # positions in time, height and width, which the model counts itself
@@ -294,7 +287,7 @@ class Bridge:
             )
         finally:
             if rotary:
-                body.rope_deltas = deltas  # a generation that is under way goes on from its own
+                body.rope_deltas = deltas  # a generation that is under way needs its own
         return output.logits, labels[:, 1:].index_select(1, columns)
 
     def losses(self, image_features: torch.Tensor, **text_inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,65 +296,11 @@ class Bridge:
         Where the logits would be large, they are made and used in chunks of tokens (`token_losses`), equal to rounding:
         that takes an output layer whose output is the logits themselves, in a model that is not sharded.
         """
-        head = self._in_chunks(image_features, text_inputs)
-        if head is None:
-            logits, targets = self.fuse(image_features, **text_inputs)
-            return task_loss(logits, targets), is_right(logits.detach(), targets)
-        read: list[torch.Tensor] = []
-
-        def hand_on(hidden: torch.Tensor) -> torch.Tensor:
-            read.append(hidden)
-            return hidden
-
-        with replaced({head: hand_on}):
-            _, targets = self.fuse(image_features, **text_inputs)
-        here = targets != IGNORE
-        loss, right = token_losses(head, read[0][here], targets[here])
-        place = here.nonzero(as_tuple=True)
-        by_row = loss.new_zeros(here.shape).index_put(place, loss.to(here.device))
-        wrong = torch.zeros_like(here).index_put(place, ~right.to(here.device))
-        return by_row.sum(1) / here.sum(1), ~wrong.any(1)
-
-    def _in_chunks(self, image_features: torch.Tensor, text_inputs: dict[str, Any]) -> nn.Module | None:
-        """The output layer, where its logits are large and nothing stands between them and those of the model."""
-        head: Any = self.model.get_output_embeddings() if self._vocabulary else None
-        if head is None or not self._pays(head, int((text_inputs["labels"][:, 1:] != IGNORE).sum())):
-            return None
-        # Processes that share a model must run it equally often, and each would look at its layer when it needs to.
-        sharded = any(isinstance(m, FSDPModule) for m in self.model.modules())
-        random = any(isinstance(m, nn.Dropout) and m.p and m.training for m in head.modules())
-        if sharded or random:
-            return None
-        if self._last is None or self._last[0] is not head:
-            self._last = head, self._gives_the_logits(head, image_features, text_inputs)
-        return head if self._last[1] else None
-
-    def _pays(self, head: nn.Module, tokens: int) -> bool:
-        """Whether the losses of so many tokens are worth chunks.
-
-        Forward and backward of 1,024 tokens through a layer of 896 to 151,936 (one thread of a CPU, float32): 7.0 s and
-        380 MiB against 6.6 s and 1,790 MiB where it is frozen, 13.5 s and 970 MiB against 8.9 s and 1,790 MiB where it
-        is trained. There the gradient of its weights has the same size either way, and chunks pay beyond that.
-        """
-        trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
-        return tokens * self._vocabulary >= max(_LARGE, trained)
-
-    def _gives_the_logits(self, head: Any, image_features: torch.Tensor, text_inputs: dict[str, Any]) -> bool:
-        """Whether the model hands on what its output layer gives, unscaled, uncapped, whole: by one forward pass, in
-        which the layer gives numbers that are not to be mistaken for others."""
-        given: list[torch.Tensor] = []
-
-        def marked(hidden: torch.Tensor) -> torch.Tensor:
-            if hidden.dim() != 3:
-                return plain(hidden)  # tokens of all samples in one row are not what `fuse` has targets for
-            logits = plain(hidden[:1, :1])
-            given.append(torch.linspace(-50, 50, logits.numel()).to(logits).view_as(logits))
-            return given[-1]
-
-        plain = head.forward
-        with unpacked(self.model), frozen(self.model), torch.no_grad(), replaced({head: marked}):
-            logits, _ = self.fuse(image_features, **text_inputs)
-        return len(given) == 1 and logits.shape == given[0].shape and torch.equal(logits, given[0].to(logits))
+        chunked = self._output.losses(self, image_features, text_inputs)
+        if chunked is not None:
+            return chunked
+        logits, targets = self.fuse(image_features, **text_inputs)
+        return task_loss(logits, targets), is_right(logits.detach(), targets)
 
     def _crossing(self, image_features: torch.Tensor, input_ids: torch.Tensor) -> _Crossing:
         """What `get_image_features` gave, made again from h_v."""
@@ -374,9 +313,10 @@ class Bridge:
         wrong = (used > counts) | (counts > len(place)) | ((used > 0) & (used < counts) & (counts < len(place)))
         if len(counts) != len(image_features) or bool(wrong.any()):
             raise ValueError(
-                f"h_v has {len(image_features)} rows of up to {real.shape[1]} tokens, and input_ids hold "
-                f"{_several(counts.tolist())} image tokens (id {self.model.config.image_token_id}) a sample; expected "
-                "as many tokens as features. Make text and images in one call of the model's own processor"
+                f"{self._name}: h_v has {len(image_features)} rows of up to {real.shape[1]} tokens, and input_ids hold "
+                f"{_several(counts.tolist())} image tokens (id {self.model.config.image_token_id}) per "
+                "sample; expected as many tokens as features. Make text and images in one call of the model's own "
+                "processor"
             )
         first, *deep = image_features[real].chunk(1 + self._deep, dim=-1)
         return _Crossing(_Packed([first]), [[d] for d in deep])
@@ -418,32 +358,3 @@ def _several(values: Any) -> str:
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Positions counted over real tokens, so that padding does not shift a row: results do not depend on the batch."""
     return (mask.long().cumsum(1) - 1).clamp_min(0)
-
-
-def _check_labels(labels: torch.Tensor, first: int = 1) -> None:
-    empty = ~(labels[:, first:] != IGNORE).any(1)
-    if empty.any():
-        after = " after its first token" if first else ""
-        raise ValueError(
-            f"row {int(empty.nonzero()[0])} of labels holds only -100{after}, so it has no target; "
-            "give every sample a response"
-        )
-
-
-def task_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """L_task (N,) of each sample: mean cross-entropy over its target tokens, float32 or better.
-
-    logits (N, L', V), targets (N, L'), as from `Bridge.fuse`.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
-    return losses.sum(1) / (targets != IGNORE).sum(1)
-
-
-def is_right(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Whether every target token is the most likely one, (N,) bool.
-
-    Equal to "greedy generation gives exactly this response": with a right prefix, the next token is generated from the
-    same logits.
-    """
-    return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1)

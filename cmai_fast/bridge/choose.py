@@ -10,17 +10,46 @@ from cmai_fast.bridge.adapters import without_wrapper
 from cmai_fast.bridge.bridge import Bridge
 from cmai_fast.bridge.dual import DualBridge
 from cmai_fast.bridge.encoder_decoder import EncoderDecoderBridge
+from cmai_fast.bridge.protocol import ModelBridge
+from cmai_fast.versions import TESTED
+
+# Those that every test of bridges runs over; others that offer the same pieces are taken, too.
+SUPPORTED = (
+    "LLaVA",
+    "LLaVA-NeXT",
+    "LLaVA-OneVision",
+    "Qwen2-VL",
+    "Qwen2.5-VL",
+    "Qwen3-VL",
+    "SmolVLM",
+    "Idefics3",
+    "PaliGemma",
+    "Gemma 3",
+    "InternVL",
+    "BLIP-2",
+    "InstructBLIP",
+    "ViT-GPT2",
+    "CLIP",
+    "SigLIP",
+)
 
 
-def bridge_of(model: nn.Module, *, empty: bool = False) -> Bridge:
+def bridge_of(model: nn.Module, *, empty: bool = False) -> ModelBridge:
     """The three-part view of any model of `transformers` that has one, in a `PeftModel` or not.
 
     Raises:
-        ValueError: it has none, and the message names the missing pieces; or an adapter that changes the whole model's
-            forward pass, such as prompt tuning; or weights on the meta device, unless `empty`: a caller who reads names
-            and widths alone needs no values.
+        ValueError: it has none, and the message names the missing pieces and the supported families; or an adapter
+            that changes the whole model's forward pass, such as prompt tuning; or weights on the meta device, unless
+            `empty`: a caller who reads names and widths alone needs no values.
     """
-    bridge = _adapter(without_wrapper(model))
+    bare = without_wrapper(model)
+    try:
+        bridge = _adapter(bare)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Supported by transformers {' to '.join(TESTED['transformers'])} are the families "
+            f"{', '.join(SUPPORTED)}, and other models that offer the same (docs/families.md)"
+        ) from error
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     if meta and not empty:
         raise ValueError(
@@ -30,7 +59,7 @@ def bridge_of(model: nn.Module, *, empty: bool = False) -> Bridge:
     return bridge
 
 
-def _adapter(model: nn.Module) -> Bridge:
+def _adapter(model: nn.Module) -> ModelBridge:
     forward = inspect.signature(model.forward).parameters
     if "mm_encoder_outputs" not in forward:
         if hasattr(model, "get_text_features") and hasattr(model, "logit_scale"):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmai_fast.bridge.bridge import Bridge
+from cmai_fast.bridge.one_image import OneImageBridge
 
 
-class DualBridge(Bridge):
+class DualBridge(OneImageBridge):
     """The three-part view of a model with `get_image_features`, `get_text_features` and `logit_scale`.
 
     Such a model has no language-model loss. L_task is that of zero-shot classification and of attacks on CLIP (TeCoA,
@@ -27,7 +27,7 @@ class DualBridge(Bridge):
     attack. h_v is (N, 1, image_dim), before normalisation.
     """
 
-    needs = ("labels",)
+    text_keys: tuple[str, ...] = ("input_ids", "attention_mask", "text_embeds", "labels")
 
     def __init__(self, model: nn.Module) -> None:
         missing = [k for k in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, k)]
@@ -39,8 +39,11 @@ class DualBridge(Bridge):
         self.text_dim: int = getattr(config, "projection_dim", config.text_config.hidden_size)
         self.image_size: int | None = getattr(config.vision_config, "image_size", None)
         self.context: int | None = config.text_config.max_position_embeddings
-        self.image_keys = ()
-        self.text_keys = ("input_ids", "attention_mask", "text_embeds", "labels")
+
+    @property
+    def text_model(self) -> Any:
+        """The text encoder."""
+        return self.model.text_model
 
     @property
     def vision_side(self) -> list[nn.Module]:
@@ -65,17 +68,8 @@ class DualBridge(Bridge):
         mask = batch.get("attention_mask")
         return ids, torch.ones_like(ids) if mask is None else mask[places]
 
-    def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        return None
-
-    def images_per_row(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, **image_inputs: Any
-    ) -> torch.Tensor:
-        return torch.ones(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
-
-    def _encode(self, pixel_values: torch.Tensor, **image_inputs: Any) -> list[torch.Tensor]:
-        features = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        return list(features.unsqueeze(1))
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output.unsqueeze(1)
 
     def encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(K, L) to (K, text_dim), before normalisation: the `text_embeds` of a batch."""
@@ -83,7 +77,7 @@ class DualBridge(Bridge):
             input_ids=input_ids, attention_mask=attention_mask, return_dict=True
         ).pooler_output
 
-    def encode_text(  # type: ignore[override]  # texts are shared by the rows
+    def encode_text(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -94,7 +88,7 @@ class DualBridge(Bridge):
         texts = self._texts(input_ids, attention_mask, text_embeds)
         return texts[_places(labels, len(texts))]
 
-    def fuse(  # type: ignore[override]
+    def fuse(
         self,
         image_features: torch.Tensor,
         input_ids: torch.Tensor | None = None,
@@ -110,7 +104,7 @@ class DualBridge(Bridge):
         texts = self._texts(input_ids, attention_mask, text_embeds)
         places = _places(labels, len(texts))
         if len(places) != len(image_features):
-            raise ValueError(f"there are {len(image_features)} images and {len(places)} labels; expected one an image")
+            raise ValueError(f"there are {len(image_features)} images and {len(places)} labels; expected one per image")
         logits = F.normalize(image_features.squeeze(1), dim=-1) @ F.normalize(texts, dim=-1).t()
         logits = logits * self.model.logit_scale.exp() + getattr(self.model, "logit_bias", 0.0)
         return logits.unsqueeze(1), places.unsqueeze(1)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from cmai_fast.bridge.bridge import IGNORE, Bridge, _check_labels
+from cmai_fast.bridge.labels import IGNORE, check_labels
+from cmai_fast.bridge.one_image import OneImageBridge
 
 
-class EncoderDecoderBridge(Bridge):
+class EncoderDecoderBridge(OneImageBridge):
     """The three-part view of `VisionEncoderDecoderModel`, whose forward takes `encoder_outputs`.
 
     A batch holds `pixel_values` (N, 3, H, W) and `labels` (N, L), -100 before or after a row's own tokens. h_v is the
@@ -21,8 +22,6 @@ class EncoderDecoderBridge(Bridge):
     Raises:
         ValueError: the model lacks a piece; the message names it.
     """
-
-    needs = ("labels",)
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
@@ -37,8 +36,6 @@ class EncoderDecoderBridge(Bridge):
         self.text_dim: int = config.decoder.hidden_size
         self.image_size: int | None = getattr(config.encoder, "image_size", None)
         self.context: int | None = getattr(config.decoder, "max_position_embeddings", None)
-        self.image_keys = ()
-        self.text_keys = ("labels",)
 
     @property
     def text_model(self) -> Any:
@@ -52,22 +49,19 @@ class EncoderDecoderBridge(Bridge):
     def vision_parameters(self) -> list[nn.Parameter]:
         return list(self.model.encoder.parameters())
 
+    def select(
+        self, inputs: Mapping[str, torch.Tensor], rows: torch.Tensor, images_per_row: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        return {k: v[rows] for k, v in inputs.items()}
+
     def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         targets = self._packed(batch["labels"])
         return targets, targets != IGNORE
 
-    def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        return None
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.encoder(pixel_values=pixel_values, return_dict=True).last_hidden_state
 
-    def images_per_row(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, **image_inputs: Any
-    ) -> torch.Tensor:
-        return torch.ones(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
-
-    def _encode(self, pixel_values: torch.Tensor, **image_inputs: Any) -> list[torch.Tensor]:
-        return list(self.model.encoder(pixel_values=pixel_values, return_dict=True).last_hidden_state)
-
-    def encode_text(self, labels: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def encode_text(self, labels: torch.Tensor, **_: Any) -> torch.Tensor:
         """E_t: the response alone, read by the decoder without an image: its mean hidden state (N, text_dim)."""
         targets = self._packed(labels)
         ids = torch.where(targets == IGNORE, self.model.config.pad_token_id, targets)
@@ -77,7 +71,7 @@ class EncoderDecoderBridge(Bridge):
         response = (targets != IGNORE).unsqueeze(-1).to(hidden.dtype)
         return (hidden * response).sum(1) / response.sum(1)
 
-    def fuse(self, image_features: torch.Tensor, labels: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def fuse(self, image_features: torch.Tensor, labels: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """F: h_v and the labels to logits (N, L', vocabulary) and targets (N, L'), L' the longest response."""
         targets = self._packed(labels)
         output = self.model(
@@ -91,11 +85,12 @@ class EncoderDecoderBridge(Bridge):
 
     def _packed(self, labels: torch.Tensor) -> torch.Tensor:
         """Each row's own labels first: the decoder is causal, so what stands behind them cannot reach them."""
-        _check_labels(labels, first=0)
+        check_labels(labels, first=0)
         own = labels != IGNORE
         longest = int(own.sum(1).max())
         if self.context is not None and longest > self.context:
             raise ValueError(
-                f"a sample has {longest} labels, the decoder's context is {self.context}; shorten the text"
+                f"{type(self.model).__name__}: a sample has {longest} labels, the decoder's context is {self.context}; "
+                "shorten the text"
             )
         return labels.gather(1, (~own).to(torch.int8).sort(dim=1, stable=True).indices)[:, :longest]

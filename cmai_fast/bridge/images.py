@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge.bridge import Bridge
+from cmai_fast.bridge.protocol import ModelBridge
 from cmai_fast.layout import Layout
 from cmai_fast.threat import PixelSpace
 
@@ -33,7 +33,7 @@ class BatchImages:
         ValueError: a key of the batch is missing or has another shape.
     """
 
-    def __init__(self, bridge: Bridge, space: PixelSpace, batch: Mapping[str, Tensor]) -> None:
+    def __init__(self, bridge: ModelBridge, space: PixelSpace, batch: Mapping[str, Tensor]) -> None:
         missing = [k for k in bridge.needs if k not in batch]
         if missing:
             raise ValueError(f"the batch has no {', no '.join(missing)}; an attack needs {', '.join(bridge.needs)}")

@@ -38,7 +38,8 @@ def attack(
     """Attack a model on test questions."""
     threat = options.read_threat(norm, eps)
 
-    from cmai_fast.evaluation import experiment, findings
+    from cmai_fast.evaluation import experiment
+    from cmai_fast.report.words import percent
 
     record = experiment.attack(
         model,
@@ -57,7 +58,7 @@ def attack(
         progress=progress,
         command=ctx.obj,
     )
-    shares = {name: findings.percent(record[name]) for name in ("acc_clean", "acc_robust", "asr")}
+    shares = {name: percent(record[name]) for name in ("acc_clean", "acc_robust", "asr")}
     Console(highlight=False).print(
         f"{record['n']} questions: clean accuracy {shares['acc_clean']}, robust accuracy {shares['acc_robust']}, "
         f"attack success {shares['asr']}."

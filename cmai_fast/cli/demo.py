@@ -58,8 +58,8 @@ def demo(
 
 
 def _show_finished(out: Path) -> None:
-    from cmai_fast.evaluation.report import write_report
     from cmai_fast.evaluation.results import read_results
+    from cmai_fast.report import write_report
 
     results = read_results(out)
     if not (out / "report.html").is_file():  # interrupted between the two

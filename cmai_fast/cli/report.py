@@ -18,8 +18,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file to write.", show_default="report.html beside it")] = None,
 ) -> None:
     """Write report.html again from results.json; nothing is run."""
-    from cmai_fast.evaluation.report import write_report
     from cmai_fast.evaluation.results import read_results
+    from cmai_fast.report import write_report
 
     folder = results if results.is_dir() else results.parent
     print_path("Report", write_report(read_results(results), out or folder / "report.html"))

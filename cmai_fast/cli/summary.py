@@ -6,20 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
-def print_summary(results: dict[str, Any], folder: Path) -> None:
-    """The before/after table of `results`, their finding as one sentence, and the path of the report in `folder`."""
-    from cmai_fast.evaluation import findings
+def print_summary(results: Any, folder: Path) -> None:
+    """The table of models of `results`, their finding as one sentence, and the path of the report in `folder`."""
+    from cmai_fast.evaluation.results import upgrade_results
+    from cmai_fast.report.findings import finding
+    from cmai_fast.report.words import percent
 
+    results = upgrade_results(results)
     table = Table("model", "clean accuracy", "robust accuracy", "attack success")
-    for key, model in findings.measured(results):
-        shares = (findings.percent(model.get(name)) for name in ("acc_clean", "acc_robust", "asr"))
-        table.add_row(findings.model_name(results, key), *shares)
+    for model in results["models"]:
+        shares = (percent(model.get(name)) for name in ("acc_clean", "acc_robust", "asr"))
+        table.add_row(escape(model["name"]), *shares)
     console = Console(highlight=False)
     console.print(table)
-    console.print(findings.finding(results))
+    console.print(finding(results), markup=False)
     print_path("Report", folder / "report.html")
 
 

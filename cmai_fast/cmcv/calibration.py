@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from numpy.typing import ArrayLike
 
+from cmai_fast.generation import Generation
 from cmai_fast.metrics import threshold_at_fpr
 
 
@@ -19,12 +22,15 @@ class Threshold:
         false_rejection_rate: share of clean inputs it was asked to reject at most.
         samples: how many clean inputs it was set on.
         split: which split they were; never the test split.
+        generation: how the answers were generated whose S_c it was set on. A pipeline with this threshold generates
+            so, too. None: not known, as of a number that was set by hand.
     """
 
     tau: float
     false_rejection_rate: float
     samples: int
     split: str
+    generation: Generation | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.tau):
@@ -33,6 +39,19 @@ class Threshold:
             raise ValueError(f"false_rejection_rate is {self.false_rejection_rate}; expected 0 <= rate < 1")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; expected at least 1 clean input")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Threshold:
+        """The reverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not a record of a threshold.
+        """
+        generation = record["generation"]
+        return cls(**{**record, "generation": None if generation is None else Generation.from_dict(generation)})
 
 
 def calibrate(scores: ArrayLike, false_rejection_rate: float = 0.05) -> float:

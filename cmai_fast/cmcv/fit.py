@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import Bridge, frozen
+from cmai_fast.bridge import ModelBridge, frozen
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
 from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
+from cmai_fast.data.collate import negative_texts
+from cmai_fast.generation import Generation
 
 
 def fit_heads(
-    bridge: Bridge,
+    bridge: ModelBridge,
     heads: ConsistencyHeads,
     batches: Iterator[Mapping[str, Tensor]],
     steps: int,
@@ -35,7 +37,7 @@ def fit_heads(
         for step in range(steps):
             batch = next(batches)
             images, text = bridge.inputs(batch)
-            wrong = {k: batch[f"negative_{k}"] for k in text if f"negative_{k}" in batch}
+            wrong = negative_texts(batch, text)
             with torch.no_grad():
                 image = bridge.encode_image(batch["pixel_values"], **images)
                 own = bridge.encode_text(**text)
@@ -56,7 +58,13 @@ def fit_heads(
         heads.eval()
 
 
-def fit_threshold(scores: Tensor, split: str, false_rejection_rate: float = 0.05) -> Threshold:
-    """The threshold that rejects at most this share of clean `scores` (N,), which come from `split`."""
+def fit_threshold(
+    scores: Tensor, split: str, false_rejection_rate: float = 0.05, generation: Generation | None = None
+) -> Threshold:
+    """The threshold that rejects at most this share of clean `scores` (N,).
+
+    Args:
+        scores: S_c of inputs from `split` with the answers that the model generated under `generation`.
+    """
     tau = calibrate(scores.cpu().numpy(), false_rejection_rate)
-    return Threshold(tau=tau, false_rejection_rate=false_rejection_rate, samples=len(scores), split=split)
+    return Threshold(tau, false_rejection_rate, len(scores), split, generation)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from cmai_fast import ops
 from cmai_fast.cmcv.calibration import Threshold
+from cmai_fast.generation import Generation
 
+FORMAT = 2
 WEIGHTS, RECORD = "heads.safetensors", "cmcv.json"
 _MAX_LOGIT_SCALE = math.log(100.0)  # CLIP (Radford et al., 2021), section 2.5
 
@@ -90,9 +92,9 @@ class ConsistencyHeads(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
         record = {
-            "format": 1,
+            "format": FORMAT,
             **self.settings,
-            "threshold": dataclasses.asdict(threshold) if threshold else None,
+            "threshold": threshold.to_dict() if threshold else None,
             "sha256": hashlib.sha256(weights).hexdigest(),
         }
         _write_atomic(folder / WEIGHTS, weights)
@@ -114,12 +116,18 @@ class ConsistencyHeads(nn.Module):
                 )
         try:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            later = record["format"] not in (1, FORMAT)
             settings = {k: record[k] for k in ("image_dim", "text_dim", "dim", "hidden")}
-            threshold = Threshold(**record["threshold"]) if record["threshold"] else None
+            threshold = None if later else _threshold(record)
             digest = record["sha256"]
             heads = cls(**settings)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / RECORD} is damaged ({error!r}); save the heads again") from error
+        if later:
+            raise ValueError(
+                f"{folder / RECORD} has format {record['format']!r}, and this version reads 1 and {FORMAT}; upgrade "
+                "cmai-fast, or calibrate again"
+            )
         weights = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(weights).hexdigest() != digest:
             raise ValueError(
@@ -131,6 +139,13 @@ class ConsistencyHeads(nn.Module):
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit {RECORD} ({error}); save the heads again") from error
         return heads.eval(), threshold
+
+
+def _threshold(record: dict[str, Any]) -> Threshold | None:
+    saved = record["threshold"]
+    if saved and record["format"] == 1:  # which did not hold it: all were set on answers of at most 8 tokens
+        saved = {**saved, "generation": Generation(max_new_tokens=8).to_dict()}
+    return Threshold.from_dict(saved) if saved else None
 
 
 def _write_atomic(path: Path, content: bytes) -> None:

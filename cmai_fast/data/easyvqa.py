@@ -7,14 +7,15 @@ the model was fitted to, nor on the test split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, overload
 
 from cmai_fast.data.sample import Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -35,13 +36,15 @@ def answer_choices(answer: str) -> tuple[str, ...]:
 def _load_pictures(official_split: str) -> np.ndarray:
     """All pictures of an official split, uint8 (n, 64, 64, 3), row = picture id."""
     import easy_vqa
+    import numpy as np
+    from PIL import Image
 
     paths = getattr(easy_vqa, f"get_{official_split}_image_paths")()
     return np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in range(len(paths))])
 
 
-class EasyVQA(Dataset):
-    """Questions about easy-VQA pictures, one sample a question.
+class EasyVQA(Sequence[Sample]):
+    """Questions about easy-VQA pictures, one sample per question.
 
     Args:
         split: `train`, `calibration` (both from the package's training part) or `test`.
@@ -61,6 +64,7 @@ class EasyVQA(Dataset):
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}; expected at least 1 question, or None for all")
         import easy_vqa
+        import numpy as np
 
         self.split = split
         self._official = "test" if split == "test" else "train"
@@ -76,7 +80,13 @@ class EasyVQA(Dataset):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def __getitem__(self, index: int) -> Sample:
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         i = self.sample_ids[index]
         return Sample(
             id=i,
@@ -92,6 +102,8 @@ class EasyVQA(Dataset):
         Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 where no question tells. Only
         facts stated by an answer are used ("what color ...?" or a "yes" to a question without a negation).
         """
+        import torch
+
         colour: dict[int, int] = {}
         shape: dict[int, int] = {}
         for i in self.sample_ids:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,6 +18,7 @@ class Sample:
         prompt: the question or instruction; empty where a model takes none (dual encoders).
         references: right answers, at least one wherever a model is trained or measured; training uses the first.
         choices: the answers that were to choose from, right and wrong; empty where the answer is open.
+        where: the file and line that the sample was read from, for errors; empty if it was made in memory.
     """
 
     id: str | int
@@ -25,23 +26,26 @@ class Sample:
     prompt: str
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    where: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def of(cls, record: Sample | Mapping[str, Any], place: int = 0) -> Sample:
-        """A record as easy-VQA's and users' own have it (`image`, `question`, `answer`, `choices`, `sample_id`).
+        """The sample of a record in any of the forms that docs/data.md lists; a `Sample` is returned as it is.
 
-        `place` names a record without an id.
+        Args:
+            place: the record's number in its batch or data set: its id if it has none, and its name in errors.
+
+        Raises:
+            TypeError, ValueError: naming the sample, the key, what was found and what was expected.
         """
-        if isinstance(record, Sample):
-            return record
-        answer = record.get("answer")
-        return cls(
-            id=record.get("sample_id", place),
-            images=(record["image"],),
-            prompt=record["question"],
-            references=() if answer is None else (answer,),
-            choices=tuple(record.get("choices", ())),
-        )
+        from cmai_fast.data.records import sample_of
+
+        return record if isinstance(record, Sample) else sample_of(record, f"record {place}", place)
+
+    @property
+    def name(self) -> str:
+        """What errors call the sample: its id, and the file and line where it has one."""
+        return f"sample {self.id!r}" + (f" ({self.where})" if self.where else "")
 
     @property
     def answer(self) -> str:
@@ -51,11 +55,11 @@ class Sample:
             ValueError: there is none.
         """
         if not self.references:
-            raise ValueError(f"sample {self.id!r} has no references; expected at least one right answer")
+            raise ValueError(f"{self.name} has no answer; expected at least one right answer (key 'answer')")
         return self.references[0]
 
 
-def numeric_id(sample_id: str | int) -> int:
+def numeric_id(sample_id: Hashable) -> int:
     """The id as operators take it (int64): itself where it is a whole number, else 63 bits of its hash."""
     if isinstance(sample_id, int) and not isinstance(sample_id, bool) and -(2**63) <= sample_id < 2**63:
         return sample_id

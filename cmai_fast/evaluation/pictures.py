@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,69 +14,68 @@ from torch import Tensor
 
 from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
-from cmai_fast.evaluation.protocol import Attacked, Measured
+from cmai_fast.evaluation.protocol import Measured
+from cmai_fast.evaluation.runner import Attacked
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, round_to_8bit
 
 
-def picture_grid(
-    subjects: dict[str, Pipeline],
-    measured: dict[str, Measured],
-    samples: Sequence[Sample],
-    attack: str,
-    threat: ThreatModel,
-    most: int = 6,
-) -> list[dict[str, Any]]:
-    """Up to `most` samples for each attacked model: those that its attack broke first.
+@dataclass
+class Shown:
+    """One attacked sample to be shown: its images in [0, 1], the adversarial one rounded to 8 bits."""
 
-    `subjects` and `measured` go by `undefended` / `immunised`; `attack` is the key of the attack whose images, rounded
-    to 8 bits, are shown.
+    sample: Sample
+    clean: Tensor
+    adversarial: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def ask(self, name: str, pipeline: Pipeline) -> None:
+        """Adds what a model, called `name`, answers to both images."""
+        clean, adversarial = pipeline.generate([self.sample] * 2, [self.clean, self.adversarial])
+        self.record["answers"][name] = {"clean": clean, "adversarial": adversarial}
+
+
+def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most: int = 6) -> list[Shown]:
+    """Up to `most` samples of the attacked model `name`: those that its attack broke first.
+
+    `attack` is the key of the attack whose images, rounded to 8 bits, are shown; the runner has kept them.
     """
-    pictures = []
-    for against, m in measured.items():
-        attacked = m.attacked[attack]
-        for row in _rows(m, attacked, most):
-            sample, clean = samples[row], m.clean[row]
-            adv = round_to_8bit(attacked.adv[row][None], clean[None], threat)[0]
-            amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
-            answers = {
-                key: {
-                    "clean": subject.generate([sample], [clean])[0],
-                    "adversarial": subject.generate([sample], [adv])[0],
-                }
-                for key, subject in subjects.items()
-            }
-            objective = subjects[against].images([sample])
-            pictures.append(
-                {
-                    "question": sample.prompt,
-                    "answer": sample.answer,
-                    "against": against,
-                    "amplification": round(amplification, 1),
-                    "clean_png": _png(objective, clean),
-                    "perturbation_png": _png(objective, 0.5 + (adv - clean) * amplification),
-                    "adversarial_png": _png(objective, adv),
-                    **answers,
-                }
-            )
-    return pictures
+    runner, attacked, found = measured.runner, measured.attacked[attack], []
+    for row in _rows(attacked, most):
+        sample, (clean,) = runner.samples[row], runner.images([row])
+        adv = round_to_8bit(attacked.images[row][None], clean[None], threat)[0]
+        amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
+        batch = runner.pipeline.images([sample])
+        record = {
+            "question": sample.prompt,
+            "answer": sample.answer,
+            "against": name,
+            "amplification": round(amplification, 1),
+            "clean_png": _png(batch, clean),
+            "perturbation_png": _png(batch, 0.5 + (adv - clean) * amplification),
+            "adversarial_png": _png(batch, adv),
+            "answers": {},
+        }
+        found.append(Shown(sample, clean, adv, record))
+    return found
 
 
-def _rows(measured: Measured, attacked: Attacked, most: int) -> list[int]:
+def _rows(attacked: Attacked, most: int) -> list[int]:
     """Broken samples before unbroken ones, spread over the data set; none that was wrong when untouched."""
-    right = np.flatnonzero(measured.clean_right)
-    broken = right[~attacked.right[right]]
-    held = right[attacked.right[right]]
-    spread = [group[np.linspace(0, len(group) - 1, min(most, len(group))).astype(int)] for group in (broken, held)]
+    rows = np.array(attacked.rows, dtype=int)
+    broken, held = rows[~attacked.right], rows[attacked.right]
+    spread: Sequence[np.ndarray] = [
+        group[np.linspace(0, len(group) - 1, min(most, len(group))).astype(int)] for group in (broken, held)
+    ]
     chosen = np.unique(spread[0])
     if len(chosen) < most:
         chosen = np.concatenate([chosen, np.unique(spread[1])[: most - len(chosen)]])
     return [int(i) for i in chosen[:most]]
 
 
-def _png(objective: BatchImages, image: Tensor) -> str:
+def _png(batch: BatchImages, image: Tensor) -> str:
     """The picture of one sample as the model sees it; its tiles side by side where it is cut into tiles."""
-    (pictures,) = objective.pictures(objective.join([image.clamp(0, 1)]))
+    (pictures,) = batch.pictures(batch.join([image.clamp(0, 1)]))
     buffer = io.BytesIO()
     Image.fromarray(np.hstack(pictures)).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,31 +1,108 @@
-"""The training bar: steps, time left, and how clean and adversarial loss stand."""
+"""One line for a whole workflow: which stage of how many, how far, and the time left over all."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class TrainingBar(TrainerCallback):
-    """A rich progress bar in place of Trainer's own, which prints every log as a raw dict."""
+class Overall:
+    """The progress of a workflow.
+
+    Args:
+        stages: what is to be done, in order, and what each is expected to cost, in any unit that is the same for all.
+        show: False prints nothing.
+    """
+
+    def __init__(self, stages: Mapping[str, float], show: bool = True, console: Console | None = None) -> None:
+        self.stages = dict(stages)
+        self._stage, self._total, self._share = "", 1, 0.0
+        self._mine, self._began = 0.0, time.monotonic()  # cost of what this process did, and since when
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"),
+            disable=not show, console=console or Console(stderr=True),
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=sum(self.stages.values()) or 1.0, left="", note="")
+
+    def __enter__(self) -> Overall:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        """Begins a stage of `total` steps, of which `done` were done by an earlier process; those before it are over.
+
+        A stage that was not planned leaves the bar where it is.
+        """
+        self._stage, self._total = stage, total
+        self._share = done / total if total else 1.0
+        self._show(None)
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        share = min(1.0, self._share + steps / max(self._total, 1))
+        self._mine += self.stages.get(self._stage, 0.0) * (share - self._share)
+        self._share = share
+        self._show(note)
+
+    @property
+    def completed(self) -> float:
+        """Cost of what is done, by this process or before."""
+        if self._stage not in self.stages:
+            return 0.0
+        names = list(self.stages)
+        return sum(self.stages[n] for n in names[: names.index(self._stage)]) + self.stages[self._stage] * self._share
+
+    def seconds_left(self) -> float | None:
+        """From the pace of this process so far; None before anything is done."""
+        if not self._mine:
+            return None
+        return (time.monotonic() - self._began) * (sum(self.stages.values()) - self.completed) / self._mine
+
+    def _show(self, note: str | None) -> None:
+        planned = self._stage in self.stages
+        where = f"stage {list(self.stages).index(self._stage) + 1} of {len(self.stages)}: " if planned else ""
+        seconds = self.seconds_left()
+        fields = {} if note is None else {"note": note}
+        fields["left"] = "" if seconds is None else f"about {_clock(seconds)} left"
+        if planned:
+            self._bar.update(self._task, completed=self.completed)
+        self._bar.update(self._task, description=where + self._stage, **fields)
+
+
+class Silent(Overall):
+    """For callers that show nothing."""
 
     def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.description}"),
-        )  # fmt: skip
-        self.task: Any = None
+        super().__init__({}, show=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class TrainingProgress(TrainerCallback):
+    """Reports a training to `Overall`, in place of Trainer's own bar, which prints every log as a raw dict."""
+
+    def __init__(self, overall: Overall, stage: str = "training") -> None:
+        self.overall, self.stage = overall, stage
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.progress.start()
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self.overall.start(self.stage, state.max_steps, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step)
+        self.overall.advance()
 
     def on_log(
         self,
@@ -37,9 +114,9 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         parts = [f"{k.removeprefix('loss_')} {v:.3f}" for k, v in (logs or {}).items() if k.startswith("loss_")]
         if parts:
-            self.progress.update(self.task, description="loss: " + ", ".join(parts))
+            self.overall.advance(0, "loss: " + ", ".join(parts))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.progress.stop()
+        self.overall.advance(0, "")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from rich.progress import track
 from torch import Tensor
 
-from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.runner import Answers, Attacked, Parts, Runner, eps_text
+from cmai_fast.evaluation.state import State
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.metrics import (
     accuracy,
     attack_success_rate,
@@ -25,246 +26,245 @@ from cmai_fast.metrics import (
     worst_case,
 )
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.threat import ThreatModel, round_to_8bit
+from cmai_fast.tasks import Task
+from cmai_fast.threat import ThreatModel
 
 CURVE_EPS = (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 24 / 255)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-@dataclass(frozen=True)
-class AttackSpec:
-    """An attack of `cmai_fast.attacks.ATTACKS` with its strength."""
-
-    name: str
-    steps: int
-    restarts: int = 1
-
-    def __post_init__(self) -> None:
-        if self.name not in ATTACKS:
-            raise ValueError(f"unknown attack {self.name!r}; known: {', '.join(ATTACKS)}")
-        for what in ("steps", "restarts"):
-            if getattr(self, what) < 1:
-                raise ValueError(f"{what} of {self.name} is {getattr(self, what)}; expected at least 1")
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
-
-
-@dataclass
-class Attacked:
-    """What an attack did to all samples: images in [0, 1], as `Victim.split` gives them, verdicts (N,) bool, price,
-    bad gradients."""
-
-    adv: list[Tensor]
-    right: np.ndarray
-    right_8bit: np.ndarray
-    passes: Passes
-    seconds: float
-    nonfinite: int = 0
-
-
 @dataclass
 class Measured:
-    """The record that goes into results.json, and the images and verdicts it rests on."""
+    """The record that goes into results.json, and the answers and verdicts it rests on."""
 
     record: dict[str, Any]
-    clean: list[Tensor]
-    clean_right: np.ndarray
-    attacked: dict[str, Attacked] = field(default_factory=dict)
-
-
-def objective_of(subject: Pipeline, batch: dict[str, Tensor]) -> Victim:
-    """L_task on a batch of `subject.collate`, on the model's device."""
-    return Victim(subject.bridge, subject.space, subject.on_device(batch))
-
-
-def is_right(subject: Pipeline, pixels: Tensor, objective: Victim) -> Tensor:
-    """Verdict on images in [0, 1], as `objective.pixels()` gives them: (N,) bool."""
-    return objective.right(pixels)
-
-
-def batches(
-    subject: Pipeline, samples: Sequence[Sample], size: int, what: str, progress: bool
-) -> Iterator[tuple[Victim, Tensor, Tensor]]:
-    """Victims of the samples, `size` at a time, their clean images in [0, 1] and ids (n,), with a progress bar."""
-    for start in track(range(0, len(samples), size), f"{subject.name}: {what}", disable=not progress, transient=False):
-        batch = subject.collate(samples[start : start + size])
-        objective = objective_of(subject, batch)
-        yield objective, objective.pixels(), batch["sample_ids"]
-
-
-def run_attack(
-    subject: Pipeline,
-    samples: Sequence[Sample],
-    spec: AttackSpec,
-    threat: ThreatModel,
-    *,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = False,
-) -> Attacked:
-    """One attack on all samples. Verdicts are also given for the images rounded to 8 bits inside the ball."""
-    start, passes, nonfinite = time.perf_counter(), Passes(), 0
-    adv: list[Tensor] = []
-    right, right_8bit = [], []
-    what = f"{spec.key} at {_eps_text(threat)}"
-    for objective, clean, sample_ids in batches(subject, samples, batch_size, what, progress):
-        result: AttackResult = ATTACKS[spec.name](
-            objective, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=seed, sample_ids=sample_ids
-        )
-        passes = passes + result.passes
-        nonfinite += int(result.nonfinite.sum())
-        adv += _kept(objective, result.adv)
-        right.append(~result.fooled)
-        right_8bit.append(is_right(subject, round_to_8bit(result.adv, clean, threat), objective))
-    verdicts = torch.cat(right).cpu().numpy(), torch.cat(right_8bit).cpu().numpy()
-    return Attacked(adv, *verdicts, passes, time.perf_counter() - start, nonfinite)
-
-
-def _kept(objective: Victim, pixels: Tensor) -> list[Tensor]:
-    """On the CPU, so that a device holds the images of one batch only."""
-    return [image.cpu() for image in objective.split(pixels)]
+    clean: Answers
+    attacked: dict[str, Attacked]
+    runner: Runner = field(repr=False)
 
 
 def measure(
-    subject: Pipeline,
+    pipeline: Pipeline,
     samples: Sequence[Sample],
     threat: ThreatModel,
     suite: Sequence[AttackSpec],
     *,
     curve: AttackSpec | None = None,
-    transferred: dict[str, list[Tensor]] | None = None,
+    transferred: Mapping[str, Mapping[int, Tensor]] | None = None,
+    task: Task | str = "vqa",
+    metrics: Sequence[str] = (),
     batch_size: int = 64,
     seed: int = 0,
-    progress: bool = False,
+    state: State | None = None,
+    progress: Overall | None = None,
 ) -> Measured:
     """Everything that is said of one model, as a JSON-ready record.
 
+    A sample that is wrong when untouched is not attacked, and one that an attack broke is not attacked by the next:
+    nothing more can be learnt from it. It stays in the suite only while a number of the record could still change: until
+    it is broken by an image that stays an attack when rounded to 8 bits and, with a threshold, by one that the detector
+    accepts. So every number is the one of attacking all samples by all attacks.
+
     Args:
-        suite: Acc_robust is over the worst of these, sample by sample; the first gives the S_c of attacked inputs.
+        suite: Acc_robust is over the worst of these, sample by sample; the first runs on every sample that is right
+            when untouched, its images are kept, and it gives the S_c of attacked inputs.
         curve: the attack for robust accuracy over eps; None leaves the curve out.
-        transferred: adversarial images made elsewhere for the same samples, as in `Attacked`, by name; they join the
-            suite.
+        transferred: adversarial images made elsewhere for the same samples, by name and row; they join the suite, and
+            are tried on every sample that is right when untouched.
+        task, state, batch_size, seed, progress: as for `Runner`.
+        metrics: names of corpus metrics to report beside the task's own.
     """
-    clean, clean_right = clean_verdicts(subject, samples, batch_size, progress)
-    measured = Measured({"acc_clean": accuracy(clean_right), "n": len(samples)}, clean, clean_right)
-    for spec in suite:
-        measured.attacked[spec.key] = run_attack(
-            subject, samples, spec, threat, batch_size=batch_size, seed=seed, progress=progress
-        )
+    repeated = [key for key, times in Counter(spec.key for spec in suite).items() if times > 1]
+    if repeated:
+        raise ValueError(f"the suite has {repeated[0]} twice; expected each attack once")
+    runner = Runner(
+        pipeline, samples, task=task, state=state, batch_size=batch_size, seed=seed, progress=progress
+    )  # fmt: skip
+    measured = Measured({}, runner.clean(), {}, runner)
+    standing = measured.clean.right.copy()
+    for i, spec in enumerate(suite):
+        attacked = runner.attack(spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0)
+        measured.attacked[spec.key] = attacked
+        standing[attacked.rows] = ~_settled(pipeline, attacked)
     for name, images in (transferred or {}).items():
-        measured.attacked[name] = _transferred(subject, samples, images, threat, batch_size)
-    robust = worst_case(clean_right, *(a.right for a in measured.attacked.values()))
-    record = measured.record
-    record["precision"] = str(subject.model.dtype)
-    record["acc_clean_interval"] = list(bootstrap_interval(clean_right.astype(float)))
-    record["acc_robust"] = accuracy(robust)
-    record["acc_robust_interval"] = list(bootstrap_interval(robust.astype(float)))
-    record["acc_robust_8bit"] = accuracy(worst_case(clean_right, *(a.right_8bit for a in measured.attacked.values())))
-    record["asr"] = attack_success_rate(clean_right, robust)
-    specs = {s.key: s for s in suite}
-    record["attacks"] = {k: _attack_record(a, clean_right, specs.get(k)) for k, a in measured.attacked.items()}
+        measured.attacked[name] = runner.transfer(images, threat, name=name)
+    _add_accuracy(measured, {spec.key: spec for spec in suite})
+    measured.record["metrics"] = _corpus_metrics(measured, metrics)
     if curve is not None:
-        record["curve"] = _curve(subject, samples, curve, threat, batch_size, seed, progress)
-    if subject.heads is not None:
-        _add_consistency(measured, subject, samples, batch_size)
+        measured.record["curve"] = _curve(runner, curve, threat)
+    if pipeline.heads is not None:
+        _add_consistency(measured)
     return measured
 
 
-def clean_verdicts(
-    subject: Pipeline, samples: Sequence[Sample], batch_size: int, progress: bool
-) -> tuple[list[Tensor], np.ndarray]:
-    """Clean images in [0, 1], one a sample, and whether each is answered right."""
-    images: list[Tensor] = []
-    right = []
-    for objective, clean, _ in batches(subject, samples, batch_size, "clean", progress):
-        images += _kept(objective, clean)
-        right.append(is_right(subject, clean, objective))
-    return images, torch.cat(right).cpu().numpy()
+def _settled(pipeline: Pipeline, attacked: Attacked) -> np.ndarray:
+    """(M,) bool: no further attack on this sample can change a number."""
+    broken = ~attacked.right & ~attacked.right_8bit
+    if pipeline.threshold is None or attacked.scores is None:
+        return broken
+    return broken & (attacked.scores >= pipeline.threshold.tau)
 
 
-def _transferred(
-    subject: Pipeline, samples: Sequence[Sample], adv: list[Tensor], threat: ThreatModel, batch_size: int
-) -> Attacked:
-    right, right_8bit, start = [], [], time.perf_counter()
-    for i, (objective, clean, _) in enumerate(batches(subject, samples, batch_size, "transferred", False)):
-        part = objective.join(adv[i * batch_size : (i + 1) * batch_size])
-        right.append(is_right(subject, part, objective))
-        right_8bit.append(is_right(subject, round_to_8bit(part, clean, threat), objective))
-    seconds = time.perf_counter() - start
-    return Attacked(adv, torch.cat(right).cpu().numpy(), torch.cat(right_8bit).cpu().numpy(), Passes(), seconds)
+def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
+    """Accuracies, ASR and their intervals; and of each attack, in the order in which they ran."""
+    clean, record, pipeline = measured.clean.right, measured.record, measured.runner.pipeline
+    record |= {"acc_clean": accuracy(clean), "n": len(clean), "task": measured.runner.task.name}
+    record["precision"] = str(pipeline.model.dtype)
+    record["acc_clean_interval"] = list(bootstrap_interval(clean.astype(float)))
+    robust, robust_8bit, attacks = clean, clean, {}
+    for key, attacked in measured.attacked.items():
+        robust = worst_case(robust, attacked.over(len(clean), attacked.right))
+        robust_8bit = worst_case(robust_8bit, attacked.over(len(clean), attacked.right_8bit))
+        attacks[key] = _attack_record(attacked, specs.get(key)) | {
+            "acc_robust": accuracy(robust),
+            "acc_robust_8bit": accuracy(robust_8bit),
+        }
+    record["acc_robust"], record["acc_robust_8bit"] = accuracy(robust), accuracy(robust_8bit)
+    record["acc_robust_interval"] = list(bootstrap_interval(robust.astype(float)))
+    record["asr"] = attack_success_rate(clean, robust)
+    record["attacks"] = attacks
 
 
-def _attack_record(attacked: Attacked, clean_right: np.ndarray, spec: AttackSpec | None) -> dict[str, Any]:
-    right = worst_case(clean_right, attacked.right)
+def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any]:
+    """`attacked` counts the samples that it ran on, `broken` those that it made wrong, and `asr` is their share.
+
+    `acc_robust` and `acc_robust_8bit`, which the caller adds, are cumulative: over this attack and those before it.
+    """
+    count, broken = len(attacked.rows), int((~attacked.right).sum())
     record: dict[str, Any] = {
-        "acc_robust": accuracy(right),
-        "asr": attack_success_rate(clean_right, right),
-        "acc_robust_8bit": accuracy(worst_case(clean_right, attacked.right_8bit)),
+        "attacked": count,
+        "broken": broken,
+        "asr": broken / count if count else None,
         "seconds": attacked.seconds,
     }
     if spec is not None:
-        passes = attacked.passes
-        record |= {"name": spec.name, "steps": spec.steps, "restarts": spec.restarts}
-        record["passes"] = {"forward": passes.full_forward, "backward": passes.full_backward}
-        record["nonfinite_gradients"] = attacked.nonfinite
+        record |= {"name": spec.name, "label": spec.label, "steps": spec.steps, "restarts": spec.restarts, "settings": dict(spec.settings)}
+        record["passes"] = {"forward": attacked.passes.full_forward, "backward": attacked.passes.full_backward}
+        record["nonfinite_gradients"] = int(attacked.nonfinite.sum())
+        record["zero_gradients"] = int(attacked.zero_gradients.sum())
     return record
 
 
-def _curve(
-    subject: Pipeline,
-    samples: Sequence[Sample],
-    spec: AttackSpec,
-    threat: ThreatModel,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-) -> list[dict[str, Any]]:
+def worst_answers(measured: Measured) -> list[str]:
+    """Per sample the generated text of the lowest score, clean or under any attack; the first of several."""
+    runner, worst = measured.runner, list(measured.clean.predictions)
+    task, samples = runner.task, runner.samples
+    scores = [task.score(p, s) for p, s in zip(worst, samples, strict=True)]
+    for attacked in measured.attacked.values():
+        for row, text in zip(attacked.rows, attacked.predictions, strict=True):
+            score = task.score(text, samples[row])
+            if score < scores[row]:
+                worst[row], scores[row] = text, score
+    return worst
+
+
+def _corpus_metrics(measured: Measured, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    runner = measured.runner
+    return {
+        kind: corpus_metrics(runner.task, names, predictions, runner.samples)
+        for kind, predictions in (("clean", measured.clean.predictions), ("robust", worst_answers(measured)))
+    }
+
+
+def corpus_metrics(
+    task: Task, names: Sequence[str], predictions: Sequence[str], samples: Sequence[Sample]
+) -> dict[str, float]:
+    """The task's own metrics, and those of `METRICS` that are named."""
+    found = dict(task.metrics(predictions, samples))
+    if names:
+        from cmai_fast.metrics import METRICS
+
+        references = [s.references for s in samples]
+        found |= {name: METRICS[name](predictions, references) for name in names}
+    return found
+
+
+def curve_radii(threat: ThreatModel) -> list[float]:
     radii = CURVE_EPS if threat.norm == "linf" else tuple(threat.eps * s for s in (1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2))
-    points: list[dict[str, Any]] = []
-    for eps in sorted({*radii, threat.eps}):
-        attacked = run_attack(
-            subject, samples, spec, ThreatModel(threat.norm, eps), batch_size=batch_size, seed=seed, progress=progress
-        )
-        points.append({"eps": eps, "acc_robust": accuracy(attacked.right), "attack": spec.key})
+    return sorted({*radii, threat.eps})
+
+
+def curve_stage(threat: ThreatModel, place: int) -> str:
+    return f"curve {place + 1}, {eps_text(threat)}"
+
+
+def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[str, Any]]:
+    """Robust accuracy under one attack at each radius, each a search of its own over all samples."""
+    points, count = [], len(runner.samples)
+    for i, eps in enumerate(curve_radii(threat)):
+        ball = ThreatModel(threat.norm, eps)
+        attacked = runner.attack(spec, ball, stage=curve_stage(ball, i), brief=True)
+        points.append({"eps": eps, "acc_robust": float(attacked.right.sum() / count), "attack": spec.key})
     return points
 
 
-def _add_consistency(measured: Measured, subject: Pipeline, samples: Sequence[Sample], batch_size: int) -> None:
-    """S_c with the model's own answers, clean and attacked; the detector that thresholds it."""
-    clean = own_scores(subject, samples, measured.clean, batch_size)
-    attacked = {k: own_scores(subject, samples, a.adv, batch_size) for k, a in measured.attacked.items()}
-    first = next(iter(attacked), None)
-    if first is None:
+def _add_consistency(measured: Measured) -> None:
+    """S_c with the model's own answers, clean and of the first attack; the detector that thresholds it.
+
+    Attacked are the samples that the first attack ran on: those right when untouched.
+    """
+    clean, first = measured.clean.scores, next(iter(measured.attacked), None)
+    adv = measured.attacked[first].scores if first is not None else None
+    if clean is None or adv is None or not len(adv):
         return
-    record, adv = measured.record, attacked[first]
+    record, broken = measured.record, ~measured.attacked[first].right
     record["s_c"] = {"clean": _distribution(clean), "adversarial": _distribution(adv), "attack": first}
     fpr, tpr = roc_curve(clean, adv)
     keep = np.unique(np.linspace(0, len(fpr) - 1, 200).astype(int))
     detection: dict[str, Any] = {
         "auroc": auroc(clean, adv),
+        "auroc_successful": auroc(clean, adv[broken]) if broken.any() else None,
         "tpr_at_1_fpr": tpr_at_fpr(clean, adv, 0.01),
         "tpr_at_5_fpr": tpr_at_fpr(clean, adv, 0.05),
         "roc": {"fpr": fpr[keep].tolist(), "tpr": tpr[keep].tolist()},
     }
-    if subject.threshold is not None:
-        tau = subject.threshold.tau
-        pairs = [(measured.attacked[k].right, scores >= tau) for k, scores in attacked.items()]
+    threshold = measured.runner.pipeline.threshold
+    if threshold is not None:
+        tau, count = threshold.tau, len(clean)
+        pairs = [
+            (attacked.over(count, attacked.right), attacked.over(count, attacked.scores >= tau))
+            for attacked in measured.attacked.values()
+            if attacked.scores is not None  # no sample was left to attack
+        ]
         detection["threshold"] = tau
         detection["clean_rejection_rate"] = float((clean < tau).mean())
-        detection["acc_robust_with_rejection"] = rejection_accuracy(measured.clean_right, clean >= tau, *pairs)
+        detection["acc_robust_with_rejection"] = rejection_accuracy(measured.clean.right, clean >= tau, *pairs)
     record["detection"] = detection
 
 
-def own_scores(subject: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor], batch_size: int) -> np.ndarray:
-    """S_c (N,) of images in [0, 1], one a sample, with the model's own answers."""
-    parts = [
-        subject.score(part, subject.generate(part, images[i : i + batch_size]), images[i : i + batch_size])
-        for i in range(0, len(samples), batch_size)
-        for part in (samples[i : i + batch_size],)
-    ]
-    return torch.cat(parts).double().cpu().numpy()
+def own_scores(
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    batch_size: int,
+    images: Sequence[Tensor] | None = None,
+    progress: Overall | None = None,
+) -> np.ndarray:
+    """S_c (N,) with the model's own answers, of the samples as they are or of `images` as `Pipeline.generate` has it."""
+
+    def score(rows: list[int]) -> list[float]:
+        part, given = [samples[i] for i in rows], None if images is None else [images[i] for i in rows]
+        return pipeline.score(part, pipeline.generate(part, given), given).double().tolist()
+
+    found: list[float] = []
+    for rows, scores in Parts(batch_size).over(range(len(samples)), score):
+        found += scores
+        if progress is not None:
+            progress.advance(len(rows))
+    return np.array(found)
+
+
+def stages(
+    name: str, count: int, threat: ThreatModel, suite: Sequence[AttackSpec], curve: AttackSpec | None, transfer: bool
+) -> dict[str, float]:
+    """The stages of `measure` for a model called `name`, and about how many forward passes each costs."""
+    found = {"clean": 6.0 * count}
+    found |= {f"{spec.key} at {eps_text(threat)}": (spec.passes + 12.0) * count for spec in suite}
+    if transfer:
+        found["transfer"] = 12.0 * count
+    if curve is not None:
+        for i, eps in enumerate(curve_radii(threat)):
+            found[curve_stage(ThreatModel(threat.norm, eps), i)] = (curve.passes + 6.0) * count
+    return {f"{name}: {stage}": cost for stage, cost in found.items()}
 
 
 def _distribution(scores: np.ndarray) -> dict[str, Any]:
@@ -274,7 +274,3 @@ def _distribution(scores: np.ndarray) -> dict[str, Any]:
         "quantiles": {str(q): float(np.quantile(scores, q)) for q in QUANTILES},
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
-
-
-def _eps_text(threat: ThreatModel) -> str:
-    return f"{threat.norm} {threat.eps * 255:.3g}/255" if threat.norm == "linf" else f"l2 {threat.eps:.3g}"

@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from cmai_fast.attacks.state import random_start
-from cmai_fast.data import Sample
-from cmai_fast.evaluation.protocol import AttackSpec, Measured, batches, is_right, run_attack
-from cmai_fast.pipeline import Pipeline
+from cmai_fast.evaluation.protocol import Measured
+from cmai_fast.evaluation.runner import Runner
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.threat import ThreatModel
 
 Check = dict[str, Any]
 _LARGE_EPS = 128 / 255  # every image can be made plain grey
+# Both attacks: where a model is sure of its answer the cross-entropy is flat, and PGD, which does not go back to
+# the best point it saw, loses its way in a large ball (an immunised model kept 16%, under APGD-CE-100 2%).
+_LARGE = (AttackSpec("pgd", 50), AttackSpec("apgd", 100))
+_SMALL = AttackSpec("pgd", 5)
+_WITHOUT_GRADIENT = 0.1  # share of an attack's steps from which on it was blind to a sample
 
 
-def sanity_checks(
-    subject: Pipeline,
-    samples: Sequence[Sample],
-    measured: Measured,
-    threat: ThreatModel,
-    *,
-    must_break: bool,
-    limit: int = 128,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = False,
-) -> list[Check]:
-    """The checks for one measured model, on at most `limit` samples where an attack has to be run again.
+def sanity_checks(measured: Measured, threat: ThreatModel, *, must_break: bool, limit: int = 128) -> list[Check]:
+    """The checks for one measured model, on its first `limit` samples where an attack has to be run again.
 
     Args:
         must_break: the model is undefended, so an attack that leaves it standing is too weak.
     """
-    record, few = measured.record, samples[:limit]
+    record, runner = measured.record, measured.runner
+    few = list(range(min(limit, len(runner.samples))))
     checks = [_falls_with_eps(record["curve"])] if record.get("curve") else []
-    if record.get("curve"):
+    if record.get("curve") and any(a.get("steps") for a in record["attacks"].values()):
         checks.append(_more_steps(record, threat))
     if threat.norm == "linf":
-        checks.append(_large_eps(subject, few, batch_size, seed, progress))
-    checks.append(_finite_gradients(record))
-    checks.append(_noise(subject, samples, measured, threat, batch_size, seed))
-    checks.append(_rounding(record))
-    if "transfer" in record["attacks"]:
-        white_box = min(a["acc_robust"] for k, a in record["attacks"].items() if k != "transfer")
-        transfer = record["attacks"]["transfer"]["acc_robust"]
-        checks.append(_check("white-box attacks beat transferred ones", white_box <= transfer, white_box, transfer))
-    checks.append(_batch_size(subject, few[:24], threat, seed))
+        checks.append(_large_eps(runner, few))
+    checks += [_finite_gradients(record), _gradients_exist(measured), _noise(measured, threat), _rounding(record)]
+    if "transfer" in record["attacks"] and len(record["attacks"]) > 1:
+        checks.append(_white_box(measured))
+    checks.append(_batch_size(runner, few[:24], threat))
     if must_break:
         passed = record["acc_robust"] < 0.5 * record["acc_clean"]
         checks.append(_check("the undefended model breaks", passed, record["acc_robust"], record["acc_clean"]))
     return checks
+
+
+def stages(name: str, count: int, norm: str, limit: int = 128) -> dict[str, float]:
+    """The stages of `sanity_checks`, as those of `protocol.stages`."""
+    few = min(limit, count)
+    found = {_large_stage(spec): (spec.passes + 6.0) * few for spec in _LARGE} if norm == "linf" else {}
+    found |= {"noise": 6.0 * count} | {_batch_stage(k): (_SMALL.passes + 6.0) * min(24, few) for k in (1, 2)}
+    return {f"{name}: {stage}": cost for stage, cost in found.items()}
+
+
+def _large_stage(spec: AttackSpec) -> str:
+    return f"check of a large ball, {spec.key}"
+
+
+def _batch_stage(run: int) -> str:
+    return f"check of the batch size, {run} of 2"
 
 
 def _check(name: str, passed: bool, *shares: float, detail: str = "") -> Check:
@@ -69,24 +73,22 @@ def _falls_with_eps(curve: list[dict[str, Any]]) -> Check:
 
 
 def _more_steps(record: dict[str, Any], threat: ThreatModel) -> Check:
+    """The attack of the curve is the weaker one, and ran on every sample, as the first of the suite did."""
     weak = next(p["acc_robust"] for p in record["curve"] if p["eps"] == threat.eps)
     strong = min(a["acc_robust"] for a in record["attacks"].values() if a.get("steps"))
     return _check("more steps never help the defender", strong <= weak + 0.005, strong, weak)
 
 
-def _large_eps(subject: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int, progress: bool) -> Check:
-    # Both attacks: where a model is sure of its answer the cross-entropy is flat, and PGD, which does not go back to
-    # the best point it saw, loses its way in a large ball (an immunised model kept 16%, under APGD-CE-100 2%).
-    standing, specs = list(samples), (AttackSpec("pgd", 50), AttackSpec("apgd", 100))
-    for spec in specs:
-        if standing:
-            attacked = run_attack(
-                subject, standing, spec, ThreatModel("linf", _LARGE_EPS), batch_size=batch_size, seed=seed,
-                progress=progress,
-            )  # fmt: skip
-            standing = [s for s, right in zip(standing, attacked.right, strict=True) if right]
-    share, names = len(standing) / len(samples), " and ".join(spec.key for spec in specs)
-    return _check("nothing survives eps 128/255", share <= 0.05, detail=f"{share:.1%} under {names}, n {len(samples)}")
+def _large_eps(runner: Runner, few: list[int]) -> Check:
+    right = runner.clean().right
+    standing = [i for i in few if right[i]]
+    for spec in _LARGE:
+        attacked = runner.attack(
+            spec, ThreatModel("linf", _LARGE_EPS), standing, stage=_large_stage(spec), brief=True
+        )  # fmt: skip
+        standing = [i for i, still in zip(attacked.rows, attacked.right, strict=True) if still]
+    share, names = len(standing) / len(few), " and ".join(spec.key for spec in _LARGE)
+    return _check("nothing survives eps 128/255", share <= 0.05, detail=f"{share:.1%} under {names}, n {len(few)}")
 
 
 def _finite_gradients(record: dict[str, Any]) -> Check:
@@ -95,16 +97,23 @@ def _finite_gradients(record: dict[str, Any]) -> Check:
     return _check("gradients are finite", bad == 0, detail=f"{bad:,} NaN or infinite elements")
 
 
-def _noise(
-    subject: Pipeline, samples: Sequence[Sample], measured: Measured, threat: ThreatModel, batch_size: int, seed: int
-) -> Check:
-    right = []
-    for objective, clean, sample_ids in batches(subject, samples, batch_size, "noise", False):
-        noisy, rows = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
-        eps = torch.full((len(clean),), threat.eps, device=clean.device)
-        random_start(objective, noisy, clean, eps, sample_ids.to(clean.device), rows, seed + 1, threat.norm)
-        right.append(is_right(subject, noisy, objective))
-    share, robust = float(torch.cat(right).float().mean()), measured.record["acc_robust"]
+def _gradients_exist(measured: Measured) -> Check:
+    """What stands because an attack saw no gradient is not robust: a rounded input, an answer that is too sure."""
+    blind = np.zeros(len(measured.runner.samples), dtype=bool)
+    standing = measured.clean.right.copy()
+    for key, attacked in measured.attacked.items():
+        standing[attacked.rows] &= attacked.right
+        steps = measured.record["attacks"][key].get("steps", 0) * measured.record["attacks"][key].get("restarts", 1)
+        if steps:
+            blind[attacked.rows] |= attacked.zero_gradients >= max(1, _WITHOUT_GRADIENT * steps)
+    count, of = int((blind & standing).sum()), int(standing.sum())
+    detail = f"{count} of {of} samples that stand had gradients of exactly 0"
+    return _check("gradients are not zero", count == 0, detail=detail)
+
+
+def _noise(measured: Measured, threat: ThreatModel) -> Check:
+    right = measured.runner.noise(threat, measured.runner.seed + 1)
+    share, robust = float(right.mean()), measured.record["acc_robust"]
     return _check("random noise is weaker than gradients", share >= robust, share, robust)
 
 
@@ -113,8 +122,19 @@ def _rounding(record: dict[str, Any]) -> Check:
     return _check("8-bit images give the same verdict (within 2 points)", abs(exact - rounded) <= 0.02, exact, rounded)
 
 
-def _batch_size(subject: Pipeline, samples: Sequence[Sample], threat: ThreatModel, seed: int) -> Check:
-    spec, sizes = AttackSpec("pgd", 5), (len(samples), max(1, len(samples) // 3))
-    runs = [run_attack(subject, samples, spec, threat, batch_size=b, seed=seed).right for b in sizes]
+def _white_box(measured: Measured) -> Check:
+    """Both ran on every sample that is right when untouched: transferred images alone, against all made for the model."""
+    attacks, count = measured.record["attacks"], len(measured.runner.samples)
+    white_box = min(a["acc_robust"] for k, a in attacks.items() if k != "transfer")
+    transfer = float(measured.attacked["transfer"].right.sum() / count)
+    return _check("white-box attacks beat transferred ones", white_box <= transfer, white_box, transfer)
+
+
+def _batch_size(runner: Runner, few: list[int], threat: ThreatModel) -> Check:
+    """Both runs start anew, from the samples and not from what `runner` kept."""
+    sizes = (len(few), max(1, len(few) // 3))
+    runs = []
+    for place, size in enumerate(sizes, 1):
+        runs.append(runner.resized(size).attack(_SMALL, threat, few, stage=_batch_stage(place), brief=True).right)
     same = float(np.mean(runs[0] == runs[1]))
     return _check("results do not depend on the batch size", same == 1.0, detail=f"{same:.1%} of verdicts equal")

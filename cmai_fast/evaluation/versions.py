@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -23,12 +24,15 @@ def versions() -> dict[str, str]:
         ).stdout.strip()  # fmt: skip
     except OSError:  # no git here
         commit = ""
+    data = {}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        data["easy_vqa"] = metadata.version("easy-vqa")
     return {
+        **data,
         "cmai_fast": cmai_fast.__version__,
         "commit": commit or "not a checkout",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "easy_vqa": metadata.version("easy-vqa"),
         "python": platform.python_version(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }

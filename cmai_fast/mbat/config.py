@@ -75,7 +75,8 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; expected a finite weight of at least 0")
         if self.recompute not in MODES:
             raise ValueError(f"recompute is {self.recompute!r}; expected one of {', '.join(MODES)}")
-        theirs = "activation_checkpointing" if self.activation_checkpointing else "gradient_checkpointing"
+        new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
+        theirs = "activation_checkpointing" if new else "gradient_checkpointing"
         if self.recompute != "none" and getattr(self, theirs):
             raise ValueError(
                 f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from cmai_fast.bridge import Bridge, bridge_of
+from cmai_fast.bridge import ModelBridge, bridge_of
 from cmai_fast.mbat.adapters import has_adapters
 
 
@@ -78,7 +78,7 @@ def is_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def check_vision_side(bridge: Bridge) -> None:
+def check_vision_side(bridge: ModelBridge) -> None:
     """Raises ValueError where a layer of the vision side is quantised: only its norms and biases would learn."""
     for part in bridge.vision_side:
         for name, p in part.named_parameters():
@@ -89,7 +89,7 @@ def check_vision_side(bridge: Bridge) -> None:
                 )
 
 
-def freeze_language_model(bridge: Bridge, adapters: set[nn.Parameter]) -> None:
+def freeze_language_model(bridge: ModelBridge, adapters: set[nn.Parameter]) -> None:
     """Its own parameters and those of the output layer stay as they are, norms and embeddings too; `adapters` learn."""
     parts = (bridge.text_model, bridge.model.get_output_embeddings())
     for p in {p for part in parts if part is not None for p in part.parameters()} - adapters:

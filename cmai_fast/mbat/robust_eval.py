@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from cmai_fast.attacks import Passes, Victim, exact_gradient
 from cmai_fast.attacks.pgd import pgd
-from cmai_fast.bridge import Bridge
+from cmai_fast.bridge import ModelBridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat.shards import is_sharded
 from cmai_fast.threat import PixelSpace, ThreatModel
 
 
 def verdicts(
-    bridge: Bridge,
+    bridge: ModelBridge,
     space: PixelSpace,
     batch: Mapping[str, Tensor],
     heads: ConsistencyHeads | None,

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cmai_fast.bridge import Bridge
+from cmai_fast.bridge import ModelBridge
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def run_through_root(bridge: Bridge) -> None:
+def run_through_root(bridge: ModelBridge) -> None:
     """Lets `bridge` run E_v and E_t as methods of the sharded model, which gather its parameters as `forward` does."""
     model = bridge.model
     if not is_sharded(model) or hasattr(model, "mbat_encode_image"):

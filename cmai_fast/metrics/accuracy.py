@@ -55,7 +55,7 @@ def _verdicts(values: ArrayLike, name: str) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype != bool or not len(array):
         raise ValueError(
-            f"{name} has shape {array.shape} and dtype {array.dtype}; expected one bool a sample, at least one sample"
+            f"{name} has shape {array.shape} and dtype {array.dtype}; expected one bool per sample, at least one sample"
         )
     return array
 

@@ -11,7 +11,7 @@ _CHUNK = 1 << 22  # drawn indices held at once: 32 MiB
 def bootstrap_interval(
     values: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """(low, high) of the mean of one value a sample, by the percentile bootstrap (Efron, 1979).
+    """(low, high) of the mean of one value per sample, by the percentile bootstrap (Efron, 1979).
 
     Args:
         values: (n,), bool (an accuracy) or float; finite. All equal values give a width of 0, which says that the

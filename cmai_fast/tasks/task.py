@@ -1,4 +1,4 @@
-"""What a task says: the prompt, the score of an answer, and from which score on a sample counts as broken."""
+"""What a task says: the prompt, the score of an answer, and below what score a sample counts as broken."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ class Task(Protocol):
     Attributes:
         name: as in `--task`.
         label: what reports call it.
+        metric_names: of `metrics.METRICS`, what is reported of all predictions together.
         broken_below: a sample whose score is below this counts as broken (wrong), in [0, 1].
     """
 
     name: str
     label: str
+    metric_names: tuple[str, ...]
     broken_below: float
 
     def prompt(self, sample: Sample) -> str:
@@ -32,7 +34,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-        """Corpus metrics by name, of all predictions together."""
+        """The metrics of `metric_names`, of all predictions together."""
         ...
 
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
@@ -40,7 +42,7 @@ class Task(Protocol):
         ...
 
 
-TASKS: Registry[Task] = Registry("task", "cmai_fast.tasks", frozenset({"task"}))
+TASKS: Registry[Task] = Registry("task", "cmai_fast.tasks", frozenset({"task", "choices"}))
 C = TypeVar("C", bound=Callable[[], Task])
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cmai_fast.data.sample import Sample
+from cmai_fast.metrics import measure
+from cmai_fast.metrics.exact_match import folded
+from cmai_fast.tasks.choices import other_answers
 from cmai_fast.tasks.task import task
 
 
@@ -14,23 +17,20 @@ class VQA:
 
     name = "vqa"
     label = "Question answering"
+    metric_names: tuple[str, ...] = ("exact-match",)
     broken_below = 1.0
 
     def prompt(self, sample: Sample) -> str:
         return sample.prompt
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return float(_folded(prediction) in {_folded(r) for r in sample.references})
+        return float(folded(prediction) in {folded(r) for r in sample.references})
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-        scores = [self.score(p, s) for p, s in zip(predictions, samples, strict=True)]
-        return {"exact_match": sum(scores) / len(scores)} if scores else {}
+        return measure(self.metric_names, predictions, [s.references for s in samples])
 
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
-        right = {_folded(r) for r in sample.references}
-        pool = sample.choices or tuple(dict.fromkeys(o.answer for o in others if o.references))
-        return tuple(c for c in pool if _folded(c) not in right)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+        if not sample.choices:
+            return other_answers(sample, others)
+        right = {folded(r) for r in sample.references}
+        return tuple(c for c in sample.choices if folded(c) not in right)

@@ -116,7 +116,7 @@ def test_a_hook_of_somebody_else_runs_inside_and_comes_back(make_tiny, batch):
 
 def test_the_reentrant_kind_of_the_users_own_does_not_stop_an_attack(make_tiny, batch):
     model, _ = make_tiny()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     objective = objective_of(model, batch)
     with objective.attack_mode():
         grad = exact_gradient(objective, batch["pixel_values"])[0]

@@ -24,7 +24,8 @@ def batches(tiny_processor):
 
 
 def encode(bridge, batch, prefix):
-    return bridge.encode_text(*(batch[prefix + k] for k in ("input_ids", "attention_mask", "labels")))
+    texts = (batch[prefix + k] for k in ("input_ids", "attention_mask", "labels"))
+    return bridge.encode_text(*(t.view(-1, t.shape[-1]) for t in texts))
 
 
 def cycle(batches):

@@ -1,65 +1,18 @@
-"""A small model that reads colours, so that attacks have something to break; and model folders for whole runs."""
-
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 
-from cmai_fast.bridge import Bridge, task_loss
-from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.data import Sample
 from cmai_fast.pipeline import Pipeline
-
-
-def make_heads(model: Any) -> ConsistencyHeads:
-    bridge = Bridge(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16).eval()
+from fitted import colours, fitted
 
 
 @pytest.fixture(scope="session")
-def samples() -> list[dict[str, Any]]:
-    """Twelve questions about the colours of twelve pictures, two each of six colours."""
-    data, kept, pictures = load_dataset("easyvqa", "test"), [], set()
-    room = dict.fromkeys(("black", "blue", "green", "red", "teal", "yellow"), 2)
-    for sample in (data[i] for i in range(len(data))):
-        picture = sample.images[0].tobytes()
-        if sample.prompt.startswith("what color") and room.get(sample.answer, 0) and picture not in pictures:
-            room[sample.answer] -= 1
-            pictures.add(picture)
-            kept.append(sample)
-        if not any(room.values()):
-            return kept
-    raise AssertionError("too few questions about colours")
+def samples() -> list[Sample]:
+    return colours()
 
 
 @pytest.fixture(scope="session")
-def subject(make_tiny, samples) -> Pipeline:
-    """Fitted to `samples`: right on them all, and as fragile as a fitted model is. Leave it as it is."""
-    model, processor = make_tiny()
-    bridge, batch = Bridge(model), VQACollator(processor)(samples)
-    text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0)
-    for _ in range(60):
-        loss = task_loss(*bridge.fuse(bridge.encode_image(batch["pixel_values"]), **text)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    optimizer.zero_grad()
-    return Pipeline("undefended", model.eval(), processor, make_heads(model), Threshold(0.0, 0.05, 100, "calibration"))
-
-
-@pytest.fixture(scope="session")
-def model_folder(make_tiny, tmp_path_factory) -> Path:
-    """A random tiny model with heads beside it, as `from_pretrained` and a run leave them."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model, processor = make_tiny()
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    make_heads(model).save_pretrained(folder / "cmcv", Threshold(-1.0, 0.05, 100, "calibration"))
-    return folder / "model"
+def subject(make_tiny) -> Pipeline:
+    """Leave it as it is."""
+    return fitted(make_tiny)

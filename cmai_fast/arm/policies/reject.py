@@ -1,0 +1,11 @@
+"""Withhold the answer."""
+
+from __future__ import annotations
+
+from cmai_fast.arm.policies.policy import Case, Decision, policy
+
+
+@policy("reject", label="Withhold the answer")
+def reject(case: Case) -> Decision:
+    """Always decides."""
+    return case.decision(None, "reject")

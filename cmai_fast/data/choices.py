@@ -1,0 +1,68 @@
+"""From pictures and texts to the tensors of a dual encoder (CLIP, SigLIP): which of these texts is the picture's own?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cmai_fast.data.pictures import read_picture
+from cmai_fast.data.sample import Sample, numeric_id
+
+
+def choices_of(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """The texts to choose from, each once: the choices of all samples, and the answer of each that has none.
+
+    Class names are choices; a caption is the answer of its picture, and all captions are the set.
+    """
+    return tuple(dict.fromkeys(text for s in samples for text in (s.choices or (s.answer,))))
+
+
+class ChoiceCollator:
+    """Collates samples of one picture each into a batch of a dual encoder.
+
+    Args:
+        processor: the model's own processor.
+        texts: the K texts to choose from, the same for every batch; None: the answers of the batch itself, which is how
+            dual encoders are trained on captions.
+
+    A batch of N samples holds `pixel_values` (N, 3, H, W), the texts as `input_ids` and, where the family has it,
+    `attention_mask` (K, L), `labels` (N,), the place of each sample's answer among them, and `sample_ids` (N,).
+
+    Raises:
+        ValueError: a sample without exactly one picture, or whose answer is none of the texts; names it.
+    """
+
+    def __init__(self, processor: Any, texts: Sequence[str] | None = None) -> None:
+        self.processor = processor
+        self.texts = None if texts is None else tuple(texts)
+        # SigLIP was trained on texts of full length, padding included, and has no attention mask.
+        fixed = "attention_mask" not in getattr(processor.tokenizer, "model_input_names", ("attention_mask",))
+        self._padding = "max_length" if fixed else True
+        self._tokens = None if self.texts is None else self._read(self.texts)
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        asked = [Sample.of(s, i) for i, s in enumerate(samples)]
+        texts = self.texts if self.texts is not None else choices_of(asked)
+        places = {text: i for i, text in enumerate(texts)}
+        pictures = []
+        for s in asked:
+            if len(s.images) != 1:
+                raise ValueError(f"sample {s.id!r} has {len(s.images)} images; a dual encoder takes exactly one")
+            if s.answer not in places:
+                raise ValueError(
+                    f"the answer {s.answer!r} of sample {s.id!r} is none of the {len(texts)} texts to choose from; add "
+                    "it to the choices"
+                )
+            pictures.append(read_picture(s.images[0], f"the image of sample {s.id!r}"))
+        return {
+            **dict(self.processor.image_processor(images=pictures, return_tensors="pt")),
+            **(self._tokens if self._tokens is not None else self._read(texts)),
+            "labels": torch.tensor([places[s.answer] for s in asked]),
+            "sample_ids": torch.tensor([numeric_id(s.id) for s in asked]),
+        }
+
+    def _read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        made = self.processor.tokenizer(list(texts), padding=self._padding, truncation=True, return_tensors="pt")
+        return {k: made[k] for k in ("input_ids", "attention_mask") if k in made}

@@ -1,0 +1,5 @@
+"""Formats of data, one file per format, found by name: files, folders, named sets and hubs."""
+
+from cmai_fast.data.formats.format import FORMATS, Format, data_format, digest_of, format_of_suffix, read_text
+
+__all__ = ["FORMATS", "Format", "data_format", "digest_of", "format_of_suffix", "read_text"]

@@ -1,0 +1,106 @@
+"""What a format says of itself, and the registry of formats."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cmai_fast.data.sample import Sample
+from cmai_fast.registry import Registry
+
+Read = Callable[[str, str, Mapping[str, str]], Iterable[Sample]]
+R = TypeVar("R", bound=Read)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of data.
+
+    Attributes:
+        name: as in `--data NAME:PLACE`.
+        read: `read(place, split, fields)` gives the samples. An iterable is read to its end and checked (unique ids,
+            pictures that exist); a `Sequence` that is no list or tuple is used as it is, so its pictures may be loaded
+            when a sample is asked for. Errors name file and line. `split` is one of `splits`, or empty where a place
+            is one set of records; `fields` maps our names of keys to those of the records.
+        takes: what follows the colon, as help shows it: FILE, FOLDER, another word, or nothing for a named set. FILE
+            and FOLDER are checked before the format is asked.
+        suffixes: of the files that are of this format.
+        splits: the splits of a place, in their own names; empty where it is one set of records.
+        check: refuses what can be refused before anything is read, such as a package that is not installed.
+        fingerprint: changes when the records of a place change; by default a digest of the file, or of the files of
+            records in the folder.
+    """
+
+    name: str
+    read: Read
+    takes: str = "FILE"
+    suffixes: tuple[str, ...] = ()
+    splits: Callable[[str], tuple[str, ...]] = lambda place: ()
+    check: Callable[[str], None] = lambda place: None
+    fingerprint: Callable[[str], str] | None = None
+
+
+FORMATS: Registry[Format] = Registry("data format", "cmai_fast.data.formats", frozenset({"format"}))
+
+
+def data_format(
+    name: str,
+    *,
+    takes: str = "FILE",
+    suffixes: tuple[str, ...] = (),
+    splits: Callable[[str], tuple[str, ...]] = lambda place: (),
+    check: Callable[[str], None] = lambda place: None,
+    fingerprint: Callable[[str], str] | None = None,
+) -> Callable[[R], R]:
+    """Registers the function below as the `read` of a format; the arguments are those of `Format`."""
+
+    def register(read: R) -> R:
+        FORMATS.add(name, Format(name, read, takes, suffixes, splits, check, fingerprint))
+        return read
+
+    return register
+
+
+def read_text(path: str) -> str:
+    """A file of UTF-8 text, without the byte order mark that some editors put first.
+
+    Raises:
+        ValueError: other bytes, with the line of the first.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def format_of_suffix(path: Path) -> Format:
+    """The format of a file by how its name ends.
+
+    Raises:
+        ValueError: no format has that suffix.
+    """
+    forms = [form for _, form in FORMATS.items()]
+    for form in forms:
+        if path.suffix.lower() in form.suffixes:
+            return form
+    known = ", ".join(sorted(suffix for form in forms for suffix in form.suffixes))
+    raise ValueError(
+        f"{path} ends in {path.suffix or 'no suffix'}; expected a file that ends in one of {known}, or its format "
+        f"before it, as jsonl:{path}"
+    )
+
+
+def digest_of(path: str | Path) -> str:
+    """A digest of a file's bytes."""
+    with open(path, "rb") as file:
+        value = hashlib.blake2b(digest_size=16)
+        while block := file.read(1 << 20):
+            value.update(block)
+    return value.hexdigest()

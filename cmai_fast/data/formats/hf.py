@@ -1,0 +1,112 @@
+"""A data set of the Hugging Face hub (or a folder that `datasets` reads), where `datasets` is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, overload
+
+from cmai_fast.data.formats.format import data_format
+from cmai_fast.data.records import PICTURES, check_unique, sample_of
+from cmai_fast.data.sample import Sample
+
+
+def check(place: str) -> None:
+    if not place or place.startswith(":") or place.count(":") > 1:
+        raise ValueError(f"hf:{place} names no data set; expected hf:REPO or hf:REPO:CONFIG, as hf:user/questions:en")
+    if "datasets" not in sys.modules and find_spec("datasets") is None:
+        raise ValueError(f"hf:{place} is read by the package datasets: pip install datasets")
+
+
+def splits_of(place: str) -> tuple[str, ...]:
+    """Its splits; none if there is only one, which is then one set of records."""
+    check(place)
+    import datasets
+
+    repo, _, config = place.partition(":")
+    try:
+        names = tuple(datasets.get_dataset_split_names(repo, config or None))
+    except Exception as error:  # of the network, the hub or the loading code
+        raise ValueError(f"hf:{place} cannot be read: {error}") from error
+    return names if len(names) > 1 else ()
+
+
+def fingerprint(place: str) -> str:
+    splits = splits_of(place) or ("",)
+    return f"hf:{place} " + " ".join(str(_load(place, split)._fingerprint) for split in splits)
+
+
+@data_format("hf", takes="REPO[:CONFIG]", splits=splits_of, check=check, fingerprint=fingerprint)
+def read_hub(place: str, split: str, fields: Mapping[str, str]) -> HubSamples:
+    return HubSamples(_load(place, split), f"hf:{place}" + (f" {split}" if split else ""), fields)
+
+
+def _load(place: str, split: str) -> Any:
+    check(place)
+    import datasets
+
+    repo, _, config = place.partition(":")
+    try:
+        data = datasets.load_dataset(repo, config or None, split=split or None)
+    except Exception as error:  # of the network, the hub or the loading code
+        raise ValueError(f"hf:{place} cannot be read: {error}") from error
+    # Without a split asked for it is a dict of splits, here of one.
+    return data if split else next(iter(data.values()))
+
+
+class HubSamples(Sequence[Sample]):
+    """The rows of a `datasets.Dataset`; pictures stay encoded, and are read when a sample is asked for.
+
+    What can be found without its pictures (questions, answers, ids) is checked at once.
+    """
+
+    def __init__(self, data: Any, name: str, fields: Mapping[str, str]) -> None:
+        import datasets
+
+        self._name, self._fields = name, fields
+        self._labels: dict[str, Any] = {}
+        pictures = []
+        for column, feature in data.features.items():
+            inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+            encoded = datasets.Image(decode=False)
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(column, encoded)
+            elif isinstance(inner, datasets.Image):
+                data = data.cast_column(column, [encoded] if isinstance(feature, list) else type(feature)(encoded))
+            else:
+                if isinstance(feature, datasets.ClassLabel):
+                    self._labels[column] = feature
+                continue
+            pictures.append(column)
+        self._data = data
+        self._check(data.remove_columns(pictures))
+        if len(self):
+            self[0]  # a picture under a name that nobody knows is found here
+
+    def _check(self, texts: Any) -> None:
+        fields = {own: theirs for own, theirs in self._fields.items() if own not in PICTURES}
+        check_unique(
+            sample_of(self._named(row), self._where(i), i, None, fields, pictures=False) for i, row in enumerate(texts)
+        )
+
+    def _where(self, index: int) -> str:
+        return f"{self._name} row {index + 1}"
+
+    def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Class labels by their names; -1, as test splits have it, is none."""
+        known = {k: v for k, v in row.items() if k in self._labels}
+        return dict(row) | {k: None if v is None or v < 0 else self._labels[k].int2str(v) for k, v in known.items()}
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return sample_of(self._named(self._data[place]), self._where(place), place, None, self._fields)

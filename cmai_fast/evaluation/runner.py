@@ -1,0 +1,389 @@
+"""Runs attacks on the samples of one model, batch by batch, and judges the text that the model then generates.
+
+Each finished batch is in the run's `State`, so that a run resumes after any interruption. A batch that does not fit
+into memory is done in parts.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
+from cmai_fast.attacks.state import random_start
+from cmai_fast.data import Sample
+from cmai_fast.evaluation.progress import Overall, Silent
+from cmai_fast.evaluation.state import Journal, State
+from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.pipeline import Pipeline
+from cmai_fast.tasks import TASKS, Task
+from cmai_fast.threat import ThreatModel, round_to_8bit
+
+T = TypeVar("T")
+
+
+class Parts:
+    """Rows in batches of at most `size` samples, and of half as many from where memory ran out."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"batch_size is {size}; expected at least 1")
+        self.size, self._warned = size, False
+
+    def over(self, rows: Sequence[int], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+        """Batches of `rows`, each with what `work` returns for it.
+
+        Raises:
+            torch.OutOfMemoryError: one sample alone does not fit; says what else helps.
+        """
+        start = 0
+        while start < len(rows):
+            part = list(rows[start : start + self.size])
+            try:
+                result = work(part)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise torch.OutOfMemoryError(
+                        f"one sample alone does not fit into memory ({str(error).splitlines()[0]}); use a smaller "
+                        "dtype (bfloat16), a larger device, or smaller images"
+                    ) from error
+                self.size = max(1, len(part) // 2)
+                self._warn()
+            else:
+                yield part, result
+                start += len(part)
+                continue
+            if torch.cuda.is_available():  # outside of the except block, which holds on to the tensors of the batch
+                torch.cuda.empty_cache()
+
+    def _warn(self) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"a batch does not fit into memory; evaluation goes on with {self.size} samples at a time, to the same "
+                "results. A smaller batch_size saves the attempt",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._warned = True
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@dataclass
+class Answers:
+    """What the model answers to images of some samples.
+
+    rows: places of the samples (M of N). predictions: generated texts. right: (M,) bool, by the task. scores: S_c (M,)
+    of image, prompt and that answer; None without heads.
+    """
+
+    rows: list[int]
+    predictions: list[str]
+    right: np.ndarray
+    scores: np.ndarray | None
+
+
+@dataclass
+class Attacked(Answers):
+    """What an attack did to the samples that it ran on; verdicts are those of `Answers`.
+
+    right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
+    fast verdict (exact match under teacher forcing). nonfinite, zero_gradients: (M,) as in `AttackResult`. images: of
+    each row, in [0, 1], as `BatchImages.split` gives them, where the runner keeps them.
+    """
+
+    predictions_8bit: list[str]
+    right_8bit: np.ndarray
+    fooled: np.ndarray
+    passes: Passes
+    seconds: float
+    nonfinite: np.ndarray
+    zero_gradients: np.ndarray
+    images: Mapping[int, Tensor] = field(repr=False)
+
+    def over(self, count: int, values: np.ndarray, rest: bool = True) -> np.ndarray:
+        """`values` (M,) at the attacked rows of all `count` samples, `rest` at the others."""
+        whole = np.full(count, rest)
+        whole[self.rows] = values
+        return whole
+
+
+def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Victim:
+    """A batch of `pipeline.collate`, on the model's device, as attacks take it."""
+    return Victim(pipeline.bridge, pipeline.space, pipeline.on_device(batch), pipeline.heads)
+
+
+class Runner:
+    """The samples of one model, and how they are attacked and judged.
+
+    Args:
+        pipeline: the model. It is given back as it was.
+        samples: at least one, each with references.
+        task: when a generated text is right.
+        state: where finished batches are kept; None: in a temporary folder, which goes with the runner.
+        batch_size: samples at a time; results do not depend on it.
+        seed: of the attacks. What they do to a sample depends on (seed, sample id) alone.
+        progress: told of stages and samples. A stage is called `<model>: <what>`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        samples: Sequence[Sample],
+        *,
+        task: Task | str = "vqa",
+        state: State | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        progress: Overall | None = None,
+    ) -> None:
+        if not samples:
+            raise ValueError("there are no samples; expected at least one to measure a model on")
+        self.pipeline, self.samples, self.seed = pipeline, samples, seed
+        self.task = TASKS[task] if isinstance(task, str) else task
+        self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
+        self._clean: Answers | None = None
+
+    def resized(self, batch_size: int) -> Runner:
+        """The same with other batches, and the same answers to untouched samples."""
+        other = copy.copy(self)
+        other.parts = Parts(batch_size)
+        return other
+
+    def right(self, rows: Sequence[int], predictions: Sequence[str]) -> np.ndarray:
+        """(M,) bool: whether the task takes these texts for right."""
+        scores = [self.task.score(p, self.samples[i]) for i, p in zip(rows, predictions, strict=True)]
+        return np.array(scores, dtype=float) >= self.task.broken_below
+
+    def clean(self) -> Answers:
+        """The answers to all samples as they are."""
+        if self._clean is None:
+            journal = self._stage("clean", range(len(self.samples)), self._untouched)
+            self._clean = Answers(*self._answers(journal))
+        return self._clean
+
+    def _untouched(self, rows: list[int]) -> tuple[dict[str, Any], None]:
+        images = self.images(rows)
+        return self._judged(rows, images), None
+
+    def images(self, rows: Sequence[int]) -> list[Tensor]:
+        """The samples' own images in [0, 1], one tensor each, as `BatchImages.split` gives them, on the CPU."""
+        own = self.pipeline.images([self.samples[i] for i in rows])
+        return [image.cpu() for image in own.split(own.pixels())]
+
+    def attack(
+        self,
+        spec: AttackSpec,
+        threat: ThreatModel,
+        rows: Sequence[int] | None = None,
+        *,
+        stage: str | None = None,
+        keep: bool = False,
+        brief: bool = False,
+    ) -> Attacked:
+        """One attack on the samples at `rows`; None: on all that are answered right when untouched.
+
+        The attack moves away from the answer that the model gave, where that is right, and else from the first
+        reference.
+
+        Args:
+            stage: what the state calls it; None: by attack and radius. One name must always mean one attack.
+            keep: keep the attacked images.
+            brief: leave out what a verdict does not need: S_c and the 8-bit images, whose fields then repeat the
+                others'.
+        """
+        spec.check(threat.norm)
+        rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
+        stage = stage or f"{spec.key} at {eps_text(threat)}"
+        journal = self._stage(stage, rows, lambda part: self._attacked(spec, threat, part, keep, brief))
+        attacked = self._collected(journal)
+        zero = int((attacked.zero_gradients > 0).sum())
+        if zero:
+            warnings.warn(
+                f"{spec.key} met gradients that were exactly 0 on {zero} of {len(rows)} samples of "
+                f"{self.pipeline.name}: what looks robust there may only have no gradient",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return attacked
+
+    def _attacked(
+        self, spec: AttackSpec, threat: ThreatModel, rows: list[int], keep: bool, brief: bool
+    ) -> tuple[dict[str, Any], dict[int, Tensor] | None]:
+        start = time.perf_counter()
+        batch = self.pipeline.collate([self._target(i) for i in rows])
+        victim = victim_of(self.pipeline, batch)
+        clean = victim.pixels()
+        result: AttackResult = ATTACKS[spec.name](
+            victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
+            sample_ids=batch["sample_ids"], **spec.settings,
+        )  # fmt: skip
+        own, adv = _apart(victim, clean), _apart(victim, result.adv)
+        entry = self._judged(rows, adv, own, scored=not brief)
+        if not brief:
+            rounded = _apart(victim, round_to_8bit(result.adv, clean, threat))
+            known = {k: entry[k] for k in ("predictions", "scores")}
+            entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+        entry |= {
+            "fooled": result.fooled.tolist(),
+            "passes": vars(result.passes),
+            "nonfinite": result.nonfinite.tolist(),
+            "zero_gradients": result.zero_gradients.tolist(),
+            "seconds": time.perf_counter() - start,
+        }
+        return entry, dict(zip(rows, adv, strict=True)) if keep else None
+
+    def _target(self, row: int) -> Sample:
+        """The sample with the answer that an attack moves away from.
+
+        Where several answers are right, the fast stop of an attack, which knows one, would otherwise take the model's
+        own right answer for a wrong one, and stop before it began.
+        """
+        sample, clean = self.samples[row], self.clean()
+        said = clean.predictions[row]
+        if not clean.right[row] or said == sample.answer:
+            return sample
+        return replace(sample, references=(said,))
+
+    def transfer(
+        self, images: Mapping[int, Tensor], threat: ThreatModel, rows: Sequence[int] | None = None, name="transfer"
+    ) -> Attacked:
+        """Images made elsewhere, by row; samples that have none keep their own. Otherwise as `attack`."""
+        rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
+        return self._collected(self._stage(name, rows, lambda part: (self._moved(images, threat, part), None)))
+
+    def _moved(self, images: Mapping[int, Tensor], threat: ThreatModel, rows: list[int]) -> dict[str, Any]:
+        start, batch = time.perf_counter(), self.pipeline.images([self.samples[i] for i in rows])
+        clean = batch.pixels()
+        own = _apart(batch, clean)
+        joined = batch.join([images[i] if i in images else own[k] for k, i in enumerate(rows)]).to(clean)
+        adv, rounded = _apart(batch, joined), _apart(batch, round_to_8bit(joined, clean, threat))
+        entry = self._judged(rows, adv, own)
+        known = {k: entry[k] for k in ("predictions", "scores")}
+        entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+        still = [0] * len(rows)
+        return entry | {
+            "fooled": (~self.right(rows, entry["predictions"])).tolist(),
+            "passes": vars(Passes()),
+            "nonfinite": still,
+            "zero_gradients": still,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def noise(self, threat: ThreatModel, seed: int) -> np.ndarray:
+        """(N,) bool: whether all samples are answered right with random noise in the ball."""
+        journal = self._stage("noise", range(len(self.samples)), lambda part: (self._noisy(threat, seed, part), None))
+        return self.right(journal.rows, [p for e in journal.entries for p in e["predictions"]])
+
+    def _noisy(self, threat: ThreatModel, seed: int, rows: list[int]) -> dict[str, Any]:
+        batch = self.pipeline.collate([self.samples[i] for i in rows])
+        victim = victim_of(self.pipeline, batch)
+        clean, ids = victim.pixels(), batch["sample_ids"]
+        noisy, places = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
+        eps = torch.full((len(clean),), threat.eps, device=clean.device)
+        random_start(victim, noisy, clean, eps, ids.to(clean.device), places, seed, threat.norm)
+        return self._judged(rows, _apart(victim, noisy), scored=False)
+
+    def _judged(
+        self,
+        rows: list[int],
+        images: Sequence[Tensor],
+        own: Sequence[Tensor] | None = None,
+        known: tuple[Sequence[Tensor], dict[str, Any]] | None = None,
+        *,
+        scored: bool = True,
+    ) -> dict[str, Any]:
+        """Predictions for these images of the samples at `rows`, and S_c with them.
+
+        Args:
+            own: the samples' own images; where one is untouched the clean answer holds.
+            known: other images of these samples and what was found for them, which holds where an image is equal.
+        """
+        scored = scored and self.pipeline.heads is not None
+        found: dict[str, Any] = {"predictions": [""] * len(rows), "scores": [0.0] * len(rows) if scored else None}
+        left = []
+        for k, (row, image) in enumerate(zip(rows, images, strict=True)):
+            if known is not None and torch.equal(image, known[0][k]):
+                found["predictions"][k] = known[1]["predictions"][k]
+            elif own is not None and torch.equal(image, own[k]):
+                clean = self.clean()
+                found["predictions"][k] = clean.predictions[row]
+                if scored:
+                    found["scores"][k] = float(clean.scores[row])  # type: ignore[index]
+            else:
+                left.append(k)
+        samples, moved = [self.samples[rows[k]] for k in left], [images[k] for k in left]
+        texts = self.pipeline.generate(samples, moved)
+        scores = self.pipeline.score(samples, texts, moved).double().tolist() if scored and left else []
+        for place, k in enumerate(left):
+            found["predictions"][k] = texts[place]
+            if scored:
+                found["scores"][k] = scores[place]
+        return found
+
+    def _stage(
+        self,
+        name: str,
+        rows: Sequence[int],
+        work: Callable[[list[int]], tuple[dict[str, Any], Mapping[int, Tensor] | None]],
+    ) -> Journal:
+        """Does what is left of a stage, a batch at a time."""
+        journal, rows = self.state.journal(name), list(rows)
+        done = journal.rows
+        if done != rows[: len(done)]:
+            raise ValueError(f"{journal.folder} is of other samples than this run's; delete it to run the stage again")
+        self.progress.start(f"{self.pipeline.name}: {name}", len(rows), len(done))
+        for part, (entry, images) in self.parts.over(rows[len(done) :], work):
+            journal.append({"rows": part, **entry}, images)
+            self.progress.advance(len(part))
+        return journal
+
+    def _answers(self, journal: Journal) -> tuple[list[int], list[str], np.ndarray, np.ndarray | None]:
+        rows, predictions = journal.rows, _joined(journal, "predictions")
+        scored = bool(rows) and journal.entries[0]["scores"] is not None
+        scores = np.array(_joined(journal, "scores"), dtype=float) if scored else None
+        return rows, predictions, self.right(rows, predictions), scores
+
+    def _collected(self, journal: Journal) -> Attacked:
+        rows, predictions, right, scores = self._answers(journal)
+        brief = any("predictions_8bit" not in entry for entry in journal.entries)
+        rounded = predictions if brief else _joined(journal, "predictions_8bit")
+        return Attacked(
+            rows=rows,
+            predictions=predictions,
+            right=right,
+            scores=scores,
+            predictions_8bit=rounded,
+            right_8bit=self.right(rows, rounded),
+            fooled=np.array(_joined(journal, "fooled"), dtype=bool),
+            passes=sum((Passes(**entry["passes"]) for entry in journal.entries), Passes()),
+            seconds=sum(entry["seconds"] for entry in journal.entries),
+            nonfinite=np.array(_joined(journal, "nonfinite"), dtype=int),
+            zero_gradients=np.array(_joined(journal, "zero_gradients"), dtype=int),
+            images=journal,
+        )
+
+
+def _joined(journal: Journal, key: str) -> list[Any]:
+    return [value for entry in journal.entries for value in entry[key]]
+
+
+def _apart(batch: Any, pixels: Tensor) -> list[Tensor]:
+    """On the CPU, so that a device holds the images of one batch only."""
+    return [image.detach().cpu() for image in batch.split(pixels)]
+
+
+def eps_text(threat: ThreatModel) -> str:
+    return f"{threat.norm} {threat.eps * 255:.3g}/255" if threat.norm == "linf" else f"l2 {threat.eps:.3g}"

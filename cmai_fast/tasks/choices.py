@@ -1,0 +1,101 @@
+"""Wrong answers for open questions: what other samples of the same kind are answered with."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from cmai_fast.data.sample import Sample
+from cmai_fast.metrics.exact_match import folded
+
+if TYPE_CHECKING:
+    from cmai_fast.tasks.task import Task
+
+YES_NO = ("yes", "no")
+MOST = 100  # candidates per kind: an answer of many kinds has thousands, and a batch draws a few
+_NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?\s*%?")
+
+
+def answer_kind(answer: str) -> str:
+    """`yes/no`, `number` or `text`: answers of one kind can stand in for each other."""
+    text = folded(answer).rstrip(".")
+    if text in YES_NO:
+        return "yes/no"
+    return "number" if _NUMBER.fullmatch(text) else "text"
+
+
+def other_answers(sample: Sample, others: Iterable[Sample]) -> tuple[str, ...]:
+    """First answers of the others that are no reference of this sample.
+
+    Those of the same kind; any, where no other sample has one. The opposite of yes or no is known without others.
+    """
+    right = {folded(r) for r in sample.references}
+    kinds = {answer_kind(r) for r in sample.references}
+    known = YES_NO if kinds == {"yes/no"} else ()
+    answers = dict.fromkeys((*known, *(o.references[0] for o in others if o.references)))
+    wrong = list({folded(a): a for a in reversed(answers) if folded(a) not in right}.values())[::-1]
+    return tuple(a for a in wrong if answer_kind(a) in kinds) or tuple(wrong)
+
+
+def with_choices(samples: Sequence[Sample], task: Task) -> WithChoices:
+    """The same samples, each with `choices` to draw wrong answers from: what a contrastive loss needs.
+
+    A sample that has choices keeps them. Another one gets its first reference and what `task.wrong_answers` makes of
+    it and the rest of the data: one sample for each of the `MOST` most frequent answers of every kind. The rest is read
+    once, when the first sample without choices is asked for, and samples are made when they are asked for.
+
+    Raises (when a sample is asked for):
+        ValueError: a sample without an answer, or for which there is no wrong one.
+    """
+    return WithChoices(samples, task)
+
+
+class WithChoices(Sequence[Sample]):
+    """Samples with choices; `with_choices` makes it."""
+
+    def __init__(self, samples: Sequence[Sample], task: Task) -> None:
+        self._samples, self._task = samples, task
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        sample = Sample.of(self._samples[index], index)
+        if sample.choices:
+            return sample
+        wrong = self._task.wrong_answers(sample, self._candidates(sample))
+        if not wrong:
+            raise ValueError(
+                f"{sample.name}: all samples have the answer {sample.answer!r}, so there is no wrong one; give "
+                "choices, or train without the contrastive loss"
+            )
+        return replace(sample, choices=(sample.answer, *wrong))
+
+    def _candidates(self, sample: Sample) -> list[Sample]:
+        kinds = dict.fromkeys(answer_kind(r) for r in (sample.answer, *sample.references))
+        rest = [kind for kind in self._frequent if kind not in kinds]
+        own = [s for kind in kinds for s in self._frequent.get(kind, ())]
+        return own if len(own) > len(sample.references) else own + [s for kind in rest for s in self._frequent[kind]]
+
+    @cached_property
+    def _frequent(self) -> dict[str, list[Sample]]:
+        """By kind of answer, a sample without its pictures for each of the most frequent answers."""
+        count: Counter[str] = Counter()
+        first: dict[str, Sample] = {}
+        for i in range(len(self._samples)):
+            sample = Sample.of(self._samples[i], i)
+            for answer in sample.references[:1]:
+                count[folded(answer)] += 1
+                first.setdefault(folded(answer), replace(sample, images=(), references=(answer,)))
+        frequent: dict[str, list[Sample]] = {}
+        for answer in sorted(count, key=lambda a: (-count[a], a)):  # not the order of the records
+            of_kind = frequent.setdefault(answer_kind(answer), [])
+            if len(of_kind) < MOST:
+                of_kind.append(first[answer])
+        return frequent

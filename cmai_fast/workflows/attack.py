@@ -1,0 +1,190 @@
+"""One attack on one model: totals, a verdict per sample, and the attacked images if they are wanted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation import protocol
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.protocol import Measured
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.state import State, check_resumable, check_settings, running
+from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.versions import versions
+from cmai_fast.files import plain, write_folder
+from cmai_fast.models import resolve
+from cmai_fast.models.loading import chosen_device
+from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.threat import ThreatModel, round_to_8bit
+from cmai_fast.workflows.evaluate import data_settings
+from cmai_fast.workflows.folder import check_empty
+from cmai_fast.workflows.samples import asked
+
+STANDARD_OUTPUT = Path("-")
+
+
+def attack(
+    model: str,
+    data: DataSource,
+    attack: str,
+    threat: ThreatModel,
+    *,
+    steps: int | None = None,
+    restarts: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    task: str = "vqa",
+    metrics: Sequence[str] = (),
+    limit: int = 500,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    out: Path,
+    save_images: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """One attack on the test split; writes one JSON file with totals and a verdict per sample.
+
+    Args:
+        attack, steps, restarts, settings: see `AttackSpec`.
+        out: the file; `Path("-")` is standard output.
+        save_images: a folder, new or empty, for the attacked images as 8-bit PNGs and a `manifest.jsonl`, one line per
+            attacked sample. What is wrong when untouched is not attacked.
+        resume: take up what an interrupted run has finished, which is in `out` with `.state` at its end.
+        others: as of `evaluate`.
+
+    Raises:
+        ValueError: an unknown name, a bad setting, or `out` or `save_images` is there already; both are then untouched.
+    """
+    out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}))
+    spec.check(threat.norm)
+    resolve(model)
+    asked_for = {
+        "model": model, **data_settings(data), "split": "test", "attack": attack, "eps": threat.eps,
+        "norm": threat.norm, "steps": spec.steps, "restarts": restarts, "attack_settings": dict(spec.settings),
+        "task": task, "metrics": list(metrics), "limit": limit, "seed": seed, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens, "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
+        "save_images": save_images and str(save_images),
+    }  # fmt: skip
+    folder = out.with_name(f"{out.name}.state")
+    if (finished := _check_out(out, folder, asked_for, save_images, resume)) is not None:
+        return finished
+    samples = asked(data, "test", task, limit, seed)
+    generation = None if max_new_tokens is None else Generation(max_new_tokens)
+    pipeline = Pipeline.load(model, device=device, dtype=dtype, attention=attention, generation=generation)
+    stages = protocol.stages(pipeline.name, len(samples), threat, [spec], None, False)
+    claimed = nullcontext(State.temporary()) if out == STANDARD_OUTPUT else running(folder, asked_for, out)
+    with claimed as state, Overall(stages, progress) as overall:
+        measured = protocol.measure(
+            pipeline, samples, threat, [spec], task=task, metrics=metrics, batch_size=batch_size, seed=seed,
+            state=state, progress=overall,
+        )  # fmt: skip
+        record = _record(measured, spec, asked_for | {"command": command})
+        if save_images is not None and not _saved(save_images):
+            write_folder(save_images, lambda staging: _save_images(staging, measured, spec, threat))
+        if out == STANDARD_OUTPUT:
+            print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
+        else:
+            write_results(record, out)
+    return record
+
+
+def _check_out(
+    out: Path, folder: Path, settings: Mapping[str, Any], save_images: Path | None, resume: bool
+) -> dict[str, Any] | None:
+    """The record of a finished run; None where one may begin or go on."""
+    if out == STANDARD_OUTPUT:
+        if resume:
+            raise ValueError("standard output cannot be resumed; name a file with --out, or leave --resume out")
+    elif out.exists():
+        if not resume:
+            raise ValueError(f"{out} exists; name another file with --out, or delete it")
+        if not check_resumable(folder, settings, resume, out):
+            record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+            check_settings(record["settings"], settings, out)
+            return record
+    begun = out != STANDARD_OUTPUT and check_resumable(folder, settings, resume, out)
+    if save_images is not None and not begun:
+        check_empty(Path(save_images), "--save-images")
+    return None
+
+
+def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
+    said = dict(zip(attacked.rows, zip(attacked.predictions, attacked.predictions_8bit, strict=True), strict=True))
+    right, right_8bit = (attacked.over(len(clean.right), values) for values in (attacked.right, attacked.right_8bit))
+    per_sample = []
+    for row, sample in enumerate(runner.samples):
+        adversarial, rounded = said.get(row, (None, None))
+        per_sample.append(
+            {
+                "sample_id": sample.id,
+                "question": sample.prompt,
+                "answer": sample.answer,
+                "attacked": row in said,
+                "right_clean": bool(clean.right[row]),
+                "right_adv": bool(clean.right[row] and right[row]),
+                "right_adv_8bit": bool(clean.right[row] and right_8bit[row]),
+                "prediction_clean": clean.predictions[row],
+                "prediction_adv": adversarial,
+                "prediction_adv_8bit": rounded,
+            }
+        )
+    own = measured.record["attacks"][spec.key]
+    return {
+        **{k: v for k, v in measured.record.items() if k not in ("attacks", "s_c", "detection")},
+        **{k: own[k] for k in ("attacked", "broken", "seconds", "nonfinite_gradients", "zero_gradients")},
+        "passes": vars(attacked.passes),
+        "settings": settings,
+        "seed": runner.seed,
+        "versions": versions(),
+        "per_sample": per_sample,
+    }
+
+
+def _saved(folder: Path) -> bool:
+    return (Path(folder) / "manifest.jsonl").is_file()
+
+
+def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: ThreatModel) -> None:
+    """A PNG per image of each attacked sample (per tile, where the model reads it in tiles), and the manifest."""
+    runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
+    lines = []
+    for place, row in enumerate(attacked.rows):
+        sample = runner.samples[row]
+        batch = runner.pipeline.images([sample])
+        own = batch.pixels()
+        adv = round_to_8bit(batch.join([attacked.images[row]]).to(own), own, threat)
+        (pictures,) = batch.pictures(adv)
+        files = [f"{row:06}.png" if len(pictures) == 1 else f"{row:06}-{k}.png" for k in range(len(pictures))]
+        for name, picture in zip(files, pictures, strict=True):
+            Image.fromarray(np.asarray(picture)).save(folder / name)
+        lines.append(
+            {
+                "id": sample.id,
+                "files": files,
+                "question": sample.prompt,
+                "references": list(sample.references),
+                "clean_prediction": clean.predictions[row],
+                "adversarial_prediction": attacked.predictions_8bit[place],
+                "broken": not attacked.right_8bit[place],
+                "attack": spec.key,
+                "norm": threat.norm,
+                "eps": threat.eps,
+            }
+        )
+    text = "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
+    (folder / "manifest.jsonl").write_text(text, encoding="utf-8")

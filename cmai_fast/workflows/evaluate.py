@@ -1,0 +1,111 @@
+"""The attack suite on any number of models, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation import comparison
+from cmai_fast.evaluation.comparison import BASELINE, IMMUNISED, UNDEFENDED, Entry
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.state import running
+from cmai_fast.evaluation.suite import AttackSpec, curve_attack, headline_suite
+from cmai_fast.evaluation.versions import versions
+from cmai_fast.models import resolve
+from cmai_fast.models.loading import chosen_device
+from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.threat import ThreatModel
+from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
+from cmai_fast.workflows.samples import asked
+
+SCHEMA = 2
+
+
+def evaluate(
+    model: str,
+    data: DataSource,
+    threat: ThreatModel,
+    *,
+    against: Sequence[str] = (),
+    attacks: Sequence[AttackSpec] | None = None,
+    out: Path,
+    limit: int = 500,
+    steps: int = 50,
+    restarts: int = 2,
+    batch_size: int = 64,
+    seed: int = 0,
+    task: str = "vqa",
+    metrics: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Measures `against` and `model` on the test split; writes results.json and report.html.
+
+    Args:
+        model: a bundled model, a model or run folder, or a hub id.
+        against: models to compare with. The first is the undefended one: images made on it are also tried on the others.
+        attacks: the suite; None: PGD of `steps` and `restarts`, and APGD-CE of twice the steps.
+        out: a folder that is new or empty, or with `resume` that of the same command, finished or not.
+        limit: samples at most, drawn with `seed`.
+        batch_size: samples at a time; results do not depend on it.
+        metrics: names of `METRICS` to report beside the task's own.
+        max_new_tokens: of an answer; None: what the model's threshold was calibrated under, else 16.
+        resume: take up what an interrupted run has finished. The numbers are those of a run that was not interrupted.
+
+    Raises:
+        ValueError: an unknown name, a bad setting, or `out` holds something else; `out` is then untouched.
+    """
+    out, names = Path(out), [*against, model]
+    suite = headline_suite(steps, restarts) if attacks is None else list(attacks)
+    for spec in suite:
+        spec.check(threat.norm)
+    for name in names:
+        resolve(name)
+        if names.count(name) > 1:
+            raise ValueError(f"the model {name} is named twice; expected each once")
+    settings = {
+        "model": model, "against": list(against), **data_settings(data), "split": "test", "limit": limit,
+        "eps": threat.eps, "norm": threat.norm, "attacks": [spec.to_dict() for spec in suite], "task": task,
+        "metrics": list(metrics), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
+        "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
+    }  # fmt: skip
+    if (finished := check_folder(out, settings, resume)) is not None:
+        return finished
+    samples = asked(data, "test", task, limit, seed)
+    generation = None if max_new_tokens is None else Generation(max_new_tokens)
+    roles = [UNDEFENDED, *[BASELINE] * (len(against) - 1)][: len(against)] + [IMMUNISED]
+    how = {"device": device, "dtype": dtype, "attention": attention, "generation": generation}
+    entries = [
+        Entry(name, role, name, partial(Pipeline.load, name, **how)) for name, role in zip(names, roles, strict=True)
+    ]
+    stages = comparison.stages(entries, len(samples), threat, suite)
+    with running(out / STATE, settings, out) as state, Overall(stages, progress) as overall:
+        if not (out / RESULTS).is_file():  # interrupted before the report
+            results = comparison.compare(
+                entries, samples, threat, suite, task=task, metrics=metrics, batch_size=batch_size, seed=seed,
+                state=state, progress=overall,
+            )  # fmt: skip
+            results["settings"] = settings | {"command": command, "curve_attack": curve_attack(suite).key}
+            results |= {"schema": SCHEMA, "seed": seed, "versions": versions()}
+            results["sample_ids"] = [s.id for s in samples]
+            write_results(results, out / RESULTS)
+        return report(out)
+
+
+def data_settings(data: DataSource) -> dict[str, Any]:
+    """What results say of the data, and a resumed run has to find again."""
+    return {
+        "data": data.name,
+        "fields": dict(data.fields),
+        "split_seed": data.split_seed,
+        "data_fingerprint": data.fingerprint(),
+    }

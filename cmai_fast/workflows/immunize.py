@@ -1,0 +1,119 @@
+"""The whole job, end to end: train, calibrate, evaluate before and after, and write what was found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cmai_fast.data import Sample
+from cmai_fast.evaluation import comparison
+from cmai_fast.evaluation.comparison import IMMUNISED, UNDEFENDED, Entry
+from cmai_fast.evaluation.overhead import step_overhead
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.state import State, running
+from cmai_fast.evaluation.suite import AttackSpec, curve_attack, headline_suite
+from cmai_fast.evaluation.versions import versions
+from cmai_fast.mbat.adapters import has_adapters
+from cmai_fast.pipeline import Pipeline
+from cmai_fast.tasks import TASKS
+from cmai_fast.workflows import training
+from cmai_fast.workflows.evaluate import SCHEMA, data_settings
+from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
+from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.settings import ImmunizeSettings
+
+__all__ = ["ImmunizeSettings", "immunize"]
+
+_OVERHEAD = "cost of a step"
+
+
+def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains, calibrates, evaluates the model before and after; writes `out/{model,cmcv,results.json,report.html}`.
+
+    Args:
+        settings: see there.
+        out: a folder that is new or empty, or with `resume` that of a run with the same settings, finished or not.
+        resume: take up what an interrupted run has finished. Weights and numbers are those of a run that was not
+            interrupted.
+
+    Raises:
+        ValueError: unknown model or data, settings out of range, or `out` holds something else; `out` is untouched.
+    """
+    out = Path(out)
+    TASKS.check(settings.task)
+    began_with = asdict(settings) | data_settings(settings.source)
+    if (finished := check_folder(out, began_with, resume)) is not None:
+        return finished
+    # All that can be refused is refused before the folder is claimed and hours are spent.
+    args = training.training_arguments(settings, out)
+    suite = headline_suite(settings.attack_steps, settings.restarts)
+    samples = asked(settings.source, "test", settings.task, settings.limit, settings.seed)
+    for split in ("train", "calibration"):
+        settings.source.load(split, 1)
+    before = training.load(settings, settings.model)
+    if has_adapters(before.model):
+        raise ValueError(
+            f"{settings.model} holds adapters, which come frozen, and immunize writes a whole model; save "
+            "merge_and_unload() of the PeftModel and name that folder, or train the adapters by MBATTrainer"
+        )
+    entries = [
+        Entry("undefended", UNDEFENDED, settings.model, lambda: before),
+        Entry("immunised", IMMUNISED, str(out / "model"), partial(training.load, settings, str(out / "model"))),
+    ]
+    stages = _training_stages(settings, before) | comparison.stages(entries, len(samples), args.threat, suite)
+    stages[_OVERHEAD] = 150.0 * settings.batch_size
+    with running(out / STATE, began_with, out) as state, Overall(stages, progress) as overall:
+        if not (out / RESULTS).is_file():  # interrupted before the report
+            results = _immunised(settings, out, before, entries, samples, suite, state, overall)
+            results["settings"] = began_with | {
+                "split": "test", "steps": settings.attack_steps, "curve_attack": curve_attack(suite).key,
+            }  # fmt: skip
+            write_results(results, out / RESULTS)
+        return report(out)
+
+
+def _immunised(
+    settings: ImmunizeSettings,
+    out: Path,
+    before: Pipeline,
+    entries: list[Entry],
+    samples: list[Sample],
+    suite: list[AttackSpec],
+    state: State,
+    overall: Overall,
+) -> dict[str, Any]:
+    """The results, without settings; what was done before is not done again."""
+    checkpoints, trained = state.folder / "checkpoints", state.folder / "trained.json"
+    args = training.training_arguments(settings, checkpoints)
+    if before.heads is None:
+        training.add_heads(before, settings, overall)
+    if not trained.is_file():
+        record = training.train(before, settings, out, True, overall, checkpoints)
+        write_results(record, trained)
+    results = comparison.compare(
+        entries, samples, args.threat, suite, task=settings.task, seed=settings.seed, state=state, progress=overall
+    )
+    overall.start(_OVERHEAD, 1)
+    data = TrainingSamples(settings.source, settings.task)
+    batch = next(training_batches(before, data, settings.batch_size, settings.seed))
+    return {
+        "schema": SCHEMA,
+        **results,
+        "overhead": step_overhead(before, args, batch),
+        "training": json.loads(trained.read_text(encoding="utf-8")),
+        "seed": settings.seed,
+        "versions": versions(),
+        "sample_ids": [s.id for s in samples],
+    }
+
+
+def _training_stages(settings: ImmunizeSettings, before: Pipeline) -> dict[str, float]:
+    """Stages up to the first attack, and about how many forward passes of one sample each costs."""
+    found = {training.HEADS: 3.0 * training.HEAD_STEPS * settings.batch_size} if before.heads is None else {}
+    a_step = 9 + settings.inner_steps * (3 if settings.inner == "pgd" else 1)
+    found[training.TRAINING] = float(a_step * settings.max_steps * settings.batch_size)
+    return found | {training.CALIBRATION: 6.0 * settings.calibration_samples}

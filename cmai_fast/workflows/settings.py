@@ -1,0 +1,69 @@
+"""The settings of an immunisation. No PyTorch is imported here: a command checks them before it loads anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cmai_fast.data.sources import DataSource
+
+
+@dataclass
+class ImmunizeSettings:
+    """One immunisation. `eps` in the [0, 1] pixel range; `max_steps` are optimiser steps of `batch_size` samples.
+
+    `data`, `fields` and `split_seed` are those of a `DataSource`. Values of the `defence` (a name of `DEFENCES`) stand
+    in for fields that are left at their defaults; a field that differs from its default wins. `max_new_tokens` None:
+    what the model's threshold was calibrated under, else 16.
+    """
+
+    model: str = "easyvqa-llava"
+    data: str = "easyvqa"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    split_seed: int | None = None
+    task: str = "vqa"
+    defence: str = "mbat"
+    eps: float = 8 / 255
+    norm: str = "linf"
+    inner: str = "bridge"
+    inner_steps: int = 10
+    refreshes: int = 0
+    alpha: float = 1.0
+    beta: float = 0.1
+    lam: float = 0.5
+    gamma: float = 0.1
+    arm: bool = True
+    trainable: str = "all"
+    max_steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    muon: bool = False
+    eps_warmup: float = 0.2
+    seed: int = 0
+    attack_steps: int = 50
+    restarts: int = 2
+    limit: int = 500
+    max_new_tokens: int | None = None
+    save_steps: int = 100
+    calibration_samples: int = 1000
+    device: str | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in self.__annotations__.items():
+            value: Any = getattr(self, name)
+            least = 0 if name in ("refreshes", "seed") else 1
+            if kind == "int | None" and value is None:
+                continue
+            if kind.startswith("int") and name != "split_seed" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected above 0, finite")
+
+    @property
+    def source(self) -> DataSource:
+        return DataSource(self.data, self.fields, self.split_seed)

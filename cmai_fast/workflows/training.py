@@ -1,0 +1,165 @@
+"""What immunisation trains: consistency heads where a model has none, and the model itself."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback
+
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.fit import fit_heads, fit_threshold
+from cmai_fast.data import Sample, VQACollator
+from cmai_fast.evaluation.progress import Overall, Silent, TrainingProgress
+from cmai_fast.evaluation.protocol import own_scores
+from cmai_fast.files import write_folder
+from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.models.loading import chosen_device
+from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.settings import ImmunizeSettings
+
+HEAD_STEPS = 300
+HEADS, TRAINING, CALIBRATION = "consistency heads", "training", "calibration"
+# Settings whose names are those of MBATConfig.
+_SAME = (
+    "eps inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps seed save_steps "
+    "learning_rate muon"
+).split()
+
+
+def load(settings: ImmunizeSettings, name: str) -> Pipeline:
+    generation = None if settings.max_new_tokens is None else Generation(settings.max_new_tokens)
+    return Pipeline.load(
+        name, device=settings.device, dtype=settings.dtype, attention=settings.attention, generation=generation
+    )
+
+
+def defence_values(settings: ImmunizeSettings) -> dict[str, Any]:
+    """The values of `MBATConfig` that the defence sets, but where a setting was moved from its default."""
+    if settings.defence == "mbat":  # which the defaults are
+        return {}
+    from cmai_fast.defences import DEFENCES
+
+    defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
+    return {
+        name: value
+        for name, value in DEFENCES[settings.defence].values.items()
+        if name not in defaults or getattr(settings, name) == defaults[name]
+    }
+
+
+def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
+    """The trainer's arguments for these settings, writing to `out`."""
+    device = chosen_device(settings.device)
+    if device.index is not None:
+        raise ValueError(
+            f"device is {settings.device!r}; training takes all devices that it sees: give cuda, and choose with "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    values = {name: getattr(settings, name) for name in _SAME} | defence_values(settings)
+    return MBATConfig(
+        **values,
+        norm=settings.norm,
+        output_dir=str(out),
+        use_cpu=device.type == "cpu",
+        per_device_train_batch_size=settings.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.max_steps // 20),
+        weight_decay=0.0,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, settings.max_steps // 20)),
+        report_to="none",
+        disable_tqdm=True,  # TrainingProgress shows how far it is
+        dataloader_pin_memory=False,
+        dataloader_drop_last=True,
+    )
+
+
+def train(
+    before: Pipeline,
+    settings: ImmunizeSettings,
+    out: Path,
+    resume: bool,
+    progress: Overall | None = None,
+    checkpoints: Path | None = None,
+) -> dict[str, Any]:
+    """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves.
+
+    Args:
+        before: the model, with heads if the settings need them; it is left as it is.
+        resume: go on from the last whole checkpoint, if there is one.
+        checkpoints: where they are; None: in `out`.
+    """
+    progress, checkpoints = progress or Silent(), checkpoints or out
+    subject = load(settings, settings.model)
+    args = training_arguments(settings, checkpoints)
+    if before.threshold is not None:
+        # What S_c means differs from heads to heads: inconsistent is what hardly any clean input scores.
+        args.tau_train = before.threshold.tau
+    needs_heads = bool(args.beta or args.gamma or args.arm)
+    trainer = MBATTrainer(
+        subject.model,
+        args,
+        heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is still to be measured
+        train_dataset=TrainingSamples(settings.source, settings.task),
+        data_collator=VQACollator(
+            subject.processor, negatives=1, max_length=subject.bridge.context, seed=settings.seed
+        ),
+        processing_class=subject.processor,
+    )
+    checkpoint = last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainingProgress(progress, TRAINING))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    if trainer.heads is not None:
+        heads = trainer.heads.to(subject.model.device).eval()
+        after = Pipeline("immunised", subject.model, subject.processor, heads, generation=subject.generation)
+        threshold = _threshold(after, settings, progress)
+        write_folder(out / "cmcv", lambda d: heads.save_pretrained(d, threshold))
+    write_folder(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
+    return _curves(trainer) | {"seconds": seconds, "resumed": checkpoint is not None, "passes": vars(trainer.passes)}
+
+
+def _curves(trainer: MBATTrainer) -> dict[str, list[Any]]:
+    logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry]
+    curves = ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta")
+    return {
+        "step": [entry["step"] for entry in logs],
+        **{k: [entry.get(k) for entry in logs] for k in curves if any(k in entry for entry in logs)},
+    }
+
+
+def calibration_scores(pipeline: Pipeline, samples: Sequence[Sample], progress: Overall | None = None) -> Tensor:
+    """S_c (n,) of clean samples with the model's own answers: what a threshold is set on."""
+    if progress is not None:
+        progress.start(CALIBRATION, len(samples))
+    return torch.from_numpy(own_scores(pipeline, samples, 128, progress=progress))
+
+
+def add_heads(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall | None = None) -> None:
+    """Heads and a threshold for a model that came without, on its own features, before MBAT uses S_c."""
+    progress = progress or Silent()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
+        heads = ConsistencyHeads(pipeline.bridge.image_dim, pipeline.bridge.text_dim).to(pipeline.model.device)
+    samples = TrainingSamples(settings.source, settings.task)
+    stream = training_batches(pipeline, samples, settings.batch_size, settings.seed)
+    progress.start(HEADS, HEAD_STEPS)
+    fit_heads(pipeline.bridge, heads, stream, steps=HEAD_STEPS, on_step=lambda *_: progress.advance())
+    pipeline.heads = heads
+    pipeline.threshold = _threshold(pipeline, settings, progress)
+
+
+def _threshold(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall) -> Any:
+    samples = asked(settings.source, "calibration", settings.task, settings.calibration_samples, settings.seed)
+    scores = calibration_scores(pipeline, samples, progress)
+    return fit_threshold(scores, "calibration", generation=pipeline.generation)
