@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # The version that all measurements were made with; pyproject.toml says which others are accepted.
 TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ $(STAMP): pyproject.toml setup.py $(CSRC)
 	@echo "== set-up 2/3: PyTorch ($(TORCH)); a first download takes a while"
 	@$(PIP) install "$(TORCH)"
 	@echo "== set-up 3/3: the compiled extension, the package in editable mode, and its tools"
-	@$(PIP) install --quiet --editable '.[dev]'
+	@$(PIP) install --quiet --editable '.[dev]' "$(TRANSFORMERS)"
 	@$(BIN)/python -c 'from cmai_fast.ops import backend_report as r; print("   operators:", ", ".join(f"{k}: {v}" for k, v in r().items()))'
 	@touch $@
 
