@@ -35,7 +35,7 @@ def fit_heads(
         for step in range(steps):
             batch = next(batches)
             images, text = bridge.inputs(batch)
-            wrong = {k: batch[f"negative_{k}"] for k in text if f"negative_{k}" in batch}
+            wrong = {k: batch[f"negative_{k}"].flatten(0, 1) for k in text if f"negative_{k}" in batch}
             with torch.no_grad():
                 image = bridge.encode_image(batch["pixel_values"], **images)
                 own = bridge.encode_text(**text)

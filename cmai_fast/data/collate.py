@@ -32,8 +32,8 @@ class VQACollator:
     A batch of N samples holds `input_ids`, `attention_mask`, `labels` (N, L; padded on the left, labels are -100 except
     on the response and its end token), `sample_ids` (N,), and what else the family's forward takes: `pixel_values`, for
     LLaVA (N, 3, H, W), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... With negatives K > 0 it holds
-    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N * K, M): the same prompts closed by wrong
-    answers, row i * K + k belonging to sample i.
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M): the same prompts closed by wrong
+    answers.
 
     Raises:
         ValueError: a processor without chat template and known form of a prompt, or whose template does not fit.
@@ -54,7 +54,10 @@ class VQACollator:
             wrong = [answer for s in asked for answer in self._wrong_answers(s)]
             places = [i for i in range(len(samples)) for _ in range(self.negatives)]
             closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
-            batch.update({f"negative_{k}": closed[k] for k in ("input_ids", "attention_mask", "labels")})
+            shape = (len(asked), self.negatives)
+            batch.update(
+                {f"negative_{k}": closed[k].unflatten(0, shape) for k in ("input_ids", "attention_mask", "labels")}
+            )
         return batch
 
     def prompts(self, samples: Sequence[Sample | dict[str, Any]]) -> dict[str, torch.Tensor]:

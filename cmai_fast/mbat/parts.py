@@ -14,6 +14,7 @@ from cmai_fast.attacks import Objective
 from cmai_fast.mbat import ranks
 
 T = TypeVar("T")
+WEIGHTS = "loss_weights"  # of a batch's samples in its loss
 
 
 class DoesNotFitError(Exception):
@@ -38,25 +39,27 @@ def agreed(run: Callable[[], T]) -> T:
     return result
 
 
-def cut(objective: Objective, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """The batch of `objective` in batches of at most `size` samples.
+def take(objective: Objective, inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """These rows of the batch of `objective`, which was made of `inputs` (with `sample_ids`).
 
-    `inputs` is what it was made of, with `sample_ids`. What belongs to no sample, such as the fixed texts of a dual
-    encoder, is in each of them.
+    What belongs to no sample, such as the fixed texts of a dual encoder, stays whole.
     """
-    count, values, layout = len(objective), inputs["pixel_values"], objective.layout
+    image, text = objective.bridge.inputs(inputs)
+    part = {**objective.rows(image, rows), **objective.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
+    if "pixel_values" in inputs:
+        values, layout = inputs["pixel_values"], objective.layout
+        part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
+    return part | {
+        name: value[rows] for name, value in inputs.items() if name.startswith("negative_") or name == WEIGHTS
+    }
+
+
+def cut(objective: Objective, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """The batch of `objective` in batches of at most `size` samples; see `take`."""
+    count = len(objective)
     if size >= count:
         return [dict(inputs)]
-    image, text = objective.bridge.inputs(inputs)
-    parts = []
-    for rows in torch.arange(count).split(size):
-        part = {**objective.rows(image, rows), **objective.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
-        part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
-        for name, value in inputs.items():
-            if name.startswith("negative_"):  # several of each sample, one after another
-                part[name] = value.unflatten(0, (count, -1))[rows].flatten(0, 1)
-        parts.append(part)
-    return parts
+    return [take(objective, inputs, rows) for rows in torch.arange(count).split(size)]
 
 
 class Draws:
@@ -98,7 +101,7 @@ class View:
         features = self.features
         if features is None:
             assert self.draws is not None
-            # The same dropout as before, and the generators go on as if this had not been.
+            # The same dropout as before; the generators' own state is not touched.
             with torch.random.fork_rng([self.draws.device] if self.draws.cuda is not None else []):
                 self.draws.again()
                 features = self.encode()
