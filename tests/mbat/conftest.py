@@ -66,8 +66,8 @@ def clean(make_objective, batch):
 
 @pytest.fixture
 def make_trainer(make_tiny, data, tmp_path):
-    """`make_trainer(model=None, callbacks=None, heads=None, eval_dataset=None, given=None, **config)`; `given` are other
-    arguments of the trainer. Without a model it makes a new tiny one."""
+    """`make_trainer(model=None, callbacks=None, heads=None, eval_dataset=None, given=None, **config)`; without a model
+    it makes a new tiny one, and `given` are other arguments of the trainer."""
 
     def make(
         *,
