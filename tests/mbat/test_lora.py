@@ -102,7 +102,12 @@ def check_formula(trainer: MBATTrainer, batch: dict[str, torch.Tensor], lam: flo
     objective = Objective(bridge_of(twin), trainer.space, batch)
     clean, adv = objective.pixels(), found[0].adv
     assert (adv - clean).abs().max() > 1 / 255
-    parts = [objective(trainer.space.to_model(x)).loss.mean() for x in (clean, adv)]
+    # The mean over answer tokens; the first label of a model that reads its prompt is not predicted, and a dual encoder
+    # has one label per sample.
+    labels = batch["labels"]
+    labels = labels[:, None] if labels.dim() == 1 else labels[:, int("input_ids" in batch) :]
+    counts = (labels != -100).sum(1)
+    parts = [(counts * objective(trainer.space.to_model(x)).loss).sum() / counts.sum() for x in (clean, adv)]
     loss = (1 - lam) * parts[0] + lam * parts[1]
     torch.testing.assert_close(total, loss.detach(), rtol=1e-4, atol=1e-5)
     loss.backward()
