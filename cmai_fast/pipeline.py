@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast.bridge import BatchImages, bridge_of, frozen
-from cmai_fast.bridge.remembered import images_encoded_once
+from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.generation import Generation, own_settings
@@ -28,7 +28,7 @@ from cmai_fast.threat import PixelSpace
 __all__ = ["Generation", "Pipeline", "alone", "in_parts"]
 
 T = TypeVar("T")
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
@@ -176,7 +176,7 @@ class Pipeline:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside, this thread alone uses the model and the tokenizer, the model in evaluation mode, without gradients.
+        """Inside, this thread alone uses model and tokenizer, the model in evaluation mode, without gradients.
 
         The heads have no mode and need no lending: nothing is differentiated.
         """
@@ -199,8 +199,9 @@ class Pipeline:
             return
         for i, length in enumerate(mask.sum(1).tolist()):
             if length + self.generation.max_new_tokens > self.bridge.context:
+                name = Sample.of(samples[i], i).id
                 raise ValueError(
-                    f"question {Sample.of(samples[i], i).id!r} makes a prompt of {length} tokens and the answer may take "
+                    f"question {name!r} makes a prompt of {length} tokens and the answer may take "
                     f"{self.generation.max_new_tokens}; the model's context is {self.bridge.context}. Shorten the "
                     "question or set max_new_tokens lower"
                 )

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmai_fast.arm.images import read_image as read_picture
 from cmai_fast.arm.policies import POLICIES, Case, Decision
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import Sample
+from cmai_fast.data.pictures import read_picture
 from cmai_fast.pipeline import Generation, Pipeline
 
 Decider = Callable[[Case], Decision | None]
@@ -100,7 +100,7 @@ class Guard:
 
         Args:
             image: what `read_picture` reads, of any size: a path, a PIL picture, an array, ... The model's processor
-                resizes it.
+                resizes it. A list or tuple of them is several images of one question.
 
         Raises:
             ValueError: an image that cannot be read; a question that is empty or too long.
@@ -114,7 +114,8 @@ class Guard:
         asked = []
         for i, (image, question) in enumerate(zip(images, questions, strict=True)):
             self._check_question(question, f"question {i}")
-            asked.append(Sample(i, (read_picture(image, name=f"image {i}"),), question))
+            several = image if isinstance(image, (list, tuple)) else [image]
+            asked.append(Sample(i, tuple(read_picture(one, name=f"image {i}") for one in several), question))
         return [replace(decision, id=None) for decision in self._decide(asked)]
 
     def decide_samples(self, samples: Sequence[Sample]) -> list[Decision]:
@@ -139,6 +140,3 @@ class Guard:
     def _check_question(self, question: Any, name: str) -> None:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")
-        token = getattr(self.pipeline.processor, "image_token", None)
-        if token and str(token) in question:
-            raise ValueError(f"{name} holds {str(token)!r}, which stands for an image; ask without it")

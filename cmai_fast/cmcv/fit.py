@@ -11,6 +11,7 @@ from cmai_fast.bridge import Bridge, frozen
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
 from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
+from cmai_fast.data.collate import negative_texts
 from cmai_fast.generation import Generation
 
 
@@ -36,7 +37,7 @@ def fit_heads(
         for step in range(steps):
             batch = next(batches)
             images, text = bridge.inputs(batch)
-            wrong = {k: batch[f"negative_{k}"] for k in text if f"negative_{k}" in batch}
+            wrong = negative_texts(batch, text)
             with torch.no_grad():
                 image = bridge.encode_image(batch["pixel_values"], **images)
                 own = bridge.encode_text(**text)

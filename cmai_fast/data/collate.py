@@ -3,70 +3,94 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from cmai_fast.data.pictures import RememberedPictures
-from cmai_fast.data.prompt import PromptForm, format_prompt
+from cmai_fast.data.pictures import read_picture
+from cmai_fast.data.prompt import PromptForm
+from cmai_fast.data.remembered import RememberedPictures
 from cmai_fast.data.sample import Sample, numeric_id
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_NEGATIVE = ("input_ids", "attention_mask", "labels")
 Row = dict[str, np.ndarray]
 
 
 class VQACollator:
-    """Collates samples (`image`, `question`, `answer`, optional `choices`, `sample_id`) into one batch.
+    """Collates samples (or records, as `Sample.of` takes them) into one batch.
 
-    Text and images are prepared by the processor's own call, whatever its family; docs/families.md says which are
-    tested. The prompt is that of `format_prompt`.
+    Pictures are read by `read_picture`; text and pictures are prepared by the processor's own call, whatever its family;
+    docs/families.md says which are tested. The prompt is that of `format_prompt`.
 
     Args:
         processor: the model's own processor. It is not changed.
         negatives: how many wrong answers of the sample's `choices` to add for the contrastive loss; 0 adds none.
         max_length: the model's context in tokens; a longer sample raises a ValueError.
         seed: of the draw of wrong answers; a sample's draw depends on (seed, sample id) alone.
+        control_tokens: what becomes of the tokenizer's control tokens (`</s>`, `<image>`) in a question, an answer or a
+            choice: "text" reads them as text, "refuse" raises a ValueError.
 
     A batch of N samples holds `input_ids`, `attention_mask`, `labels` (N, L; padded on the left, labels are -100 except
     on the response and its end token), `sample_ids` (N,), and what else the family's forward takes: `pixel_values`, for
-    LLaVA (N, 3, H, W), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... With negatives K > 0 it holds
-    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N * K, M): the same prompts closed by wrong
-    answers, row i * K + k belonging to sample i.
+    LLaVA (images, 3, H, W), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... Samples may have several images or
+    none, where the family can; a batch without any image has no `pixel_values`. With negatives K > 0 it holds
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M): the same prompts closed by K wrong
+    answers. `negative_texts` reads them.
 
     Raises:
-        ValueError: a processor without chat template and known form of a prompt, or whose template does not fit.
+        ValueError: a processor without chat template and known form of a prompt, or whose template does not fit. When
+            called: a sample that cannot be collated, by id and key.
     """
 
-    def __init__(self, processor: Any, negatives: int = 0, max_length: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        negatives: int = 0,
+        max_length: int | None = None,
+        seed: int = 0,
+        control_tokens: Literal["text", "refuse"] = "text",
+    ) -> None:
         self.processor, self.negatives, self.max_length, self.seed = processor, negatives, max_length, seed
-        self._form = PromptForm(processor)
+        self._form = PromptForm(processor, control_tokens)
         self._call = copy.copy(processor)
         self._call.image_processor = RememberedPictures(processor.image_processor)
+        self._form.control.into(self._call)
 
-    def __call__(self, samples: Sequence[Sample | dict[str, Any]]) -> dict[str, torch.Tensor]:
-        asked = [Sample.of(s, i) for i, s in enumerate(samples)]
+    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        asked = _checked(samples)
         texts, rows, batch = self._encode(asked)
-        batch.update(self._close(texts, rows, [s.answer for s in asked]))
+        batch.update(self._close(texts, rows, [(_answer(s), f"{_name(s)}: its answer") for s in asked]))
         batch["sample_ids"] = torch.tensor([numeric_id(s.id) for s in asked])
         if self.negatives:
-            wrong = [answer for s in asked for answer in self._wrong_answers(s)]
+            wrong = [(answer, f"{_name(s)}: its choice") for s in asked for answer in self._wrong_answers(s)]
             places = [i for i in range(len(samples)) for _ in range(self.negatives)]
             closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
-            batch.update({f"negative_{k}": closed[k] for k in ("input_ids", "attention_mask", "labels")})
+            by_sample = (len(asked), self.negatives)  # whoever cuts rows of a batch keeps them with their samples
+            batch.update({f"negative_{k}": closed[k].unflatten(0, by_sample) for k in _NEGATIVE})
         return batch
 
-    def prompts(self, samples: Sequence[Sample | dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch up to where the model answers, without labels, for `generate`."""
-        _, rows, batch = self._encode([Sample.of(s, i) for i, s in enumerate(samples)])
+        _, rows, batch = self._encode(_checked(samples))
         return {**batch, **self._padded(rows)}
 
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
         """Prompts as texts and as tokens, and what the family's forward takes beside the tokens."""
-        texts = [format_prompt(self.processor, s.prompt) for s in samples]
+        texts = []
+        for s in samples:
+            try:
+                texts.append(self._form.prompt(s.prompt, len(s.images), "its question"))
+            except ValueError as error:
+                raise ValueError(f"{_name(s)}: {error}") from error
+        pictures = [
+            [read_picture(p, f"{_name(s)}: its image" + f" {k}" * (len(s.images) > 1)) for k, p in enumerate(s.images)]
+            for s in samples
+        ]
         made = self._call(
-            images=[list(s.images) for s in samples],  # some families want them by sample
+            images=pictures if any(pictures) else None,  # some families want them by sample
             text=list(texts),
             padding=True,  # PaliGemma's processor cannot do without; it is taken off again
             padding_side="right",  # positions of InstructBLIP's second text are counted from its first column
@@ -78,19 +102,23 @@ class VQACollator:
         made.pop("labels", None)  # PaliGemma's own, of prompts without responses
         return texts, rows, {k: torch.as_tensor(v) for k, v in made.items()}
 
-    def _close(self, texts: Sequence[str], rows: Sequence[Row], answers: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Prompts closed by these answers."""
+    def _close(
+        self, texts: Sequence[str], rows: Sequence[Row], answers: Sequence[tuple[str, str]]
+    ) -> dict[str, torch.Tensor]:
+        """Prompts closed by these answers, each with what errors call it."""
         closed, kind = [], {"attention_mask": 1, "token_type_ids": int(self._form.takes_suffix)}
-        for row, response in zip(rows, self._form.responses(texts, answers), strict=True):
+        closings = [self._form.closing(answer, name) for answer, name in answers]
+        for row, response in zip(rows, self._form.responses(texts, closings), strict=True):
             more = {k: np.full(len(response), kind.get(k, 0)) for k in row} | {"input_ids": np.array(response)}
             labels = np.concatenate([np.full(len(row["input_ids"]), -100), response])
             closed.append({"labels": labels} | {k: np.concatenate([v, more[k]]) for k, v in row.items()})
-        longest = max(len(row["labels"]) for row in closed)
-        if self.max_length is not None and longest > self.max_length:
-            raise ValueError(
-                f"a sample has {longest} tokens with its labels, the model's context is {self.max_length}; shorten the "
-                "text or use a model with a longer context (nothing is truncated silently)"
-            )
+        for row, (_, name) in zip(closed, answers, strict=True):
+            if self.max_length is not None and len(row["labels"]) > self.max_length:
+                raise ValueError(
+                    f"{name.partition(':')[0]} has {len(row['labels'])} tokens with its labels, the model's context is "
+                    f"{self.max_length}; shorten the text or use a model with a longer context (nothing is truncated "
+                    "silently)"
+                )
         return self._padded(closed)
 
     def _padded(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -107,8 +135,50 @@ class VQACollator:
         others = [c for c in sample.choices if c != sample.answer]
         if not others:
             raise ValueError(
-                f"sample {sample.id} has no wrong answers in its 'choices'; the contrastive loss needs "
-                "at least one. Add them, or collate with negatives=0"
+                f"{_name(sample)} has no wrong answers in its 'choices'; the contrastive loss needs at least one. Add "
+                "them, or collate with negatives=0"
             )
         rng = np.random.default_rng((self.seed, numeric_id(sample.id)))
         return [others[j] for j in rng.integers(len(others), size=self.negatives)]
+
+
+def negative_texts(batch: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Those of `negative_KEY` (N, K, M) that the batch has, as texts (N * K, M): row i * K + k belongs to sample i.
+
+    Raises:
+        ValueError: they have another shape, so it is not known to which samples they belong.
+    """
+    found, count = {}, len(batch["input_ids"])
+    for key in keys:
+        value = batch.get(f"negative_{key}")
+        if value is None:
+            continue
+        if value.dim() != 3 or len(value) != count:
+            raise ValueError(
+                f"the batch has negative_{key} of shape {tuple(value.shape)} for {count} samples; expected "
+                f"({count}, K, M): K wrong answers per sample, as VQACollator makes them"
+            )
+        found[key] = value.flatten(0, 1)
+    return found
+
+
+def _name(sample: Sample) -> str:
+    return f"sample {sample.id!r}"
+
+
+def _checked(samples: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
+    if isinstance(samples, (Sample, Mapping, str)) or not len(samples):
+        raise ValueError(f"the batch is {samples!r:.80}; expected a list of at least one sample")
+    checked = [Sample.of(s, i) for i, s in enumerate(samples)]
+    for i, sample in enumerate(checked):
+        try:
+            hash(sample.id)
+        except TypeError:
+            raise ValueError(f"sample {i} has the id {sample.id!r:.80}; expected a text or a number") from None
+    return checked
+
+
+def _answer(sample: Sample) -> str:
+    if not sample.references or sample.references[0] is None:
+        raise ValueError(f"{_name(sample)} has no answer; expected at least one right answer, as a text")
+    return sample.references[0]

@@ -53,8 +53,8 @@ def cut(images: BatchImages, inputs: Mapping[str, Tensor], size: int) -> list[di
         part = {**images.rows(image, rows), **images.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
         part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
         for name, value in inputs.items():
-            if name.startswith("negative_"):  # several of each sample, one after another
-                part[name] = value.unflatten(0, (count, -1))[rows].flatten(0, 1)
+            if name.startswith("negative_"):
+                part[name] = value[rows]
         parts.append(part)
     return parts
 

@@ -18,6 +18,7 @@ from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import BatchImages, DualBridge, bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.data.collate import negative_texts
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.adapters import (
     adapter_parameters,
@@ -48,7 +49,7 @@ class MBATTrainer(CheckpointedTrainer):
 
     Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
     `attention_mask`, `labels` and what else its family needs. `sample_ids` (N,) names samples for their random starts,
-    `negative_input_ids`, `negative_attention_mask`, `negative_labels` are wrong answers for the contrastive loss
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M) are wrong answers for the contrastive loss
     (`cmai_fast.data.VQACollator` makes them all).
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
@@ -384,7 +385,7 @@ class MBATTrainer(CheckpointedTrainer):
         """
         if self.heads is None:
             return None, None
-        wrong = {k: inputs[f"negative_{k}"] for k in text if self.args.gamma and f"negative_{k}" in inputs}
+        wrong = negative_texts(inputs, text) if self.args.gamma else {}
         with frozen(self.bridge.model), torch.no_grad():
             own = self.bridge.encode_text(**text)
             other = self.bridge.encode_text(**wrong) if wrong else None

@@ -34,7 +34,7 @@ def load_model(
 
     Raises:
         ValueError: no such model, one that is no image-text model, weights that are incomplete, damaged or not
-            safetensors, or a device or attention that cannot be had.
+            safetensors, or a device or attention that is unavailable.
     """
     where = resolve(name)
     try:

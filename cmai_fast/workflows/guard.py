@@ -1,0 +1,82 @@
+"""Decisions about one question or many, as JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmai_fast.arm import Decision, Guard
+from cmai_fast.data import Sample
+from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.files import write_text
+from cmai_fast.tasks import TASKS
+
+
+def guard(
+    model: str,
+    data: DataSource | None = None,
+    *,
+    images: Sequence[str | Path] = (),
+    text: str | None = None,
+    out: Path | None = None,
+    write: Callable[[str], Any] = print,
+    heads: str | Path | None = None,
+    policies: Sequence[str] = ("reject",),
+    threshold: float | None = None,
+    task: str = "vqa",
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Decides every case, in order, one line of JSON each; returns how many.
+
+    Args:
+        data: the cases, of which it takes the test split. Right answers are not needed.
+        images, text: in place of `data`, one question about one image or several.
+        out: a file, which appears when every case is decided; None: each line goes to `write` as it is decided.
+        heads, policies, threshold, max_new_tokens: as for `Guard.from_pretrained`.
+        limit, seed: so many of the cases, drawn with the seed; None: all.
+
+    Raises:
+        ValueError: neither data nor a question, or both; unknown names; a case that cannot be read, by its id.
+    """
+    if (data is None) == (text is None or not images):
+        raise ValueError("expected either data, or images with a text")
+    samples: Sequence[Sample] = [] if data is None else data.load("test", limit, seed)
+    guarded = Guard.from_pretrained(
+        model, heads=heads, policies=policies, threshold=threshold, max_new_tokens=max_new_tokens,
+        device=device, dtype=dtype, attention=attention,
+    )  # fmt: skip
+    if data is None:
+        decisions: Iterator[Decision] = iter(guarded.decide_batch([list(images)], [text or ""]))
+    else:
+        decisions = decided(guarded, samples, task, batch_size, progress)
+    lines = []
+    for decision in decisions:
+        line = decision.to_json()
+        if out is None:
+            write(line)
+        lines.append(line)
+    if out is not None:
+        write_text("".join(f"{line}\n" for line in lines), Path(out))
+    return len(lines)
+
+
+def decided(
+    guarded: Guard, samples: Sequence[Sample], task: str, batch_size: int, progress: bool
+) -> Iterator[Decision]:
+    """Decisions in the order of the samples, `batch_size` at a time."""
+    asked = TASKS[task]
+    with Overall({"guard": 1.0}, progress) as overall:
+        overall.start("guard", len(samples))
+        for start in range(0, len(samples), batch_size):
+            rows = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+            yield from guarded.decide_samples([Sample(s.id, s.images, asked.prompt(s)) for s in rows])
+            overall.advance(len(rows))
