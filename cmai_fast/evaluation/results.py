@@ -19,10 +19,10 @@ ROLES = ("undefended", "immunised", "baseline")
 _SETTINGS = ("data", "eps")
 _NUMBERS = ("acc_clean", "acc_robust", "n")
 # Kinds of the optional parts: what a report would otherwise fail on far from the file.
-_MODEL_PARTS = {
+_MODEL_PARTS: dict[str, Any] = {
     "attacks": dict, "curve": list, "s_c": dict, "detection": dict, "sanity": list, "metrics": dict
 }  # fmt: skip
-_TOP_PARTS = {"sample_ids": list, "pictures": list, "training": dict, "overhead": dict}
+_TOP_PARTS: dict[str, Any] = {"sample_ids": list, "pictures": list, "training": dict, "overhead": dict}
 _KINDS = {dict: "an object", list: "a list"}
 
 
@@ -190,8 +190,8 @@ def check_results(results: Any) -> None:
     """
     if not isinstance(results, dict):
         raise ValueError(f"results are a {type(results).__name__}; expected a JSON object")
-    schema = results.get("schema")
-    if schema is not None and schema != SCHEMA:
+    schema = results.get("schema", SCHEMA)  # where it is missing, that is said with all else
+    if schema != SCHEMA:
         advice = "update cmai-fast to read it" if is_number(schema) and schema > SCHEMA else "run the evaluation again"
         raise ValueError(f"these results have schema {schema!r}, and this version reads up to {SCHEMA}; {advice}")
     wrong = [f"{key} is missing" for key in ("schema", "settings", "versions", "seed", "models") if key not in results]
@@ -234,27 +234,27 @@ def _wrong_models(models: list[Any]) -> list[str]:
     return wrong
 
 
-def _wrong_kinds(values: dict[str, Any], where: str, kinds: dict[str, type]) -> list[str]:
+def _wrong_kinds(values: dict[str, Any], where: str, kinds: dict[str, Any]) -> list[str]:
     """Optional parts of another kind, and lists of objects that hold something else."""
     wrong = []
     for key, kind in kinds.items():
         value = values.get(key)
         if value is None:
             continue
-        if not isinstance(value, kind):
+        if type(value) is not kind:
             wrong.append(f"{where}{key} is not {_KINDS[kind]}")
-        elif key in ("curve", "sanity", "pictures") and not all(isinstance(item, dict) for item in value):
-            wrong.append(f"{where}{key} holds something that is not an object")
-        elif key == "curve" and not all(_is_eps(point.get("eps")) for point in value):
-            wrong.append(f"{where}{key} has a point without eps, a number or a text such as '8/255'")
-        elif key == "attacks" and not all(isinstance(item, dict) for item in value.values()):
-            wrong.append(f"{where}{key} holds something that is not an object")
+        elif key in ("attacks", "curve", "sanity", "pictures"):
+            items = list(value.values()) if kind is dict else value
+            if not all(isinstance(item, dict) for item in items):
+                wrong.append(f"{where}{key} holds something that is not an object")
+            elif key == "curve" and not all(_is_eps(point.get("eps")) for point in items):
+                wrong.append(f"{where}{key} has a point without eps, a number or a text such as '8/255'")
     return wrong
 
 
 def _from_two_models(old: dict[str, Any]) -> dict[str, Any]:
     """Schema 1: the keys `undefended` and `immunised`, of which one may be null."""
-    settings = old.get("settings") if isinstance(old.get("settings"), dict) else {}
+    settings: dict[str, Any] = old["settings"] if isinstance(old.get("settings"), dict) else {}
     found = [key for key in ("undefended", "immunised") if old.get(key) is not None]
     # `evaluate` put a model that it measured alone under "immunised", whatever it was.
     names = {key: key for key in found} if len(found) != 1 else {found[0]: str(settings.get("model") or found[0])}

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 WIDTH = 460
 _LEFT, _TOP, _BOTTOM = 48, 34, 46
-_CHARACTER = 6.7  # mean advance of a 12 px system font, to leave room for labels at the ends of lines
+_CHARACTER = 8.0  # a generous mean advance of the 12 to 13.5 px system font: room for labels at the ends of lines
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def robustness_curve(results: Results, models: Sequence[Shown]) -> dict[str, Any
         "chart": chart,
         "legend": [] if labelled else [_key(model) for model, _ in found],
         "table": table if len(found) <= FEW else table.turned("model"),
+        "many": len(found) > FEW,
         "unit": unit,
         "attack": settings.get("curve_attack"),
         "missing": _missing(models, [model for model, _ in found]),
@@ -135,6 +136,7 @@ def detector(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
         "chart": chart,
         "legend": legend,
         "table": table if len(detected) <= FEW else table.turned("model"),
+        "many": len(detected) > FEW,
         "missing": _missing(models, detected),
     }
 
@@ -208,10 +210,7 @@ def _detector_rows(detected: Sequence[Shown], settings: dict[str, Any]) -> list[
     """The working points; one that no model has is left out."""
     found = [model.record.get("detection") or {} for model in detected]
     half = eps_number(settings["eps"]) / 2
-    at_half = [
-        next((p.get("acc_robust") for p in m.record.get("curve") or [] if abs(eps_number(p["eps"]) - half) < 1e-6), None)
-        for m in detected
-    ]
+    at_half = [_at(model, half) for model in detected]
 
     def field(name: str) -> list[Any]:
         return [detection.get(name) for detection in found]
@@ -228,6 +227,12 @@ def _detector_rows(detected: Sequence[Shown], settings: dict[str, Any]) -> list[
         (f"Robust accuracy at eps/2 ({eps_text(half)})", at_half if any(rejecting) else [], percent),
     )
     return [(name, [write(v) for v in values]) for name, values, write in rows if any(map(is_number, values))]
+
+
+def _at(model: Shown, eps: float) -> float | None:
+    """Robust accuracy at a point of the curve."""
+    curve = model.record.get("curve") or []
+    return next((point.get("acc_robust") for point in curve if abs(eps_number(point["eps"]) - eps) < 1e-6), None)
 
 
 def _histograms(model: Shown) -> list[charts.Steps]:

@@ -31,12 +31,12 @@ _DETAILED = 3  # models whose checks stand side by side with their details
 
 @dataclass
 class Table:
-    """Headings are texts or models; cells are texts. `small` is a second line of a row's heading or of its cells."""
+    """Headings are texts or models; cells are texts. `small`: second lines by row and column, -1 for headings."""
 
     corner: str
     columns: Sequence[Shown | str]
     rows: Sequence[tuple[Shown | str, Sequence[str]]]
-    small: Mapping[tuple[int, int], str] = field(default_factory=dict)  # by row and column; column -1 is the heading
+    small: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     def turned(self, corner: str) -> Table:
         """Rows as columns, for more models than fit side by side."""
@@ -47,9 +47,7 @@ class Table:
 def tiles(models: Sequence[Shown]) -> list[dict[str, Any]]:
     """The few numbers that most readers came for, one tile each with a row per model."""
 
-    def tile(
-        title: str, note: str, values: list[Any], write: Callable[[Any], str] = percent
-    ) -> dict[str, Any]:
+    def tile(title: str, note: str, values: list[Any], write: Callable[[Any], str] = percent) -> dict[str, Any]:
         rows = [(model, write(v), v if is_number(v) else None) for model, v in zip(models, values, strict=True)]
         return {"title": title, "note": note, "rows": rows}
 
@@ -93,8 +91,9 @@ def accuracy(results: Results, models: Sequence[Shown]) -> dict[str, Any]:
     return {
         "threat": threat_text(results["settings"]),
         "samples": f"{samples} samples{' each' if len(models) > len(counts) else ''}",
-        "intervals": any(column >= 0 for _, column in table.small),
+        "intervals": any(min(place) >= 0 for place in table.small),
         "table": table,
+        "classes": ("", "stacked", "stacked pairs")[min(len(models), 3) - 1],
         "reference": pair[0] if pair and len(models) > 2 else None,
         "metrics": _metrics(models),
         "attacks": _attacks(models),
@@ -159,35 +158,31 @@ def protocol(results: Results, models: Sequence[Shown]) -> dict[str, Any]:
 
 
 def _pairwise(models: Sequence[Shown]) -> Table:
-    """One or two models as columns, with the change from the first to the second."""
+    """One or two models as columns, with the change from the first to the second; what nobody measured is left out."""
     pair = compared(models)
     ordered = list(pair or models)
-    rows, small = [], {}
-    for row, (name, what, cells, between) in enumerate(
-        (
-            ("Clean accuracy", "untouched inputs", [percent(m.record["acc_clean"]) for m in ordered], "acc_clean"),
-            ("Robust accuracy", "worst input of all attacks", [percent(m.record["acc_robust"]) for m in ordered],
-             "acc_robust"),
-            ("Robust accuracy, 8-bit", "attacked images rounded to 256 levels",
-             [percent(m.record.get("acc_robust_8bit")) for m in ordered], "acc_robust_8bit"),
-            ("Attack success rate", "right before, wrong after", [_success(m) for m in ordered], "asr"),
-        )
-    ):  # fmt: skip
-        small[row, -1] = what
+    rows: list[tuple[Shown | str, list[str]]] = []
+    small = {(-1, i): model.role for i, model in enumerate(ordered) if pair and model.role != model.name}
+    for name, what, key in (
+        ("Clean accuracy", "untouched inputs", "acc_clean"),
+        ("Robust accuracy", "worst input of all attacks", "acc_robust"),
+        ("Robust accuracy, 8-bit", "attacked images rounded to 256 levels", "acc_robust_8bit"),
+        ("Attack success rate", "right before, wrong after", "asr"),
+    ):
+        values = [model.record.get(key) for model in ordered]
+        cells = [_success(model) if key == "asr" else percent(model.record.get(key)) for model in ordered]
+        if all(cell == NOT_MEASURED for cell in cells):
+            continue
+        small[len(rows), -1] = what
         for column, model in enumerate(ordered):
-            if text := interval(model.record.get(f"{between}_interval")):
-                small[row, column] = text
-        if pair is not None:
-            cells.append(change(*(model.record.get(between) for model in ordered)))
-        rows.append((name, cells))
+            if text := interval(model.record.get(f"{key}_interval")):
+                small[len(rows), column] = text
+        rows.append((name, [*cells, change(*values)] if pair else cells))
     worst = [worst_attack(model.record.get("attacks")) for model in ordered]
     if any(text != NOTHING for text in worst):
         small[len(rows), -1] = "leaves the least robust accuracy"
-        rows.append(("Worst attack", [*worst, ""] if pair is not None else worst))
-    kept = [(i, row) for i, row in enumerate(rows) if any(cell != NOT_MEASURED for cell in row[1])]
-    places = {old: new for new, (old, _) in enumerate(kept)}
-    small = {(places[row], column): text for (row, column), text in small.items() if row in places}
-    return Table("", [*ordered, *(["change"] if pair is not None else [])], [row for _, row in kept], small)
+        rows.append(("Worst attack", [*worst, ""] if pair else worst))
+    return Table("", [*ordered, *(["change"] if pair else [])], rows, small)
 
 
 def _changes(models: Sequence[Shown]) -> Table:
@@ -196,7 +191,7 @@ def _changes(models: Sequence[Shown]) -> Table:
     assert pair is not None  # three or more
     old = pair[0].record
     rows: list[tuple[Shown | str, list[str]]] = []
-    small = {}
+    small: dict[tuple[int, int], str] = {}
     for row, model in enumerate(models):
         new = model.record
         cells = [percent(new["acc_clean"]), percent(new["acc_robust"]), _success(model)]
@@ -204,6 +199,7 @@ def _changes(models: Sequence[Shown]) -> Table:
         if model is pair[0]:
             changes = [NOTHING] * 3
         rows.append((model, [text for both in zip(cells, changes, strict=True) for text in both]))
+        small[row, -1] = model.role if model.role != model.name else ""
         small |= {(row, 0): interval(new.get("acc_clean_interval")), (row, 2): interval(new.get("acc_robust_interval"))}
     columns = ("clean accuracy", "change", "robust accuracy", "change", "ASR", "change")
     return Table("model", columns, rows, {place: text for place, text in small.items() if text})
@@ -225,7 +221,7 @@ def _metrics(models: Sequence[Shown]) -> Table | None:
     if not names:
         return None
     rows: list[tuple[Shown | str, list[str]]] = []
-    for name, kind in sorted(names):
+    for name, kind in sorted(names, key=lambda pair: (pair[0], pair[1] != "clean")):
         parts: list[Mapping[str, Any]] = [model.record.get("metrics") or {} for model in found]
         cells = [decimal((part.get(kind) or {}).get(name)) for part in parts]
         rows.append((f"{name}, {'clean' if kind == 'clean' else 'attacked'}", cells))
@@ -241,7 +237,8 @@ def _attacks(models: Sequence[Shown]) -> dict[str, Any]:
         for key, title in (("nonfinite_gradients", "non-finite gradients"), ("zero_gradients", "zero gradients"))
         if any(is_number(value := attack.get(key)) and value > 0 for attack in every)
     ]
-    columns = ["steps", "restarts", "robust accuracy", "ASR", "passes forward", "backward", "time"]
+    columns = ["steps", "restarts", "robust accuracy", "ASR", *(title for _, title in bad)]
+    columns += ["passes forward", "backward", "time"]
     groups = [
         (
             model,
@@ -252,7 +249,7 @@ def _attacks(models: Sequence[Shown]) -> dict[str, Any]:
         )
         for model in models
     ]
-    return {"columns": columns + [title for _, title in bad], "groups": groups, "bad": [key for key, _ in bad]}
+    return {"columns": columns, "groups": groups, "bad": [key for key, _ in bad]}
 
 
 def _attack_cells(attack: AttackResults, bad: Sequence[str]) -> list[str]:
@@ -262,10 +259,10 @@ def _attack_cells(attack: AttackResults, bad: Sequence[str]) -> list[str]:
         count(attack.get("restarts")),
         percent(attack.get("acc_robust")),
         percent(attack.get("asr")),
+        *(count(attack.get(key)) for key in bad),
         count(passes.get("forward")),
         count(passes.get("backward")),
         duration(attack.get("seconds")),
-        *(count(attack.get(key)) for key in bad),
     ]
 
 

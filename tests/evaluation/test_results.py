@@ -12,17 +12,34 @@ import numpy as np
 import pytest
 import torch
 
-from cmai_fast.evaluation.results import read_results, write_results
+from cmai_fast.evaluation.results import check_results, read_results, upgrade_results, write_results
 from cmai_fast.files import write_text
+from cmai_fast.report import render_report
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "easyvqa"
 
 
 def small_results() -> dict[str, Any]:
     return {
+        "schema": 2,
         "settings": {"model": "fake", "data": "fakevqa", "eps": "8/255"},
         "versions": {},
         "seed": 0,
-        "undefended": None,
-        "immunised": {"acc_clean": 0.9, "acc_robust": 0.5, "asr": 0.44, "n": 10},
+        "models": [{"name": "fake", "role": "immunised", "acc_clean": 0.9, "acc_robust": 0.5, "asr": 0.44, "n": 10}],
+    }
+
+
+def old_results() -> dict[str, Any]:
+    """The same in schema 1, with both models and a picture."""
+    record = {"acc_clean": 0.9, "acc_robust": 0.5, "n": 10}
+    picture = {"question": "?", "against": "undefended", "undefended": {"clean": "a"}, "immunised": {"clean": "b"}}
+    return {
+        "settings": {"model": "fake-immune", "against": "fake", "data": "fakevqa", "eps": 0.1},
+        "versions": {},
+        "seed": 0,
+        "undefended": record,
+        "immunised": record | {"acc_robust": 0.8},
+        "pictures": [picture],
     }
 
 
@@ -81,15 +98,15 @@ class FullDisk:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def write(self, text: str) -> int:
-        self.file.write(text[: len(text) // 2])
+    def write(self, data: bytes) -> int:
+        self.file.write(data[: len(data) // 2])
         self.file.flush()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_on_full_disk(path: Path, mode: str, encoding: str) -> FullDisk:
-        return FullDisk(path.open(mode, encoding=encoding))
+    def open_on_full_disk(path: Path, mode: str) -> FullDisk:
+        return FullDisk(path.open(mode))
 
     monkeypatch.setattr("cmai_fast.files.open", open_on_full_disk, raising=False)
 
@@ -134,19 +151,103 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_everything_missing_is_named_at_once(tmp_path: Path) -> None:
     results = small_results()
-    del results["seed"], results["settings"]["eps"], results["immunised"]["acc_robust"]
-    results["immunised"]["n"] = "many"
+    del results["seed"], results["settings"]["eps"], results["models"][0]["acc_robust"]
+    results["models"][0]["n"] = "many"
     path = write_results(results, tmp_path / "results.json")
     with pytest.raises(ValueError, match="seed is missing") as caught:
         read_results(path)
-    for text in (str(path), "seed is missing", "settings.eps is missing", "immunised.acc_robust", "immunised.n"):
+    for text in (str(path), "seed is missing", "settings.eps is missing", "models[0].acc_robust", "models[0].n"):
         assert text in str(caught.value), text
 
 
-def test_two_null_models_are_no_results(tmp_path: Path) -> None:
-    path = write_results({**small_results(), "immunised": None}, tmp_path / "results.json")
-    with pytest.raises(ValueError, match="both null"):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"models": []}, "models is empty"),
+        ({"models": {}}, "models is not a list"),
+        ({"models": [7]}, r"models\[0\] is not an object"),
+        ({"models": [{"name": " "}]}, r"models\[0\]\.name is missing or not a text"),
+        ({"models": [{"role": "cured"}]}, r"models\[0\]\.role is 'cured', expected one of undefended, immunised, base"),
+        ({"models": [{"attacks": []}]}, r"models\[0\]\.attacks is not an object"),
+        ({"models": [{"attacks": {"pgd": 3}}]}, r"models\[0\]\.attacks holds something that is not an object"),
+        ({"models": [{"sanity": ["fine"]}]}, r"models\[0\]\.sanity holds something that is not an object"),
+        ({"models": [{"curve": [{"eps": "8/0"}]}]}, r"models\[0\]\.curve has a point without eps"),
+        ({"settings": {"data": "d", "eps": "much"}}, "settings.eps is 'much', expected a number"),
+        ({"settings": []}, "settings is not an object"),
+        ({"pictures": {}}, "pictures is not a list"),
+        ({"training": [1]}, "training is not an object"),
+        ({"schema": None}, r"have schema None, and this version reads"),
+    ],
+)
+def test_what_has_another_shape_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_results(small_results() | change)
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    results = small_results()
+    results["models"] *= 2
+    with pytest.raises(ValueError, match=r"models\[1\]\.name 'fake' is also the name of another model"):
+        check_results(results)
+
+
+@pytest.mark.parametrize(
+    "schema, message",
+    [
+        (3, "have schema 3, and this version reads up to 2; update"),
+        ("new", "have schema 'new'.*run the evaluation again"),
+    ],
+)
+def test_an_unknown_schema_is_refused_by_name(tmp_path: Path, schema: Any, message: str) -> None:
+    path = write_results({"schema": schema, "something": "else"}, tmp_path / "results.json")
+    with pytest.raises(ValueError, match=rf"results\.json: these results {message}"):
         read_results(path)
+
+
+def test_schema_1_of_two_models_is_upgraded_and_left_as_it_was() -> None:
+    old = old_results()
+    new = upgrade_results(old)
+    assert old == old_results()
+    assert new["schema"] == 2 and "undefended" not in new and "immunised" not in new
+    assert [(m["name"], m["role"], m["path"], m["acc_robust"]) for m in new["models"]] == [
+        ("undefended", "undefended", "fake", 0.5),
+        ("immunised", "immunised", "fake-immune", 0.8),
+    ]
+    answers = {"undefended": {"clean": "a"}, "immunised": {"clean": "b"}}
+    assert new["pictures"] == [{"question": "?", "against": "undefended", "answers": answers}]
+    assert upgrade_results(new) == new
+
+
+def test_schema_1_of_one_model_names_it_by_what_was_evaluated() -> None:
+    old = old_results() | {"undefended": None}
+    old["pictures"] = [{"against": "immunised", "immunised": {"clean": "b"}}]
+    new = upgrade_results(old)
+    assert [(m["name"], m["path"]) for m in new["models"]] == [("fake-immune", "fake-immune")]
+    assert new["pictures"] == [{"against": "fake-immune", "answers": {"fake-immune": {"clean": "b"}}}]
+
+
+def test_schema_1_without_a_model_or_with_a_broken_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="models is empty"):
+        upgrade_results(old_results() | {"undefended": None, "immunised": None})
+    with pytest.raises(ValueError, match=r"models\[1\] is not an object"):
+        upgrade_results(old_results() | {"immunised": 3})
+    with pytest.raises(ValueError, match=r"models\[1\]\.n is missing"):
+        upgrade_results(old_results() | {"immunised": {"acc_clean": 1.0, "acc_robust": 1.0}})
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*/*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_read_and_rendered(path: Path) -> None:
+    results = read_results(path)
+    page = render_report(results)
+    for model in results["models"]:
+        assert f"{100 * model['acc_robust']:.1f}%" in page and model["name"] in page
+
+
+def test_committed_runs_stand_side_by_side_in_one_report() -> None:
+    runs = [read_results(path) for path in sorted((COMMITTED / "runs").glob("*-seed0.json"))]
+    together = runs[0] | {"models": [model for run in runs for model in run["models"]]}
+    assert len(together["models"]) > 8
+    assert "Leaderboard" in render_report(together)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])

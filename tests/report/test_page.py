@@ -2,223 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import json
-import math
-import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
 
 from cmai_fast.report import render_report, write_report
-
-EDGES = [i / 20 - 1 for i in range(41)]
-
-
-def fake_histogram(mean: float, spread: float, seed: int) -> dict[str, Any]:
-    draw = random.Random(seed)
-    values = sorted(min(max(draw.gauss(mean, spread), -0.999), 0.999) for _ in range(1000))
-    counts = [sum(low <= value < high for value in values) for low, high in itertools.pairwise(EDGES)]
-    quantiles = {str(q): values[int(q * 1000)] for q in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
-    return {"mean": sum(values) / 1000, "quantiles": quantiles, "histogram": {"edges": EDGES, "counts": counts}}
-
-
-def fake_roc(power: float) -> dict[str, list[float]]:
-    fpr = [0.0, *[10 ** (-3 + 3 * i / 200) for i in range(201)]]
-    return {"fpr": fpr, "tpr": [f**power for f in fpr]}
-
-
-def fake_model(robust: float, asr: float, clean: float, falls_at: float, detector: float) -> dict[str, Any]:
-    levels = [1, 2, 4, 8, 16, 24]
-    return {
-        "acc_clean": clean,
-        "acc_clean_interval": [clean - 0.011, clean + 0.009],
-        "acc_robust": robust,
-        "acc_robust_interval": [robust - 0.021, robust + 0.024],
-        "acc_robust_8bit": robust + 0.002,
-        "asr": asr,
-        "n": 1000,
-        "attacks": {
-            "pgd": {
-                "acc_robust": robust + 0.004,
-                "asr": asr - 0.004,
-                "steps": 50,
-                "restarts": 2,
-                "seconds": 84.2,
-                "passes": {"forward": 102000, "backward": 100000},
-            },
-            "apgd": {
-                "acc_robust": robust + 0.001,
-                "asr": asr - 0.001,
-                "steps": 100,
-                "restarts": 1,
-                "seconds": 97.5,
-                "passes": {"forward": 101000, "backward": 100000},
-            },
-        },
-        "curve": [{"eps": n / 255, "acc_robust": clean / (1 + math.exp((n - falls_at) / 2.1))} for n in levels],
-        "s_c": {
-            "clean": fake_histogram(0.62, 0.1, 1),
-            "adversarial": fake_histogram(0.62 - 0.3 * detector, 0.16, 2),
-        },
-        "detection": {
-            "auroc": 0.5 + 0.45 * detector,
-            "tpr_at_1_fpr": 0.31 * detector,
-            "tpr_at_5_fpr": 0.58 * detector,
-            "roc": fake_roc(1 / (1 + 5 * detector)),
-            "threshold": 0.44,
-            "clean_rejection_rate": 0.048,
-            "acc_robust_with_rejection": min(1.0, robust + 0.3 * detector),
-        },
-        "sanity": [
-            {"check": "robust accuracy falls with eps", "passed": True, "detail": "from 98.1% to 0.0%"},
-            {"check": "random noise is weaker than gradients", "passed": True, "detail": "noise leaves 97.9%"},
-            {"check": "8-bit rounded inputs give the same verdict", "passed": True, "detail": "2 of 1,000 differ"},
-            {"check": "results do not depend on the batch size", "passed": None},
-        ],
-    }
-
-
-def fake_png(image: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def fake_picture(seed: int, against: str, question: str, answer: str, wrong: str) -> dict[str, Any]:
-    noise = np.random.default_rng(seed)
-    clean = Image.new("RGB", (64, 64), tuple(noise.integers(220, 250, 3).tolist()))
-    ImageDraw.Draw(clean).ellipse((14, 20, 42, 48), fill=tuple(noise.integers(0, 200, 3).tolist()))
-    delta = 16 * np.sign(noise.normal(size=(64, 64, 3)))
-    return {
-        "question": question,
-        "answer": answer,
-        "against": against,
-        "amplification": 8,
-        "clean_png": fake_png(np.asarray(clean)),
-        "perturbation_png": fake_png(128 + 7 * delta),
-        "adversarial_png": fake_png(np.asarray(clean) + delta),
-        "undefended": {"clean": answer, "adversarial": wrong},
-        "immunised": {"clean": answer, "adversarial": wrong if seed == 5 else answer},
-    }
-
-
-def fake_results() -> dict[str, Any]:
-    """Everything the schema knows, all of it invented."""
-    draw = random.Random(0)
-    steps = list(range(10, 2010, 10))
-    fall = [math.exp(-step / 500) for step in steps]
-    questions = [
-        ("what color is the shape?", "red", "brown"),
-        ("does the image not contain a rectangle?", "yes", "no"),
-        ("what shape is present?", "triangle", "circle"),
-    ]
-    return {
-        "settings": {
-            "model": "fake-llava",
-            "data": "fakevqa",
-            "split": "test",
-            "limit": 1000,
-            "eps": 16 / 255,
-            "norm": "linf",
-            "inner": "bridge",
-            "refreshes": 0,
-            "steps": 10,
-            "alpha": 1.0,
-            "beta": 0.1,
-            "lam": 0.5,
-            "gamma": 0.1,
-            "learning_rate": 3e-4,
-            "batch_size": 64,
-            "arm": True,
-            "max_steps": 2000,
-            "command": "cmai-fast immunize --model fake-llava --data fakevqa --eps 16/255 --out runs/fake",
-        },
-        "versions": {"cmai_fast": "0.0.0-fake", "torch": "2.13.0", "python": "3.11", "device": "cpu"},
-        "seed": 0,
-        "sample_ids": list(range(1000)),
-        "undefended": fake_model(0.089, 0.909, 0.986, 9.0, 0.9),
-        "immunised": fake_model(0.941, 0.041, 0.981, 25.0, 0.35),
-        "overhead": {
-            "time_ratio": 2.41,
-            "memory_ratio": 1.12,
-            "clean_step_s": 0.118,
-            "mbat_step_s": 0.284,
-            "protocol": "Batch 64, float32, 2 threads; 30 steps of each kind in turn, medians.",
-        },
-        "training": {
-            "step": steps,
-            "loss": [0.2 + 1.9 * f + 0.1 * draw.random() for f in fall],
-            "loss_clean": [0.03 + 0.3 * f + 0.05 * draw.random() for f in fall],
-            "loss_adv": [0.12 + 1.4 * f + 0.15 * draw.random() for f in fall],
-            "loss_contrastive": [0.4 + 2.6 * f + 0.1 * draw.random() for f in fall],
-            "s_c_adv": [0.55 - 0.5 * f + 0.05 * draw.random() for f in fall],
-            "beta": [min(0.5, 0.1 + 0.05 * (step // 200)) for step in steps],
-            "seconds": 431.0,
-        },
-        "pictures": [
-            fake_picture(seed, "undefended" if seed < 3 else "immunised", *questions[seed % 3]) for seed in range(6)
-        ],
-    }
-
-
-def section(page: str, anchor: str) -> str:
-    found = re.search(rf'<section id="{anchor}">(.*?)</section>', page, re.DOTALL)
-    assert found, f"no section {anchor}"
-    return found.group(1)
-
-
-def element(page: str, tag: str) -> str:
-    found = re.search(rf"<{tag}>.*?</{tag}>", page, re.DOTALL)
-    assert found, f"no <{tag}>"
-    return found.group(0)
-
-
-def charts(html: str) -> int:
-    return html.count('<svg class="chart"')
-
-
-class Balance(HTMLParser):
-    """Fails where tags are not closed in the order they were opened."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing near {self.getpos()}"
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def parsed(page: str) -> Balance:
-    parser = Balance()
-    parser.feed(page)
-    parser.close()
-    assert not parser.open, f"left open: {parser.open}"
-    return parser
-
-
-def visible(page: str) -> str:
-    return " ".join("".join(parsed(page).texts).split())
+from html_pages import charts, element, parsed, section, visible
+from invented_results import fake_model, fake_results, models_of
 
 
 def test_headline_states_the_finding() -> None:
@@ -254,12 +47,12 @@ def test_one_chart_per_section_that_has_numbers() -> None:
 
 def test_chart_places_its_points_where_the_numbers_are() -> None:
     results = fake_results()
-    results["undefended"] = None
-    results["immunised"].update(
+    results["models"] = [{**results["models"][1], "name": "fake-llava"}]
+    results["models"][0].update(
         acc_clean=1.0, curve=[{"eps": 8 / 255, "acc_robust": 0.5}, {"eps": 16 / 255, "acc_robust": 0.0}]
     )
     drawn = section(render_report(results), "eps")
-    path = re.search(r'<path class="line immunised" d="(M[^"]+)"/>(?!</svg>)<rect', drawn)
+    path = re.search(r'<path class="line hue1 solid" d="(M[^"]+)"/>(?!</svg>)<rect', drawn)
     assert path
     (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path.group(1))[1:]]
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.15) and x0 < x1
@@ -274,32 +67,11 @@ def test_page_is_well_formed_and_asks_the_network_for_nothing() -> None:
     assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
 
 
-def test_all_text_of_the_data_is_escaped() -> None:
-    evil = "<script>alert(1)</script>\"'&"
-
-    def poison(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: poison(v, k) for k, v in value.items()} | (
-                {evil: evil} if key in ("settings", "versions") else {}
-            )
-        if isinstance(value, list):
-            return [poison(item) for item in value]
-        return evil if isinstance(value, str) and key != "norm" else value
-
-    page = render_report(poison(fake_results()))
-    assert "<script>alert" not in page
-    assert page.count("<script>") == 1
-    assert "&lt;script&gt;alert(1)" in section(page, "pictures")
-    assert "&lt;script&gt;alert(1)" in section(page, "protocol")
-    assert "base64" not in section(page, "pictures")  # what is no PNG is not put into the page
-    parsed(page)
-
-
 def test_answers_are_marked_by_words_and_shape_too() -> None:
     results = fake_results()
     results["pictures"] = results["pictures"][:1]
     drawn = section(render_report(results), "pictures")
-    assert drawn.count("\N{CHECK MARK}</i>") == 3 and drawn.count("\N{BALLOT X}</i><u>brown</u>") == 1
+    assert drawn.count("&#10003;</i>") == 3 and drawn.count("&#10007;</i><bdi><u>brown</u></bdi>") == 1
     assert drawn.count(", right</span>") == 3 and drawn.count(", wrong</span>") == 1
     assert drawn.count("<img") == 3
     assert "undefended model" in drawn and "The attack was made on the immunised model" not in drawn
@@ -307,28 +79,29 @@ def test_answers_are_marked_by_words_and_shape_too() -> None:
 
 def test_a_single_evaluated_model_is_not_called_immunised() -> None:
     results = fake_results()
-    results["undefended"] = None
+    results["models"] = [{**results["models"][1], "name": "fake-llava"}]
     results["pictures"] = []
     text = visible(element(render_report(results), "main"))
-    assert "breaks 4.1% of the right answers of the model." in text
-    assert "this model" in text and "change" not in text.split("Attack by attack")[0]
+    assert "breaks 4.1% of the right answers of fake-llava." in text
+    assert "fake-llava94.1%" in text and "change" not in text.split("Attack by attack")[0]
     assert "immunised" not in text and "undefended" not in text
 
 
-def test_missing_parts_are_said_in_words_and_draw_nothing() -> None:
+def test_sections_with_nothing_to_show_are_left_out_of_page_and_navigation() -> None:
     results = fake_results()
     for key in ("training", "overhead", "pictures", "sample_ids"):
         results[key] = None
-    for model in (results["undefended"], results["immunised"]):
+    for model in models_of(results):
         model.update(dict.fromkeys(("curve", "s_c", "detection", "sanity", "attacks", "acc_robust_8bit", "asr")))
         model.update(dict.fromkeys(("acc_clean_interval", "acc_robust_interval")))
     page = render_report(results)
     parsed(page)
     assert charts(page) == 0
-    for name in ("eps", "consistency", "detector", "training", "overhead", "pictures", "sanity"):
-        assert 'class="absent"' in section(page, name), name
+    assert re.findall(r'<section id="(\w+)"', page) == ["accuracy", "sanity", "protocol"]
+    assert re.findall(r'<a href="#(\w+)"', page) == ["accuracy", "sanity", "protocol"]
+    assert 'class="absent"' in section(page, "sanity")  # that nothing was checked is worth knowing
     assert "leaves a robust accuracy of 8.9% for the undefended model" in page
-    assert "not measured" in section(page, "accuracy")
+    assert "not measured" not in page and "Robust accuracy, 8-bit" not in page
     assert not re.search(r"\b(None|nan|NaN|null)\b", element(page, "main"))
 
 
@@ -343,9 +116,9 @@ def test_any_optional_part_may_be_absent(key: str) -> None:
     "key", [key for key in fake_model(0.1, 0.9, 0.98, 9, 1) if key not in ("acc_clean", "acc_robust", "n")]
 )
 def test_any_optional_part_of_one_model_may_be_absent(key: str) -> None:
-    for model in ("undefended", "immunised"):
+    for i in range(2):
         results = fake_results()
-        del results[model][key]
+        del results["models"][i][key]
         parsed(render_report(results))
 
 
@@ -353,15 +126,15 @@ def test_holes_in_the_training_log_break_the_line() -> None:
     results = fake_results()
     results["training"] = {"step": [1, 2, 3, 4, 5], "loss_adv": [1.0, 0.8, None, 0.5, 0.4], "beta": [None] * 5}
     drawn = section(render_report(results), "training")
-    assert charts(drawn) == 1 and drawn.count("Not recorded in this run.") == 3
-    assert re.search(r'class="line immunised" d="M[^M]+M[^M]+"', drawn)
+    assert charts(drawn) == 1 and "beta" not in drawn and "Not recorded" not in drawn
+    assert re.search(r'class="line hue1 solid" d="M[^M]+M[^M]+"', drawn)
 
 
 def test_caveats_stand_at_the_top() -> None:
     results = fake_results()
-    results["undefended"]["n"] = results["immunised"]["n"] = 200
-    results["immunised"]["sanity"][1]["passed"] = False
-    results["immunised"].update(acc_clean=0.95, acc_robust_interval=[0.1, 0.3])
+    models_of(results)[0]["n"] = models_of(results)[1]["n"] = 200
+    models_of(results)[1]["sanity"][1]["passed"] = False
+    models_of(results)[1].update(acc_clean=0.95, acc_robust_interval=[0.1, 0.3])
     text = visible(element(render_report(results), "header"))
     for caveat in (
         "Only 200 samples; a headline needs 500 or more.",
@@ -374,9 +147,9 @@ def test_caveats_stand_at_the_top() -> None:
 
 def test_different_attacks_are_told_unless_the_immunised_model_faced_transferred_images_more() -> None:
     results, caveat = fake_results(), "The two models were not given the same attacks."
-    attacks = results["immunised"]["attacks"]
+    attacks = models_of(results)[1]["attacks"]
     attacks.setdefault("transfer", {"acc_robust": 0.9, "asr": 0.05})
-    results["undefended"]["attacks"].pop("transfer", None)
+    models_of(results)[0]["attacks"].pop("transfer", None)
     assert caveat not in visible(element(render_report(results), "header"))
     attacks.pop(next(key for key in attacks if key != "transfer"))
     assert caveat in visible(element(render_report(results), "header"))
@@ -384,16 +157,16 @@ def test_different_attacks_are_told_unless_the_immunised_model_faced_transferred
 
 def test_no_gain_is_called_no_gain() -> None:
     results = fake_results()
-    results["immunised"]["asr"] = 0.95
+    models_of(results)[1]["asr"] = 0.95
     assert "Immunisation did not help against this attack." in render_report(results)
-    results["undefended"]["asr"] = 0.0
+    models_of(results)[0]["asr"] = 0.0
     assert "There was nothing to gain" in render_report(results)
 
 
 def test_l2_eps_is_not_written_in_255ths() -> None:
     results = fake_results()
     results["settings"].update(norm="l2", eps=1.5)
-    for model in (results["undefended"], results["immunised"]):
+    for model in models_of(results):
         model["curve"] = [{"eps": 0.5, "acc_robust": 0.9}, {"eps": 1.5, "acc_robust": 0.4}]
     page = render_report(results)
     assert "at 1.5 in L2" in page and "/255" not in section(page, "eps") and "L2 distance" in section(page, "eps")
@@ -401,17 +174,17 @@ def test_l2_eps_is_not_written_in_255ths() -> None:
 
 def test_results_from_memory_and_from_the_file_give_the_same_page() -> None:
     read, made = fake_results(), fake_results()
-    read["immunised"]["asr"] = None
-    made["immunised"]["asr"] = float("nan")
-    made["undefended"]["acc_clean_interval"] = np.array(made["undefended"]["acc_clean_interval"])
-    made["immunised"]["sanity"][0]["passed"] = np.bool_(True)
+    models_of(read)[1]["asr"] = None
+    models_of(made)[1]["asr"] = float("nan")
+    models_of(made)[0]["acc_clean_interval"] = np.array(models_of(made)[0]["acc_clean_interval"])
+    models_of(made)[1]["sanity"][0]["passed"] = np.bool_(True)
     assert render_report(made) == render_report(read)
 
 
 def test_incomplete_results_are_refused_by_name() -> None:
     results = fake_results()
-    del results["versions"], results["immunised"]["acc_robust"]
-    with pytest.raises(ValueError, match=r"versions is missing.*immunised\.acc_robust is missing"):
+    del results["versions"], models_of(results)[1]["acc_robust"]
+    with pytest.raises(ValueError, match=r"versions is missing.*models\[1\]\.acc_robust is missing"):
         render_report(results)
 
 
@@ -427,3 +200,91 @@ def test_write_report_replaces_the_old_file_and_returns_its_path(tmp_path: Path)
     write_report(results, path)
     assert path.read_text(encoding="utf-8") != first
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_bad_gradients_stand_in_the_attack_table_only_where_there_are_any() -> None:
+    results = fake_results()
+    for model in models_of(results):
+        for attack in model["attacks"].values():
+            attack.update(nonfinite_gradients=0, zero_gradients=0)
+    assert "gradients" not in visible(section(render_report(results), "accuracy"))
+    models_of(results)[1]["attacks"]["apgd"]["zero_gradients"] = 1234
+    text = visible(section(render_report(results), "accuracy"))
+    assert "ASR zero gradients passes" in text and "1,234" in text and "only hide its gradients" in text
+    assert "non-finite" not in text
+    models_of(results)[0]["attacks"]["pgd"]["nonfinite_gradients"] = 56
+    assert "non-finite gradients zero gradients" in visible(section(render_report(results), "accuracy"))
+
+
+def test_what_could_not_be_measured_is_a_dash_and_what_was_not_is_said() -> None:
+    results = fake_results()
+    models_of(results)[1]["attacks"]["transfer"] = {"acc_robust": 0.98, "asr": 0.01, "seconds": 2.0}
+    drawn = section(render_report(results), "accuracy")
+    assert "transfer \N{EN DASH} \N{EN DASH} 98.0% 1.0% \N{EN DASH} \N{EN DASH} 2.0 s" in visible(drawn)
+    assert "not measured" not in drawn
+    del models_of(results)[1]["attacks"]["transfer"]["seconds"], models_of(results)[1]["acc_robust_8bit"]
+    assert visible(section(render_report(results), "accuracy")).count("not measured") == 3  # time, 8-bit and its change
+
+
+def test_an_attack_success_over_no_right_answer_is_not_defined() -> None:
+    results = fake_results()
+    models_of(results)[0].update(acc_clean=0.0, acc_robust=0.0, asr=None)
+    assert "not defined" in section(render_report(results), "accuracy")
+
+
+def test_detector_without_threshold_shows_no_row_about_rejection() -> None:
+    results = fake_results()
+    for model in models_of(results):
+        for key in ("threshold", "clean_rejection_rate", "acc_robust_with_rejection"):
+            del model["detection"][key]
+    text = visible(section(render_report(results), "detector"))
+    assert "AUROC" in text and "with rejection" not in text and "eps/2" not in text and "not measured" not in text
+
+
+def test_metrics_of_the_task_and_the_task_are_shown() -> None:
+    results = fake_results()
+    models_of(results)[1].update(
+        task="captioning", metrics={"clean": {"cider": 1.234}, "robust": {"cider": 0.567, "bleu": 0.25}}
+    )
+    page = render_report(results)
+    text = visible(section(page, "accuracy"))
+    assert "bleu, attacked 0.250 cider, clean 1.234 cider, attacked 0.567" in text
+    assert "task captioning" in visible(section(page, "protocol"))
+
+
+def test_the_label_of_an_attack_is_the_one_recorded_with_it() -> None:
+    results = fake_results()
+    models_of(results)[1]["attacks"]["made-up-7"] = {
+        "name": "made-up",
+        "label": "MadeUp",
+        "steps": 7,
+        "acc_robust": 0.1,
+    }
+    text = visible(render_report(results))
+    assert "MadeUp-7 7" in text and "PGD-50 (2 restarts), APGD-CE-100 and MadeUp-7 at 16/255" in text
+
+
+def test_two_models_need_no_leaderboard_and_are_put_in_the_order_of_the_change() -> None:
+    results = fake_results()
+    results["models"].reverse()  # the undefended model last
+    page = render_report(results)
+    assert "Leaderboard" not in page
+    head = re.search(r"<thead>.*?</thead>", section(page, "accuracy"), re.DOTALL)
+    assert head and visible(head.group(0)) == "undefended immunised change"
+    assert "+85.2 points" in section(page, "accuracy")
+    assert "undefended model, 4.1% of those" in page
+
+
+def test_roles_stand_under_names_that_do_not_say_them() -> None:
+    results = fake_results()
+    results["models"][0]["name"], results["models"][1]["name"] = "llava", "llava-mbat"
+    head = re.search(r"<thead>.*?</thead>", section(render_report(results), "accuracy"), re.DOTALL)
+    assert head and visible(head.group(0)) == "llava undefended llava-mbat immunised change"
+    results["models"].pop()
+    assert "undefended" not in section(render_report(results), "accuracy")  # nothing to tell it from
+
+
+def test_text_that_no_utf8_file_can_hold_is_replaced(tmp_path: Path) -> None:
+    results = fake_results()
+    results["pictures"][0]["question"] = json.loads('"half a pair: \\ud800"')
+    assert "half a pair: ?" in write_report(results, tmp_path / "r.html").read_text(encoding="utf-8")
