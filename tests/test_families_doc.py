@@ -1,4 +1,4 @@
-"""docs/families.md agrees with the code: the table is made from the models, each promise names a test over every family."""
+"""docs/families.md agrees with the code: the table is made from the models, promises name tests over all families."""
 
 from __future__ import annotations
 
