@@ -76,9 +76,7 @@ def _base(where: str | Path) -> str | Path:
         return where
     base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if not base:
-        raise ValueError(
-            f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the base model"
-        )
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the base model")
     return base
 
 

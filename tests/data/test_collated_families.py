@@ -218,9 +218,7 @@ def test_what_users_write_never_becomes_control_tokens(family):
         assert torch.equal(evil["pixel_values"], plain["pixel_values"])
         prompts = VQACollator(processor).prompts(rows[:1])
         assert torch.equal(prompts["input_ids"], evil["input_ids"][:, : prompts["input_ids"].shape[1]])
-        with pytest.raises(
-            ValueError, match=r"sample 3: its question is .* control tokens </s>, <image>.*remove them"
-        ):
+        with pytest.raises(ValueError, match=r"sample 3: its question is .* control tokens </s>, <image>.*remove them"):
             VQACollator(processor, control_tokens="refuse")(rows[:1])
         with pytest.raises(ValueError, match=r"sample 3: its answer is .* control tokens </s>, <image>"):
             VQACollator(processor, control_tokens="refuse")([replace(rows[0], prompt="a")])
