@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from cmai_fast.evaluation.experiment import training_batches
+from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
 from cmai_fast.mbat import MBATConfig
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.workflows.samples import training_batches, training_samples
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "bridge R = 0": {"inner": "bridge", "refreshes": 0},
@@ -25,7 +26,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_training_step(side_by_side, device: torch.device, tmp_path: Path) -> None:
     subject = Pipeline.load("easyvqa-llava")
-    batch = next(training_batches(subject, "easyvqa", 64, 0))
+    batch = next(training_batches(subject, training_samples(DataSource("easyvqa"), "vqa"), 64, 0))
     args = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=device.type == "cpu")
     steps = {name: stepper(subject, args, changes)[1] for name, changes in SOLVERS.items()}
     side_by_side(

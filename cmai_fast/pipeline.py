@@ -18,17 +18,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import BatchImages, bridge_of, frozen
+from cmai_fast.bridge import BatchImages, DualBridge, bridge_of, frozen
 from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
+from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.generation import Generation, own_settings
 from cmai_fast.threat import PixelSpace
 
 __all__ = ["Generation", "Pipeline", "alone", "in_parts"]
 
 T = TypeVar("T")
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
@@ -44,8 +45,8 @@ class Pipeline:
         generation: None: what the threshold was calibrated under, else 16 tokens.
 
     Raises:
-        ValueError: a model that cannot be bridged or takes no questions, a processor that `VQACollator` refuses, heads
-            of another model's width, or a threshold that was calibrated on answers generated otherwise.
+        ValueError: a model that cannot be bridged, a processor that the collator refuses, heads of another model's
+            width, or a threshold that was calibrated on answers generated otherwise.
     """
 
     def __init__(
@@ -59,11 +60,6 @@ class Pipeline:
     ) -> None:
         self.name, self.model, self.processor, self.heads, self.threshold = name, model, processor, heads, threshold
         self.bridge = bridge_of(model)
-        if "input_ids" not in self.bridge.needs:
-            raise ValueError(
-                f"{type(model).__name__} takes no questions, and what is measured here are answers; attack it by "
-                "Victim with batches of your own"
-            )
         calibrated = threshold.generation if threshold is not None else None
         self.generation = generation or calibrated or Generation()
         if calibrated is not None and calibrated != self.generation:
@@ -73,7 +69,11 @@ class Pipeline:
                 "(cmai-fast calibrate)"
             )
         self.space = PixelSpace.from_processor(processor)
-        self.collate = VQACollator(processor, max_length=self.bridge.context)
+        self.collate: VQACollator | ChoiceCollator = (
+            ChoiceCollator(processor)
+            if isinstance(self.bridge, DualBridge)
+            else VQACollator(processor, max_length=self.bridge.context)
+        )
         if heads is not None:
             dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
             theirs = {name: heads.settings[name] for name in dims}
@@ -107,18 +107,28 @@ class Pipeline:
             found = found.to(model.device)
         return cls(str(name), model, processor, found, saved, generation)
 
+    def choose_from(self, samples: Sequence[Sample]) -> None:
+        """Sets the texts that a dual encoder chooses its answers from to those of these samples (`choices_of`).
+
+        A model that generates its answers takes no notice.
+        """
+        if isinstance(self.collate, ChoiceCollator):
+            self.collate = ChoiceCollator(self.processor, choices_of(samples))
+
     def images(self, samples: Sequence[Sample]) -> BatchImages:
         """The images of these samples, one batch, on the model's device."""
         return BatchImages(self.bridge, self.space, self.on_device(self.collate(samples)))
 
     def generate(self, samples: Sequence[Sample], images: Sequence[Tensor] | None = None) -> list[str]:
-        """Greedy answers, one per sample.
+        """Greedy answers, one per sample; of a dual encoder the text that is nearest to the image (`choose_from`).
 
         Args:
             images: in place of the samples' own, one tensor in [0, 1] per sample, as `BatchImages.split` gives them.
         """
         if not samples:
             return []
+        if isinstance(self.collate, ChoiceCollator):
+            return self._nearest(self.collate, samples, images)
         with self._in_use(), own_settings(self.model):
             prompts = self.on_device(self.collate.prompts(samples))
             if images is not None:
@@ -171,12 +181,28 @@ class Pipeline:
         rows = in_parts(len(samples), part)
         return [answer for answer, _ in rows], [score for _, score in rows]
 
+    def _nearest(
+        self, collate: ChoiceCollator, samples: Sequence[Sample], images: Sequence[Tensor] | None
+    ) -> list[str]:
+        texts = collate.texts
+        if texts is None:
+            raise ValueError(f"{self.name} chooses among texts, and there are none so far; call choose_from(samples)")
+        with self._in_use():
+            # Any of the texts: what is right plays no part in the choice.
+            batch = self._closed(samples, [texts[0]] * len(samples))
+            if images is not None:
+                batch = self._with(images, batch, batch)
+            _, text = self.bridge.inputs(batch)
+            features = self.bridge.encode_image(batch["pixel_values"].to(self.model.dtype))
+            logits, _ = self.bridge.fuse(features, **text)
+        return [texts[i] for i in logits.squeeze(1).argmax(-1).tolist()]
+
     def on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.model.device) for k, v in batch.items()}
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside, this thread alone uses the model and the tokenizer, the model in evaluation mode, without gradients.
+        """Inside, this thread alone uses model and tokenizer, the model in evaluation mode, without gradients.
 
         The heads have no mode and need no lending: nothing is differentiated.
         """
@@ -199,8 +225,9 @@ class Pipeline:
             return
         for i, length in enumerate(mask.sum(1).tolist()):
             if length + self.generation.max_new_tokens > self.bridge.context:
+                name = Sample.of(samples[i], i).id
                 raise ValueError(
-                    f"question {Sample.of(samples[i], i).id!r} makes a prompt of {length} tokens and the answer may take "
+                    f"question {name!r} makes a prompt of {length} tokens and the answer may take "
                     f"{self.generation.max_new_tokens}; the model's context is {self.bridge.context}. Shorten the "
                     "question or set max_new_tokens lower"
                 )

@@ -76,8 +76,8 @@ class ThreatModel:
         """
         if eps is None and norm == "l2":
             raise ValueError(
-                "an l2 ball needs its radius, eps: the Euclidean norm over all pixels and channels, such as 0.5 for "
-                "32 x 32 pixels, 1 for 64 x 64 and 3 for 224 x 224"
+                "eps is missing: an l2 ball needs its radius, the Euclidean norm over all pixels and channels, such as "
+                "0.5 for 32 x 32 pixels, 1 for 64 x 64 and 3 for 224 x 224"
             )
         return cls(norm, parse_eps("8/255" if eps is None else eps, norm))
 

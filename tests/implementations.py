@@ -18,6 +18,7 @@ from torch import Tensor
 import cuda_emulation
 from cmai_fast import ops
 from cmai_fast.ops import cpu, cuda, reference, triton_kernels
+from cmai_fast.ops.signatures import STEPS
 
 INTERPRETED = triton_kernels.interpreted()
 
@@ -55,7 +56,9 @@ def _kernel_of(planners: Callable[[], dict[str, Any]]) -> Callable[[str], Callab
 
     def operator(name: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            kernel = planners()[name](*args, **kwargs)
+            if name in STEPS:
+                args, kwargs = STEPS[name](*args, **kwargs), {}
+            kernel = planners()[name](args) if name in STEPS else planners()[name](*args, **kwargs)
             assert kernel is not None, "the backend does not carry this"
             return kernel(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.data.sample import numeric_id
 from cmai_fast.threat import PixelSpace
 
 
@@ -62,4 +63,5 @@ def answer_itself(tiny: tuple[Any, Any], samples: int, dtype: torch.dtype = torc
                 logits = model(input_ids=torch.tensor([row]), pixel_values=space.to_model(clean[i : i + 1])).logits
             row.append(int(logits[0, -1].argmax()))
         rows.append(row)
-    return Case(model, space, clean, rows, answers, processor.tokenizer.pad_token_id, torch.tensor(data.sample_ids))
+    ids = torch.tensor([numeric_id(data[i].id) for i in range(samples)])
+    return Case(model, space, clean, rows, answers, processor.tokenizer.pad_token_id, ids)

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
+from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import load_dataset
 from cmai_fast.pipeline import Generation, Pipeline, in_parts
 from families import FAMILIES
-from processors import processor_of, samples_of
+from processors import GENERATIVE, processor_of, samples_of
 
 LENGTH = 6
 
@@ -129,7 +130,7 @@ def test_settings_come_with_the_threshold(pipeline, tmp_path):
     assert Pipeline("a", model, processor, heads, threshold).generation == Generation(3)
     assert Pipeline("a", model, processor, heads).generation == Generation(16)
     assert Pipeline("a", model, processor, heads, threshold, Generation(3)).generation == Generation(3)
-    with pytest.raises(ValueError, match="max_new_tokens is 4, and the threshold of a .*at most 3 tokens"):
+    with pytest.raises(ValueError, match=r"max_new_tokens is 4, and the threshold of a .*at most 3 tokens"):
         Pipeline("a", model, processor, heads, threshold, Generation(4))
 
 
@@ -154,3 +155,16 @@ def test_bundled_thresholds_say_how_answers_were_generated(name):
     from cmai_fast.models.loading import find_heads
 
     assert ConsistencyHeads.from_pretrained(find_heads(name))[1].generation == Generation(8)
+
+
+@pytest.mark.parametrize("family", GENERATIVE, ids=lambda f: f.name)
+def test_every_familys_answers_and_scores_are_those_of_two_passes(family):
+    model = family.model()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bridge = bridge_of(model)
+        heads = ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16)
+    pipeline = Pipeline(family.name, model, processor_of(family), heads, generation=Generation(3))
+    samples = samples_of(family)
+    said = pipeline.generate(samples)
+    assert pipeline.answer(samples) == (said, pipeline.score(samples, said).tolist())

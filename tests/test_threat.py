@@ -51,9 +51,9 @@ def test_a_threat_model_is_read_from_text_once_for_both_norms():
     assert ThreatModel.parse("linf") == ThreatModel("linf", 8 / 255)
     assert ThreatModel.parse("linf", " 4 / 255").eps == 4 / 255
     assert ThreatModel.parse("l2", "3/2") == ThreatModel("l2", 1.5)
-    with pytest.raises(ValueError, match="l2 ball needs its radius.*such as 0.5"):
+    with pytest.raises(ValueError, match=r"l2 ball needs its radius.*such as 0.5"):
         ThreatModel.parse("l2")
-    with pytest.raises(ValueError, match="eps is 'much'.*such as 1.5"):
+    with pytest.raises(ValueError, match=r"eps is 'much'.*such as 1.5"):
         ThreatModel.parse("l2", "much")
 
 

@@ -29,23 +29,23 @@ import torch
 from harden_vision import RECORD, harden
 
 import cmai_fast
-from cmai_fast.data import load_dataset
-from cmai_fast.evaluation.experiment import (
-    ImmunizeSettings,
-    add_heads,
-    train,
-    training_arguments,
-    training_batches,
-    versions,
-)
+from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.overhead import CLEAN_STEP, stepper
-from cmai_fast.evaluation.protocol import AttackSpec, clean_verdicts, measure
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.protocol import measure, stages
 from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.runner import Runner
+from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_text
 from cmai_fast.metrics import accuracy
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, parse_eps
+from cmai_fast.workflows.immunize import ImmunizeSettings
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
+from cmai_fast.workflows.training import add_heads, train, training_arguments
 
+DATA, TASK = DataSource("easyvqa"), "vqa"
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
 BASE = ImmunizeSettings(max_steps=1000, learning_rate=1e-3, muon=True)
 EQUAL_TIME = "-equal-time"
@@ -85,12 +85,11 @@ def settings_of(defence: str, eps: float, seed: int, work: Path) -> ImmunizeSett
 
 def evaluate(subject: Pipeline, eps: float, limit: int) -> dict[str, Any]:
     """Clean accuracy on the whole test split; attacks on `limit` questions of it."""
-    data = load_dataset("easyvqa", "test", limit)
-    samples = [data[i] for i in range(len(data))]
-    record = measure(subject, samples, ThreatModel("linf", eps), SUITE, batch_size=128, progress=True).record
-    whole = load_dataset("easyvqa", "test")
-    _, right = clean_verdicts(subject, [whole[i] for i in range(len(whole))], 256, True)
-    record["acc_clean_whole_test_split"] = accuracy(right)
+    samples, threat = asked(DATA, "test", TASK, limit), ThreatModel("linf", eps)
+    with Overall(stages(subject.name, len(samples), threat, SUITE, None, False)) as progress:
+        record = measure(subject, samples, threat, SUITE, batch_size=128, progress=progress).record
+        whole = Runner(subject, asked(DATA, "test", TASK), batch_size=256, progress=progress)
+        record["acc_clean_whole_test_split"] = accuracy(whole.clean().right)
     return record
 
 
@@ -116,8 +115,9 @@ def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     if not (work / "trained.json").exists():
         subject, start = Pipeline.load(settings.model), time.process_time()
         if subject.heads is None and (settings.beta or settings.gamma or settings.arm):
-            add_heads(subject, settings, True)
-        trained = train(subject, settings, work, True, True)
+            add_heads(subject, settings)
+        with Overall({"training": 1.0, "calibration": 0.1}) as progress:
+            trained = train(subject, settings, work, True, progress)
         write_results(trained | {"cpu_seconds": time.process_time() - start}, work / "trained.json")
     record["training"] = json.loads((work / "trained.json").read_text())
     subject = Pipeline.load(str(work / "model"))
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
 def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a training step of each defence, alternating in one process, medians."""
     subject = Pipeline.load(BASE.model)
-    batch = next(training_batches(subject, "easyvqa", BASE.batch_size, 0))
+    batch = next(training_batches(subject, training_samples(DATA, TASK), BASE.batch_size, 0))
     base = training_arguments(BASE, args.work)
     steps = {"clean": stepper(subject, base, CLEAN_STEP)}
     for defence in (name for name in DEFENCES if not name.endswith(EQUAL_TIME)):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmai_fast.arm.guard import Guard
-    from cmai_fast.arm.policies import POLICIES, Case, Decision, policy
+    from cmai_fast.arm.policies import POLICIES, Case, Decision
     from cmai_fast.arm.schedule import ARMSchedule
 
-__all__ = ["ARMSchedule", "Case", "Decision", "Guard", "POLICIES", "policy"]
+__all__ = ["POLICIES", "ARMSchedule", "Case", "Decision", "Guard"]
 
 _HOMES = {
     "ARMSchedule": "schedule",
@@ -18,7 +18,6 @@ _HOMES = {
     "Decision": "policies",
     "Guard": "guard",
     "POLICIES": "policies",
-    "policy": "policies",
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmai_fast.bridge import (
     BatchImages,
-    Bridge,
+    ModelBridge,
     frozen,
     is_right,
     lean_activations,
@@ -67,7 +67,7 @@ class Victim(BatchImages):
 
     def __init__(
         self,
-        bridge: Bridge,
+        bridge: ModelBridge,
         space: PixelSpace,
         batch: Mapping[str, Tensor],
         heads: ConsistencyHeads | None = None,

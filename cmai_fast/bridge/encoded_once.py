@@ -20,7 +20,8 @@ def images_encoded_once(model: Any) -> Iterator[None]:
     if not hasattr(body, "get_image_features") or "get_image_features" in vars(body):
         yield
         return
-    plain, last = body.get_image_features, []
+    plain = body.get_image_features
+    last: list[Any] = []
 
     @functools.wraps(plain)
     def once(*args: Any, **kwargs: Any) -> Any:
@@ -40,6 +41,8 @@ def images_encoded_once(model: Any) -> Iterator[None]:
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return len(one) == len(other) and all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else type(a) is type(b) and a == b
+        torch.equal(a, b)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+        else type(a) is type(b) and a == b
         for a, b in zip(one, other, strict=True)
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cmai_fast.cli import options
+from cmai_fast.cli import lists, options
 from cmai_fast.cli.summary import print_path
 
 EXAMPLE = (
@@ -19,48 +19,63 @@ EXAMPLE = (
 def attack(
     ctx: typer.Context,
     *,
+    show: Annotated[bool, options.lister(lists.attacks, "Show the attacks, their norms and their settings.")] = False,
     model: options.Model,
     data: options.Data = "easyvqa",
-    attack: Annotated[str, typer.Option(help="fgsm, pgd, mi-fgsm or apgd.")] = "pgd",
-    eps: options.Eps = options.EPS,
+    fields: options.Map = None,
+    split_seed: options.SplitSeed = None,
+    task: options.Task = "vqa",
+    metric: options.Metric = None,
+    attack: Annotated[str, typer.Option(help="Name of an attack; --list shows them.")] = "pgd",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the attack; may be given several times."),
+    ] = None,
+    eps: options.Eps = None,
     norm: options.Norm = "linf",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="50, and 1 for fgsm")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="the attack's own")] = None,
     restarts: options.Restarts = 1,
     limit: options.Limit = 500,
     batch_size: options.BatchSize = 64,
+    max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
     attention: options.Attention = None,
-    out: Annotated[Path, typer.Option(help="JSON file to write: totals, settings, and a verdict per question.")],
+    out: Annotated[
+        Path, typer.Option(help="JSON file to write: totals, settings, a verdict per sample. - is standard output.")
+    ],
+    save_images: Annotated[
+        Path | None, typer.Option(help="New folder for the attacked images as PNGs, and a manifest.")
+    ] = None,
+    resume: options.Resume = False,
     progress: options.Progress = True,
 ) -> None:
-    """Attack a model on test questions."""
+    """Attack a model on test samples."""
     threat = options.read_threat(norm, eps)
+    own = options.pairs(settings or (), "--set")
+    source = options.read_data(data, fields, split_seed)
 
-    from cmai_fast.evaluation import experiment
+    from cmai_fast.attacks import ATTACKS
+
+    ATTACKS.check(attack)
+    options.check([model], source, task=task, metrics=metric)
+
     from cmai_fast.report.words import percent
+    from cmai_fast.workflows import attack as workflow
 
-    record = experiment.attack(
-        model,
-        data,
-        attack,
-        threat,
-        steps=steps or (1 if attack == "fgsm" else 50),
-        restarts=restarts,
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
-        out=out,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        progress=progress,
-        command=ctx.obj,
-    )
+    record = workflow.attack(
+        model, source, attack, threat,
+        steps=steps, restarts=restarts, settings=own, task=task, metrics=metric or (), limit=limit, seed=seed,
+        batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images, resume=resume,
+        device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
+    )  # fmt: skip
     shares = {name: percent(record[name]) for name in ("acc_clean", "acc_robust", "asr")}
-    Console(highlight=False).print(
-        f"{record['n']} questions: clean accuracy {shares['acc_clean']}, robust accuracy {shares['acc_robust']}, "
+    Console(highlight=False, stderr=options.is_stdout(out)).print(
+        f"{record['n']} samples: clean accuracy {shares['acc_clean']}, robust accuracy {shares['acc_robust']}, "
         f"attack success {shares['asr']}."
     )
-    print_path("Results", out)
+    if not options.is_stdout(out):
+        print_path("Results", out)
+    if save_images is not None and not options.is_stdout(out):
+        print_path("Images", save_images)

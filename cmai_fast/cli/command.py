@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import traceback
 from typing import Any
@@ -13,6 +14,8 @@ from rich.text import Text
 from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
+# Where it lives depends on the version of typer, which has a copy of click of its own.
+UsageError: Any = typer.BadParameter.__base__
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -38,12 +41,19 @@ class FaultyGroup(TyperGroup):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.obj = shlex.join(["cmai-fast", *args])
-        return super().parse_args(ctx, args)
+        ctx.obj, bare = shlex.join(["cmai-fast", *args]), not args
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            if bare:  # the help, which is no error
+                raise
+            raise _misused(error) from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            raise _misused(error) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are no faults
             raise
         except KeyboardInterrupt as error:
@@ -52,8 +62,31 @@ class FaultyGroup(TyperGroup):
         except _EXPECTED as error:
             if os.environ.get("CMAI_FAST_TRACEBACK") == "1":
                 traceback.print_exception(error)
-            _say(f"error: {_one_line(error)}")
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            _say(f"error: {_with_options(_one_line(error), command)}")
             raise typer.Exit(BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED) from error
+
+
+def _misused(error: Any) -> typer.Exit:
+    where = error.ctx.command_path.split()[1:] if error.ctx is not None else []
+    text = " ".join(error.format_message().split()).rstrip(".")
+    _say(f"error: {text}; {' '.join(['cmai-fast', *where, '--help'])} shows the options")
+    return typer.Exit(BAD_INPUT)
+
+
+def _with_options(text: str, command: Any) -> str:
+    """The message of a function of the library, with options of the command in place of the function's arguments.
+
+    A name of one word may stand in a sentence as a word: it is an argument where the message begins `NAME is`.
+    """
+    for parameter in getattr(command, "params", ()):
+        name, option = parameter.name or "", next((o for o in parameter.opts if o.startswith("--")), None)
+        if option is None:
+            continue
+        if "_" in name:
+            text = re.sub(rf"(?<![\w.=/-]){name}(?![\w/])(?!\.\w)", option, text)
+        text = re.sub(rf"^{name} is\b", f"{option} is", text)
+    return text
 
 
 def _say(line: str) -> None:

@@ -32,12 +32,13 @@ DEMO: dict[str, Any] = {
 def demo(
     ctx: typer.Context,
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted demo goes on there.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted demo is resumed there.")] = Path(
         "runs/demo"
     ),
     progress: options.Progress = True,
 ) -> None:
     """Immunise the bundled model on real data, in minutes, and write a report."""
+    options.is_stdout(out, "model, results and report")
     console = Console(highlight=False)
     if (out / "results.json").is_file():
         _show_finished(out)
@@ -45,15 +46,15 @@ def demo(
         return
     console.print(
         f"Immunising {DEMO['model']} on {DEMO['data']}: {DEMO['max_steps']} steps of training, then "
-        f"{DEMO['limit']} test questions under attack, before and after. Ctrl-C interrupts; the same command goes on."
+        f"{DEMO['limit']} test questions under attack, before and after. Ctrl-C interrupts; the same command resumes."
     )
-    from cmai_fast.evaluation import experiment
+    from cmai_fast.workflows import immunize as workflow
 
-    settings = experiment.ImmunizeSettings(**DEMO, command=ctx.obj)
+    settings = workflow.ImmunizeSettings(**DEMO, command=ctx.obj)
     try:
-        results = experiment.immunize(settings, out, resume=True, progress=progress)
+        results = workflow.immunize(settings, out, resume=True, progress=progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: {ctx.obj}") from None
+        raise KeyboardInterrupt(f"resume with: {ctx.obj}") from None
     print_summary(results, out)
 
 

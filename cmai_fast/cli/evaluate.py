@@ -1,13 +1,14 @@
-"""`cmai-fast evaluate`: the attack suite on one model, or on two of them side by side."""
+"""`cmai-fast evaluate`: the attack suite on one model, or on several side by side."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cmai_fast.cli import options
+from cmai_fast.cli import lists, options
 from cmai_fast.cli.summary import print_summary
 
 EXAMPLE = (
@@ -19,42 +20,54 @@ EXAMPLE = (
 def evaluate(
     ctx: typer.Context,
     *,
+    show: Annotated[bool, options.lister(lists.evaluation, "Show tasks, formats of data, and metrics.")] = False,
     model: options.Model,
-    against: Annotated[str | None, typer.Option(help="The undefended model to compare with.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="A model to compare with, the undefended one first; may be given several times."),
+    ] = None,
     data: options.Data = "easyvqa",
-    eps: options.Eps = options.EPS,
+    fields: options.Map = None,
+    split_seed: options.SplitSeed = None,
+    task: options.Task = "vqa",
+    metric: options.Metric = None,
+    eps: options.Eps = None,
     norm: options.Norm = "linf",
     steps: options.AttackSteps = 50,
     restarts: options.Restarts = 2,
     limit: options.Limit = 500,
     batch_size: options.BatchSize = 64,
+    max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
     attention: options.Attention = None,
-    out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for results.json and report.html. - prints results.json to standard output."),
+    ],
+    resume: options.Resume = False,
     progress: options.Progress = True,
 ) -> None:
     """Measure accuracy, clean and under the attack suite, and detection; write a report."""
     threat = options.read_threat(norm, eps)
+    source = options.read_data(data, fields, split_seed)
+    options.check([model, *(against or ())], source, task=task, metrics=metric)
+    printed = options.is_stdout(out)
+    if printed and resume:
+        raise ValueError("--out - has nothing to resume; name the folder of the interrupted run")
 
-    from cmai_fast.evaluation import experiment
+    from cmai_fast.workflows import evaluate as workflow
 
-    results = experiment.evaluate(
-        model,
-        data,
-        threat,
-        against=against,
-        out=out,
-        limit=limit,
-        steps=steps,
-        restarts=restarts,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        progress=progress,
-        command=ctx.obj,
-    )
-    print_summary(results, out)
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside, "run") if printed else out
+        results = workflow.evaluate(
+            model, source, threat,
+            against=against or (), out=folder, limit=limit, steps=steps, restarts=restarts, batch_size=batch_size,
+            seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens, resume=resume, device=device,
+            dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
+        )  # fmt: skip
+        if printed:
+            typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
+    if not printed:
+        print_summary(results, out)

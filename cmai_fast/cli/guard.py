@@ -1,4 +1,4 @@
-"""`cmai-fast guard`: one image, one question, one decision."""
+"""`cmai-fast guard`: one decision per question, as JSON lines."""
 
 from __future__ import annotations
 
@@ -7,33 +7,91 @@ from typing import Annotated
 
 import typer
 
-from cmai_fast.cli import options
+from cmai_fast.cli import lists, options
+from cmai_fast.cli.summary import print_path
 
 EXAMPLE = 'cmai-fast guard --model runs/a/model --image x.png --text "what color is the shape?"'
 
 
 def guard(
     *,
+    show: Annotated[bool, options.lister(lists.policies, "Show the policies.")] = False,
     model: options.Model,
-    image: Annotated[Path, typer.Option(help="Image file.")],
-    text: Annotated[str, typer.Option(help="The question.")],
-    threshold: Annotated[
-        float | None, typer.Option(help="Reject below this score.", show_default="the one saved with the model")
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file of any size; several times for several images.")
     ] = None,
-    resize: Annotated[
-        bool,
-        typer.Option("--resize", help="Resize an image of another size than the model's, in place of refusing it."),
-    ] = False,
+    text: Annotated[
+        str | None, typer.Option(help="The question, or @FILE to read it from a file (@@ for one that starts with @).")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Many cases instead: a file, a folder, or a named set; answers are not needed.")
+    ] = None,
+    fields: options.Map = None,
+    split_seed: options.SplitSeed = None,
+    task: options.Task = "vqa",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Cases to use, drawn with the seed.", show_default="all")
+    ] = None,
+    heads: options.Heads = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What happens below the threshold, in this order if given several times; --list shows them.",
+            show_default="reject",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Reject below this score.", show_default="the one saved with the heads")
+    ] = None,
+    batch_size: options.BatchSize = 16,
+    max_new_tokens: options.MaxNewTokens = None,
+    seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
     attention: options.Attention = None,
+    out: Annotated[
+        Path, typer.Option(help="File of JSON lines, which appears when all are decided. - is standard output.")
+    ] = options.STDOUT,
+    progress: options.Progress = True,
 ) -> None:
-    """Answer or reject: prints one decision as one line of JSON.
+    """Answer or withhold the answer: one line of JSON per question.
 
-    Rejected is what scores below the threshold; the exit code is 0 either way. The model needs consistency heads, in
-    cmcv/ in its folder or beside it, as immunize writes them.
+    Withheld is what scores below the threshold; the exit code is 0 either way. The model needs consistency heads, as
+    calibrate or immunize writes them.
     """
-    from cmai_fast.arm import Guard
+    if (data is None) == (not image and text is None):
+        raise ValueError("expected --image and --text, or --data")
+    if data is None and (not image or text is None):
+        raise ValueError("--image and --text go together; add --text" if image else "add the --image of this --text")
+    source = None if data is None else options.read_data(data, fields, split_seed)
+    question = None if text is None else read_text(text)
 
-    guarded = Guard.from_pretrained(model, threshold=threshold, device=device, dtype=dtype, attention=attention)
-    typer.echo(guarded.decide(image, text, resize=resize).to_json())
+    from cmai_fast.arm.policies import POLICIES
+
+    for name in policy or ():
+        POLICIES.check(name)
+    options.check([model], source, task=task, answers=False)
+
+    from cmai_fast.workflows import guard as workflow
+
+    count = workflow.guard(
+        model, source,
+        images=image or (), text=question, out=None if options.is_stdout(out) else out, write=typer.echo, heads=heads,
+        policies=policy or ("reject",), threshold=threshold, task=task, limit=limit, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype, attention=attention,
+        progress=progress and source is not None,
+    )  # fmt: skip
+    if not options.is_stdout(out):
+        print_path(f"{count} decisions", out)
+
+
+def read_text(text: str) -> str:
+    """`@FILE` as what the file holds, without the line end at its end; `@@...` as `@...`."""
+    if not text.startswith("@"):
+        return text
+    if text.startswith("@@"):
+        return text[1:]
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8-sig").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {text} cannot be read: {getattr(error, 'strerror', None) or error}") from error

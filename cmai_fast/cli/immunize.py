@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cmai_fast.cli import options
+from cmai_fast.cli import lists, options
 from cmai_fast.cli.summary import print_summary
 
 EXAMPLE = "cmai-fast immunize --model easyvqa-llava --data easyvqa --eps 8/255 --inner bridge --steps 10 --out runs/a"
@@ -18,19 +18,27 @@ _INNER, _LOSS, _TRAINING, _EVALUATION = "Inner problem", "Loss", "Training", "Ev
 def immunize(
     ctx: typer.Context,
     *,
+    show: Annotated[bool, options.lister(lists.defences, "Show the defences.")] = False,
     model: options.Model = "easyvqa-llava",
     data: options.Data = "easyvqa",
-    eps: options.Eps = options.EPS,
+    fields: options.Map = None,
+    split_seed: options.SplitSeed = None,
+    task: options.Task = "vqa",
+    defence: Annotated[
+        str,
+        typer.Option(help="What is trained; --list shows them. Its settings replace options left at their defaults."),
+    ] = "mbat",
+    eps: options.Eps = None,
     norm: options.Norm = "linf",
     out: Annotated[Path, typer.Option(help="Folder of the run: new or empty, or one to --resume.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
-    ] = False,
+    resume: options.Resume = False,
     inner: Annotated[
         Literal["bridge", "pgd", "fgsm", "none"],
         typer.Option(help="Solver of the inner problem; none is clean fine-tuning.", rich_help_panel=_INNER),
     ] = "bridge",
-    steps: Annotated[int, typer.Option(min=1, help="K, steps of the inner problem.", rich_help_panel=_INNER)] = 10,
+    inner_steps: Annotated[
+        int, typer.Option("--steps", min=1, help="K, steps of the inner problem.", rich_help_panel=_INNER)
+    ] = 10,
     refreshes: Annotated[
         int, typer.Option(min=0, help="R, refreshes of the bridge gradient, at most K.", rich_help_panel=_INNER)
     ] = 0,
@@ -47,7 +55,7 @@ def immunize(
         Literal["all", "vision"], typer.Option(help="Weights to train.", rich_help_panel=_TRAINING)
     ] = "all",
     max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.", rich_help_panel=_TRAINING)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.", rich_help_panel=_TRAINING)] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 5e-4,
     muon: Annotated[
         bool,
@@ -59,7 +67,8 @@ def immunize(
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TRAINING)] = 100,
     attack_steps: Annotated[int, typer.Option(min=1, help="Steps of PGD.", rich_help_panel=_EVALUATION)] = 50,
     restarts: Annotated[int, typer.Option(min=1, help="Random starts of PGD.", rich_help_panel=_EVALUATION)] = 2,
-    limit: Annotated[int, typer.Option(min=1, help="Test questions.", rich_help_panel=_EVALUATION)] = 500,
+    limit: Annotated[int, typer.Option(min=1, help="Test samples.", rich_help_panel=_EVALUATION)] = 500,
+    max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -71,41 +80,27 @@ def immunize(
     Writes model/ (a plain transformers folder), cmcv/ (consistency heads and threshold), results.json and report.html.
     """
     threat = options.read_threat(norm, eps)
+    options.is_stdout(out, "model, results and report")
+    source = options.read_data(data, fields, split_seed)
 
-    from cmai_fast.evaluation import experiment
+    from cmai_fast.defences import DEFENCES
 
-    settings = experiment.ImmunizeSettings(
-        model=model,
-        data=data,
-        eps=threat.eps,
-        norm=norm,
-        inner=inner,
-        inner_steps=steps,
-        refreshes=refreshes,
-        alpha=alpha,
-        beta=beta,
-        lam=lam,
-        gamma=gamma,
-        arm=arm,
-        trainable=trainable,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        muon=muon,
-        eps_warmup=eps_warmup,
-        seed=seed,
-        attack_steps=attack_steps,
-        restarts=restarts,
-        limit=limit,
-        save_steps=save_steps,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        command=ctx.obj,
-    )
+    DEFENCES.check(defence)
+    options.check([model], source, ("train", "calibration", "test"), task)
+
+    from cmai_fast.workflows import immunize as workflow
+
+    settings = workflow.ImmunizeSettings(
+        model=model, data=data, fields=dict(source.fields), split_seed=split_seed, task=task, defence=defence,
+        eps=threat.eps, norm=norm, inner=inner, inner_steps=inner_steps, refreshes=refreshes, alpha=alpha, beta=beta,
+        lam=lam, gamma=gamma, arm=arm, trainable=trainable, max_steps=max_steps, batch_size=batch_size,
+        learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps,
+        restarts=restarts, limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device,
+        dtype=dtype, attention=attention, command=ctx.obj,
+    )  # fmt: skip
     try:
-        results = experiment.immunize(settings, out, resume=resume, progress=progress)
+        results = workflow.immunize(settings, out, resume=resume, progress=progress)
     except KeyboardInterrupt:
         again = ctx.obj if resume else f"{ctx.obj} --resume"
-        raise KeyboardInterrupt(f"go on with: {again}") from None
+        raise KeyboardInterrupt(f"resume with: {again}") from None
     print_summary(results, out)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 EXAMPLE = "cmai-fast info --json"
 
@@ -26,10 +27,14 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
+    # Texts and not markup, in which brackets such as those of cmai-fast[triton] disappear; folded and not cut, so that
+    # a path can be copied.
     table = Table(show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for heading, entries in facts.items():
         for name, value in entries.items():
-            table.add_row(heading, name, value)
+            table.add_row(Text(heading), Text(name), Text(value))
             heading = ""
         table.add_section()
     Console(highlight=False).print(table)
@@ -71,14 +76,14 @@ def _devices() -> dict[str, str]:
 
 
 def _extension() -> dict[str, str]:
-    """How the C++ and CUDA kernels were built; why one cannot run is said among the backends."""
+    """How the C++ and CUDA kernels were built; the backends say why one cannot run."""
     from cmai_fast import ops
 
-    return ops.build_report() or {"built": "no"}
+    return ops.build_report() or {"built": f"no: {ops.backend_report()['cpu']}"}
 
 
 def _backends() -> dict[str, str]:
-    """Every backend's state, and the one in use; a choice that cannot be had is shown, as this is where one looks."""
+    """Every backend's state, and the one in use; an unavailable choice is shown, as this is where one looks."""
     from cmai_fast import ops
 
     try:

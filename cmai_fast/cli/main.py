@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cmai_fast import __version__
-from cmai_fast.cli import attack, demo, evaluate, guard, immunize, info, report
+from cmai_fast.cli import attack, calibrate, demo, evaluate, guard, immunize, info, report
 from cmai_fast.cli.command import ExampleCommand, FaultyGroup
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for module in (demo, immunize, attack, evaluate, guard, report, info):
+for module in (demo, immunize, attack, evaluate, calibrate, guard, report, info):
     name = module.__name__.rsplit(".", 1)[1]
     app.command(name, cls=ExampleCommand, epilog=module.EXAMPLE)(getattr(module, name))
 
@@ -41,6 +41,7 @@ def start(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
+    _share_the_machine()
     # Loading bars and advice of transformers would drown our own lines. A user's own setting stands.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -48,3 +49,12 @@ def start(
     quantizer = logging.getLogger("bitsandbytes")
     if quantizer.level == logging.NOTSET:
         quantizer.setLevel(logging.ERROR)
+
+
+def _share_the_machine() -> None:
+    """Threads of OpenMP that have nothing to do sleep, where they would spin and take the core from other processes.
+
+    It counts from when PyTorch is loaded, which is later. A user's own setting stands.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

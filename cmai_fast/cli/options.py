@@ -1,29 +1,65 @@
-"""Options that several commands share, and how a threat model is read from them."""
+"""Options that several commands share, and how they are read. Nothing here imports PyTorch: bad names cost no wait."""
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import ThreatModel
 
-EPS = "8/255"
+if TYPE_CHECKING:
+    from cmai_fast.data.sources import DataSource
+
+STDOUT = Path("-")
 
 Model = Annotated[str, typer.Option(help="A bundled model, a model or run folder, or an id of the Hugging Face hub.")]
-Data = Annotated[str, typer.Option(help="Dataset.")]
-Eps = Annotated[str, typer.Option(help="Radius of the ball in the [0, 1] pixel range: 8/255, 0.03.")]
+Data = Annotated[
+    str,
+    typer.Option(help="A named set (easyvqa), a file (.jsonl, .json, .csv, .parquet), a folder, or hf:REPO."),
+]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", metavar="KEY=NAME,...", help="Other names of a record's keys, ours first: question=text,answer=label."
+    ),
+]
+SplitSeed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Divide one file into train, calibration and test that share no picture, by this seed."),
+]
+Task = Annotated[str, typer.Option(help="What is asked and when an answer is right; evaluate --list shows them.")]
+Metric = Annotated[
+    list[str] | None, typer.Option(help="A metric to report beside the task's own; may be given several times.")
+]
+Eps = Annotated[
+    str | None,
+    typer.Option(
+        help="Radius of the ball, for pixels in [0, 1]: 8/255, 0.03. With --norm l2, the Euclidean norm over all "
+        "pixels and channels, which has to be given: such as 1 for 64 x 64 pixels.",
+        show_default="8/255 for linf",
+    ),
+]
 Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")]
 AttackSteps = Annotated[int, typer.Option(min=1, help="Steps of the attack.")]
-Restarts = Annotated[int, typer.Option(min=1, help="Random starts of the attack; the worst result of each counts.")]
-Limit = Annotated[int, typer.Option(min=1, help="Test questions to use, drawn with the seed.")]
+Restarts = Annotated[int, typer.Option(min=1, help="Random starts of the attack; the worst result per sample counts.")]
+Limit = Annotated[int, typer.Option(min=1, help="Test samples to use, drawn with the seed.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples at a time; results do not depend on it.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Length of an answer in tokens.", show_default="as the model was calibrated, else 16"),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
+Heads = Annotated[
+    Path | None,
+    typer.Option(help="Folder of consistency heads.", show_default="cmcv/ in the model's folder or beside it"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Take up an interrupted run of the same settings.")]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress, on standard error.")]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, or cuda:1.", show_default="cuda where torch sees one, else cpu")
+    str | None, typer.Option(help="cpu, cuda, or cuda:1.", show_default="cuda if torch finds one, else cpu")
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -33,25 +69,86 @@ Attention = Annotated[
     Literal["sdpa", "flash_attention_2"] | None,
     typer.Option(
         help="Kernels of attention; flash_attention_2 needs flash-attn, CUDA and 16 bits.",
-        show_default="sdpa where the model has it",
+        show_default="sdpa if the model has it",
     ),
 ]
 
 
-def read_threat(norm: Literal["linf", "l2"], eps: str) -> ThreatModel:
+def lister(show: Callable[[], None], help: str) -> Any:
+    """A flag `--list` that needs no other option: it prints and ends the command."""
+
+    def listed(wanted: bool) -> None:
+        if wanted:
+            show()
+            raise typer.Exit
+
+    return typer.Option("--list", callback=listed, is_eager=True, help=help)
+
+
+def read_data(data: str, fields: Sequence[str] | None, split_seed: int | None) -> DataSource:
+    """The data source of `--data`, `--map` and `--split-seed`."""
+    from cmai_fast.data.sources import DataSource
+
+    return DataSource(data, pairs(",".join(fields or ()).split(","), "--map"), split_seed)
+
+
+def read_threat(norm: Literal["linf", "l2"], eps: str | None) -> ThreatModel:
     """The threat model of `--norm` and `--eps`.
 
     Raises:
-        ValueError: eps is not a number or, unless the norm is l2, above 1.
+        ValueError: eps is no radius, or is not given for `l2`.
     """
-    from cmai_fast.threat import ThreatModel, parse_eps
-
-    return ThreatModel(norm, _l2_radius(eps) if norm == "l2" else parse_eps(eps))
+    return ThreatModel.parse(norm, eps)
 
 
-def _l2_radius(text: str) -> float:
-    """An l2 radius sums over all pixels, so it may exceed 1, which `parse_eps` refuses."""
-    try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"eps is {text!r}; expected a number such as 1.5, or a fraction such as 128/255") from None
+def pairs(texts: Iterable[str], option: str) -> dict[str, str]:
+    """`name=value` texts as a dict; empty ones are left out.
+
+    Raises:
+        ValueError: a text of another form, or a name that is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in filter(None, (t.strip() for t in texts)):
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name or not value:
+            raise ValueError(f"{option} {text}: expected NAME=VALUE")
+        if name in found:
+            raise ValueError(f"{option} {text}: {name} is given twice")
+        found[name] = value
+    return found
+
+
+def check(
+    models: Iterable[str] = (),
+    data: DataSource | None = None,
+    splits: Sequence[str] = ("test",),
+    task: str | None = None,
+    metrics: Iterable[str] | None = None,
+    answers: bool = True,
+) -> None:
+    """Refuses names and records that are wrong, before PyTorch is loaded."""
+    from cmai_fast.models import resolve
+
+    for model in models:
+        resolve(model)
+    if task is not None:
+        from cmai_fast.tasks import TASKS
+
+        TASKS.check(task)
+    for metric in metrics or ():
+        from cmai_fast.metrics import METRICS
+
+        METRICS.check(metric)
+    if data is not None:
+        data.check(*splits, answers=answers)
+
+
+def is_stdout(out: Path | None, folder: str = "") -> bool:
+    """Whether `--out` is `-`, standard output.
+
+    Raises:
+        ValueError: where the command writes a folder, which is named.
+    """
+    if out is not None and out == STDOUT and folder:
+        raise ValueError(f"--out - is standard output, and this command writes a folder ({folder}); name one")
+    return out == STDOUT

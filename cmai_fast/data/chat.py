@@ -38,7 +38,7 @@ class Chat:
             )
         if self.places and self.places != len(record):
             raise ValueError(
-                f"{self.name} has {self.places} image placeholders ({PLACEHOLDER} or a part of type image), and the "
+                f"{self.name} has {self.places} image placeholder(s) ({PLACEHOLDER} or a part of type image), and the "
                 f"record has {len(record)} images; expected the same number"
             )
         return inside or record

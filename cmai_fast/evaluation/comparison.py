@@ -87,9 +87,7 @@ def _ask(entries: Sequence[Entry], pictures: Sequence[Shown], last: Pipeline | N
         picture.record["answers"] = {entry.name: answers[entry.name] for entry in entries}
 
 
-def stages(
-    entries: Sequence[Entry], count: int, threat: ThreatModel, suite: Sequence[AttackSpec]
-) -> dict[str, float]:
+def stages(entries: Sequence[Entry], count: int, threat: ThreatModel, suite: Sequence[AttackSpec]) -> dict[str, float]:
     """The stages of `compare`, as those of `protocol.stages`."""
     found: dict[str, float] = {}
     undefended = False

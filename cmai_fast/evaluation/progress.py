@@ -70,7 +70,7 @@ class Overall:
         planned = self._stage in self.stages
         where = f"stage {list(self.stages).index(self._stage) + 1} of {len(self.stages)}: " if planned else ""
         seconds = self.seconds_left()
-        fields = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         fields["left"] = "" if seconds is None else f"about {_clock(seconds)} left"
         if planned:
             self._bar.update(self._task, completed=self.completed)

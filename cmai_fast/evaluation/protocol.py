@@ -25,6 +25,7 @@ from cmai_fast.metrics import (
     tpr_at_fpr,
     worst_case,
 )
+from cmai_fast.metrics import measure as measure_all
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import Task
 from cmai_fast.threat import ThreatModel
@@ -61,9 +62,9 @@ def measure(
     """Everything that is said of one model, as a JSON-ready record.
 
     A sample that is wrong when untouched is not attacked, and one that an attack broke is not attacked by the next:
-    nothing more can be learnt from it. It stays in the suite only while a number of the record could still change: until
-    it is broken by an image that stays an attack when rounded to 8 bits and, with a threshold, by one that the detector
-    accepts. So every number is the one of attacking all samples by all attacks.
+    nothing more can be learnt from it. It stays in the suite only while a number of the record could still change:
+    until it is broken by an image that stays an attack when rounded to 8 bits and, with a threshold, by one that the
+    detector accepts. So every number is the one of attacking all samples by all attacks.
 
     Args:
         suite: Acc_robust is over the worst of these, sample by sample; the first runs on every sample that is right
@@ -138,7 +139,7 @@ def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any
         "seconds": attacked.seconds,
     }
     if spec is not None:
-        record |= {"name": spec.name, "label": spec.label, "steps": spec.steps, "restarts": spec.restarts, "settings": dict(spec.settings)}
+        record |= spec.to_dict() | {"label": spec.label}
         record["passes"] = {"forward": attacked.passes.full_forward, "backward": attacked.passes.full_backward}
         record["nonfinite_gradients"] = int(attacked.nonfinite.sum())
         record["zero_gradients"] = int(attacked.zero_gradients.sum())
@@ -170,13 +171,7 @@ def corpus_metrics(
     task: Task, names: Sequence[str], predictions: Sequence[str], samples: Sequence[Sample]
 ) -> dict[str, float]:
     """The task's own metrics, and those of `METRICS` that are named."""
-    found = dict(task.metrics(predictions, samples))
-    if names:
-        from cmai_fast.metrics import METRICS
-
-        references = [s.references for s in samples]
-        found |= {name: METRICS[name](predictions, references) for name in names}
-    return found
+    return {**task.metrics(predictions, samples), **measure_all(names, predictions, [s.references for s in samples])}
 
 
 def curve_radii(threat: ThreatModel) -> list[float]:
@@ -203,9 +198,12 @@ def _add_consistency(measured: Measured) -> None:
 
     Attacked are the samples that the first attack ran on: those right when untouched.
     """
-    clean, first = measured.clean.scores, next(iter(measured.attacked), None)
-    adv = measured.attacked[first].scores if first is not None else None
-    if clean is None or adv is None or not len(adv):
+    clean = measured.clean.scores
+    if clean is None or not measured.attacked:
+        return
+    first = next(iter(measured.attacked))
+    adv = measured.attacked[first].scores
+    if adv is None:  # no sample was right
         return
     record, broken = measured.record, ~measured.attacked[first].right
     record["s_c"] = {"clean": _distribution(clean), "adversarial": _distribution(adv), "attack": first}
@@ -239,7 +237,7 @@ def own_scores(
     images: Sequence[Tensor] | None = None,
     progress: Overall | None = None,
 ) -> np.ndarray:
-    """S_c (N,) with the model's own answers, of the samples as they are or of `images` as `Pipeline.generate` has it."""
+    """S_c (N,) with the model's own answers, of the samples as they are, or of `images` as for `Pipeline.generate`."""
 
     def score(rows: list[int]) -> list[float]:
         part, given = [samples[i] for i in rows], None if images is None else [images[i] for i in rows]

@@ -98,16 +98,16 @@ def _finite_gradients(record: dict[str, Any]) -> Check:
 
 
 def _gradients_exist(measured: Measured) -> Check:
-    """What stands because an attack saw no gradient is not robust: a rounded input, an answer that is too sure."""
+    """What stands because attacks on this model saw no gradient is not robust: a rounded input, a saturated loss."""
     blind = np.zeros(len(measured.runner.samples), dtype=bool)
     standing = measured.clean.right.copy()
     for key, attacked in measured.attacked.items():
-        standing[attacked.rows] &= attacked.right
-        steps = measured.record["attacks"][key].get("steps", 0) * measured.record["attacks"][key].get("restarts", 1)
-        if steps:
+        entry = measured.record["attacks"][key]
+        if steps := entry.get("steps", 0) * entry.get("restarts", 1):
+            standing[attacked.rows] &= attacked.right
             blind[attacked.rows] |= attacked.zero_gradients >= max(1, _WITHOUT_GRADIENT * steps)
     count, of = int((blind & standing).sum()), int(standing.sum())
-    detail = f"{count} of {of} samples that stand had gradients of exactly 0"
+    detail = f"{count} of {of} samples that stand under them had gradients of exactly 0"
     return _check("gradients are not zero", count == 0, detail=detail)
 
 
@@ -123,7 +123,7 @@ def _rounding(record: dict[str, Any]) -> Check:
 
 
 def _white_box(measured: Measured) -> Check:
-    """Both ran on every sample that is right when untouched: transferred images alone, against all made for the model."""
+    """Both ran on every sample that is right when untouched: transferred images, and those made for the model."""
     attacks, count = measured.record["attacks"], len(measured.runner.samples)
     white_box = min(a["acc_robust"] for k, a in attacks.items() if k != "transfer")
     transfer = float(measured.attacked["transfer"].right.sum() / count)

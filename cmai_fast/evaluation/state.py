@@ -138,7 +138,9 @@ def check_settings(began: Mapping[str, Any], mine: Mapping[str, Any], what: Path
     mine = {k: v for k, v in plain(dict(mine)).items() if k not in _FREE}
     missing = sorted(mine.keys() - began.keys())
     if missing:
-        raise ValueError(f"{what} was written by another version of cmai-fast (it has no {missing[0]}); name a new --out")
+        raise ValueError(
+            f"{what} was written by another version of cmai-fast (it has no {missing[0]}); name a new --out"
+        )
     changed = [f"{k} was {began[k]!r}, now {v!r}" for k, v in mine.items() if began[k] != v]
     if changed:
         raise ValueError(f"{what} was begun with other settings ({'; '.join(changed)}); resume with the same ones")

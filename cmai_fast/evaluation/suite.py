@@ -29,7 +29,7 @@ class AttackSpec:
         attack = ATTACKS[self.name]
         if self.steps is None:
             object.__setattr__(self, "steps", attack.steps)
-        attack.check(attack.threats[0], self.steps, self.restarts)
+        self.check(attack.threats[0])
         object.__setattr__(self, "settings", attack.read(self.settings))
 
     @property

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from cmai_fast.models import resolve
 
@@ -42,10 +42,13 @@ def load_model(
         config = AutoConfig.from_pretrained(_base(where), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
+    kinds = (AutoModelForImageTextToText, AutoModelForZeroShotImageClassification)
+    kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
+    if kind is None:
         raise ValueError(
             f"cannot load the model {str(name)!r}: its config is a {type(config).__name__} (model_type "
-            f"{config.model_type!r}), which is not an image-text model of transformers (AutoModelForImageTextToText)"
+            f"{config.model_type!r}), which is not an image-text model of transformers (expected one of "
+            f"{' or '.join(k.__name__ for k in kinds)})"
         )
     target = chosen_device(device)
     if attention is not None:
@@ -53,7 +56,7 @@ def load_model(
         kwargs["attn_implementation"] = attention
     try:
         processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = kind.from_pretrained(
             where, **{**kwargs, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:

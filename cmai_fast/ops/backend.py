@@ -1,9 +1,10 @@
 """Which kernels run: the environment variable `CMAI_FAST_BACKEND`, or the fastest backend that is there.
 
-A backend is a module with `unavailable()`, why it cannot run here or None, and `KERNELS`, a planner for each operator
-that it carries. A planner takes the arguments of a call and gives the kernel for all calls of that signature, or None
-where it does not carry it; then the reference runs. What depends on the signature alone (the checks, the choice of a
-kernel, the layout) is done once for each.
+A backend is a module with `unavailable()`, the reason why it cannot run here or None, and `KERNELS`, a planner for each
+operator that it carries. A planner takes the arguments of a call (those of a step as one of `signatures.py`) and gives
+the kernel for all calls of that signature, which takes all arguments in their order, or None where it does not carry
+it; then the reference runs. What depends on the signature alone (the checks, the choice
+of a kernel, the layout) is done once for each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cmai_fast.ops import cpu, cuda, reference, triton_kernels
 from cmai_fast.ops.schema import CHECKS, LIBRARY, SCHEMAS
+from cmai_fast.ops.signatures import STEPS
 
 _READY = "ready"
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton_kernels}
@@ -50,7 +52,7 @@ def chosen_backend() -> str:
     if report[wanted] != _READY:
         ready = ", ".join(name for name, state in report.items() if state == _READY)
         raise RuntimeError(
-            f"CMAI_FAST_BACKEND={wanted} cannot be had: {report[wanted]}. Unset it, or choose one of: {ready}"
+            f"CMAI_FAST_BACKEND={wanted} is unavailable: {report[wanted]}. Unset it, or choose one of: {ready}"
         )
     return wanted
 
@@ -70,7 +72,7 @@ def backends_for(device: str) -> tuple[str, ...]:
     if wanted != "automatic":
         if wanted not in served:
             raise RuntimeError(
-                f"CMAI_FAST_BACKEND={wanted} cannot be had for tensors on {device}; unset it, or move the tensors"
+                f"CMAI_FAST_BACKEND={wanted} is unavailable for tensors on {device}; unset it, or move the tensors"
             )
         return (wanted,)
     # Only those: asking the CUDA backend starts the driver, and a process that has computed on the CPU alone could then
@@ -99,7 +101,8 @@ def _plan(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[
         return _from_reference(name)
     for backend in backends_for(args[0].device.type):
         planner = _BACKENDS[backend].KERNELS.get(name)
-        kernel = planner(*args, **kwargs) if planner else None
+        whole = (STEPS[name](*args),) if name in STEPS else args
+        kernel = planner(*whole, **kwargs) if planner else None
         if kernel is not None:
             return kernel
     return _from_reference(name)
@@ -127,7 +130,8 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
 
 
 def _kernel_of(name: str) -> Callable[..., Any]:
-    check, mutates = CHECKS[name], name.endswith("_")
+    check, mutates, arguments = CHECKS[name], name.endswith("_"), STEPS.get(name)
+    count = 0 if arguments is None else len(arguments._fields)
     plans: dict[Any, Callable[..., Any]] = {}
     _PLANS.append(plans)
 
@@ -137,6 +141,8 @@ def _kernel_of(name: str) -> Callable[..., Any]:
                 f"adv has a grad_fn ({args[0].grad_fn.name()}), and a step in place has no gradient, so what comes "
                 "before it would get a wrong one; pass adv.detach()"
             )
+        if arguments is not None and len(args) < count:  # PyTorch leaves out what has its default
+            args, kwargs = arguments(*args, **kwargs), {}
         signature = _signature(args, kwargs)
         plan = plans.get(signature)
         if plan is None:

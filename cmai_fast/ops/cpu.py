@@ -12,10 +12,13 @@ import ctypes
 import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 
 def _load() -> Any:
@@ -30,12 +33,20 @@ def _load() -> Any:
         return importlib.import_module("cmai_fast._C")
 
 
+def _why_missing(error: Exception) -> str:
+    """What the build noted (see setup.py), since a missing module says nothing; else what loading said."""
+    note = Path(__file__).parent.parent / "_C.txt"
+    if note.exists():
+        return f"the compiled extension cmai_fast._C was not built: {note.read_text().strip()}"
+    return f"the compiled extension cmai_fast._C does not load ({error}); reinstall with a C++ compiler present"
+
+
 _C: Any = None
 _missing: str | None = None
 try:
     _C = _load()
 except (ImportError, OSError) as error:
-    _missing = f"the compiled extension cmai_fast._C does not load ({error}); reinstall with a C++ compiler present"
+    _missing = _why_missing(error)
 
 # The numbers are those of cmai_fast::Type in csrc/step.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -62,18 +73,13 @@ def _launcher(name: str, layout: Any, device: torch.device, sums: bool) -> Calla
 
 
 def layout_of(
-    adv: Tensor,
-    clean: Tensor,
-    *,
+    c: PgdStep | ApgdStep | RandomStart,
     grad: Tensor | None = None,
     model_input: Tensor | None = None,
-    others: tuple[Tensor | None, ...] = (),
-    mean: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
+    *others: Tensor | None,
 ) -> Any:
     """The extension's `Layout` of a call, or None where the kernels do not carry it. `others` are in adv's dtype."""
+    adv, clean = c.adv, c.clean
     grad, model_input = adv if grad is None else grad, adv if model_input is None else model_input
     images = [adv, clean, grad, model_input, *(image for image in others if image is not None)]
     if (
@@ -83,17 +89,18 @@ def layout_of(
         or not all(image.is_contiguous() for image in images)
     ):
         return None
-    channels, row = 1 if mean is None else mean.shape[0], math.prod(adv.shape[1:])
+    mean = None if isinstance(c, RandomStart) else c.mean
+    channels, patches = (1, 1) if mean is None else (mean.shape[0], c.patches)  # type: ignore[union-attr]
     return _C.Layout(
         rows=adv.shape[0],
-        patches=patches if mean is not None else 1,
+        patches=patches,
         channels=channels,
-        inner=row // (channels * (patches if mean is not None else 1)),
+        inner=math.prod(adv.shape[1:]) // (channels * patches),
         grad=TYPES[grad.dtype],
         clean=TYPES[clean.dtype],
         model_input=TYPES[model_input.dtype],
-        lower=lower,
-        upper=upper,
+        lower=c.lower,
+        upper=c.upper,
     )
 
 
@@ -109,58 +116,25 @@ def _pointer(tensor: Tensor | None) -> int:
 def _plan_pgd(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., None] | None]:
     """The planner of the kernel `name` for tensors on `device`."""
 
-    def planner(
-        adv: Tensor,
-        grad: Tensor,
-        clean: Tensor,
-        eps: Tensor,
-        step: Tensor,
-        active: Tensor | None = None,
-        model_input: Tensor | None = None,
-        velocity: Tensor | None = None,
-        decay: float = 1.0,
-        nonfinite: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        patches: int = 1,
-        lower: float = 0.0,
-        upper: float = 1.0,
-    ) -> Callable[..., None] | None:
-        if adv.device.type != device:
+    def planner(c: PgdStep) -> Callable[..., None] | None:
+        if c.adv.device.type != device:
             return None
-        if any(values is not None and not values.is_contiguous() for values in (active, nonfinite)):
+        if any(values is not None and not values.is_contiguous() for values in (c.active, c.nonfinite)):
             return None
-        layout = layout_of(
-            adv, clean, grad=grad, model_input=model_input, others=(velocity,), mean=mean, patches=patches,
-            lower=lower, upper=upper,
-        )  # fmt: skip
+        layout = layout_of(c, c.grad, c.model_input, c.velocity)
         if layout is None:
             return None
-        run = launcher(name, layout, adv.device, velocity is not None or "l2" in name)
+        run = launcher(name, layout, c.adv.device, c.velocity is not None or "l2" in name)
         if run is None:
             return None
         wrote = torch.autograd.graph.increment_version
         ready = all(
             values is None or (values.dtype == torch.float32 and values.is_contiguous())
-            for values in (eps, step, mean, std)
+            for values in (c.eps, c.step, c.mean, c.std)
         )
 
         def kernel(
-            adv: Tensor,
-            grad: Tensor,
-            clean: Tensor,
-            eps: Tensor,
-            step: Tensor,
-            active: Tensor | None = None,
-            model_input: Tensor | None = None,
-            velocity: Tensor | None = None,
-            decay: float = 1.0,
-            nonfinite: Tensor | None = None,
-            mean: Tensor | None = None,
-            std: Tensor | None = None,
-            patches: int = 1,
-            lower: float = 0.0,
-            upper: float = 1.0,
+            adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, *_: Any
         ) -> None:
             if not ready:  # the names keep the copies alive while the kernel reads them
                 eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
@@ -179,57 +153,33 @@ def _plan_pgd(name: str, launcher: Launcher, device: str) -> Callable[..., Calla
 def _plan_apgd(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., None] | None]:
     """The planner of the kernel `name` for tensors on `device`."""
 
-    def planner(
-        adv: Tensor,
-        previous: Tensor,
-        grad: Tensor,
-        top_adv: Tensor,
-        top_grad: Tensor,
-        clean: Tensor,
-        eps: Tensor,
-        step: Tensor,
-        improved: Tensor,
-        restart: Tensor,
-        momentum: float,
-        model_input: Tensor | None = None,
-        nonfinite: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        patches: int = 1,
-        lower: float = 0.0,
-        upper: float = 1.0,
-    ) -> Callable[..., None] | None:
-        if adv.device.type != device or (nonfinite is not None and not nonfinite.is_contiguous()):
+    def planner(c: ApgdStep) -> Callable[..., None] | None:
+        if c.adv.device.type != device or (c.nonfinite is not None and not c.nonfinite.is_contiguous()):
             return None
-        layout = layout_of(
-            adv, clean, grad=grad, model_input=model_input, others=(previous, top_adv, top_grad), mean=mean,
-            patches=patches, lower=lower, upper=upper,
-        )  # fmt: skip
+        layout = layout_of(c, c.grad, c.model_input, c.previous, c.top_adv, c.top_grad)
         if layout is None:
             return None
-        run = launcher(name, layout, adv.device, "l2" in name)
+        run = launcher(name, layout, c.adv.device, "l2" in name)
         if run is None:
             return None
 
         def kernel(
-            adv: Tensor,
-            previous: Tensor,
-            grad: Tensor,
-            top_adv: Tensor,
-            top_grad: Tensor,
-            clean: Tensor,
-            eps: Tensor,
-            step: Tensor,
-            improved: Tensor,
-            restart: Tensor,
-            momentum: float,
-            model_input: Tensor | None = None,
-            nonfinite: Tensor | None = None,
-            mean: Tensor | None = None,
-            std: Tensor | None = None,
-            patches: int = 1,
-            lower: float = 0.0,
-            upper: float = 1.0,
+            adv,
+            previous,
+            grad,
+            top_adv,
+            top_grad,
+            clean,
+            eps,
+            step,
+            improved,
+            restart,
+            momentum,
+            model_input,
+            nonfinite,
+            mean,
+            std,
+            *_: Any,
         ) -> None:
             eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
             improved, restart = improved.contiguous(), restart.contiguous()
@@ -249,33 +199,15 @@ def _plan_apgd(name: str, launcher: Launcher, device: str) -> Callable[..., Call
 def _plan_random_start(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., None] | None]:
     """The planner of the kernels `name`_linf and `name`_l2 for tensors on `device`."""
 
-    def planner(
-        adv: Tensor,
-        clean: Tensor,
-        eps: Tensor,
-        sample_ids: Tensor,
-        seed: int,
-        norm: str,
-        lower: float = 0.0,
-        upper: float = 1.0,
-    ) -> Callable[..., None] | None:
-        layout = layout_of(adv, clean, lower=lower, upper=upper) if adv.device.type == device else None
+    def planner(c: RandomStart) -> Callable[..., None] | None:
+        layout = layout_of(c) if c.adv.device.type == device else None
         if layout is None:
             return None
-        run = launcher(f"{name}_{norm}", layout, adv.device, norm == "l2")
+        run = launcher(f"{name}_{c.norm}", layout, c.adv.device, c.norm == "l2")
         if run is None:
             return None
 
-        def kernel(
-            adv: Tensor,
-            clean: Tensor,
-            eps: Tensor,
-            sample_ids: Tensor,
-            seed: int,
-            norm: str,
-            lower: float = 0.0,
-            upper: float = 1.0,
-        ) -> None:
+        def kernel(adv, clean, eps, sample_ids, seed, *_: Any) -> None:
             eps, sample_ids = eps.float().contiguous(), sample_ids.contiguous()
             run(adv.data_ptr(), clean.data_ptr(), eps.data_ptr(), sample_ids.data_ptr(), seed)
             torch.autograd.graph.increment_version([adv])

@@ -10,33 +10,10 @@ import torch
 from torch import Tensor
 
 from cmai_fast.ops.backend import call
+from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart, public
 
-_pgd_linf_step = call("pgd_linf_step_")
-_pgd_l2_step = call("pgd_l2_step_")
-_apgd_linf_step = call("apgd_linf_step_")
-_apgd_l2_step = call("apgd_l2_step_")
-_random_start = call("random_start_")
-
-
-def pgd_linf_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    *,
-    model_input: Tensor | None = None,
-    velocity: Tensor | None = None,
-    decay: float = 1.0,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    """One ascent step in the L_inf ball (Madry et al. 2018, section 2.1), written into `adv`:
+pgd_linf_step_ = public("pgd_linf_step_", PgdStep, call("pgd_linf_step_"))
+pgd_linf_step_.__doc__ = """One ascent step in the L_inf ball (Madry et al. 2018, section 2.1), written into `adv`:
 
         adv = clamp(clamp(adv + step * sign(grad), clean - eps, clean + eps), lower, upper)
 
@@ -58,31 +35,12 @@ def pgd_linf_step_(
             (N, L, C * h * w) or (N, L, C, h, w), H * W for (N, H, W, C).
         lower, upper: the pixel box.
     """
-    _pgd_linf_step(
-        adv, grad, clean, eps, step, active, model_input, velocity, decay,
-        nonfinite, mean, std, patches, lower, upper,
-    )  # fmt: skip
 
 
-def pgd_l2_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    *,
-    model_input: Tensor | None = None,
-    velocity: Tensor | None = None,
-    decay: float = 1.0,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    """One ascent step in the L2 ball (Madry et al. 2018, section 2.1), written into `adv`, norms taken over a row:
+pgd_l2_step_ = public("pgd_l2_step_", PgdStep, call("pgd_l2_step_"))
+pgd_l2_step_.__doc__ = """One ascent step in the L2 ball (Madry et al. 2018, section 2.1), written into `adv`.
+
+    Norms are taken over a row:
 
         g = grad / std;  delta = adv + step * g / ||g|| - clean;  adv = clamp(clean + delta * min(1, eps / ||delta||))
 
@@ -91,34 +49,11 @@ def pgd_l2_step_(
     projected. A gradient of 1e-30 has a direction as any other. The clamp to the box comes last and only shortens
     delta, since clean lies in the box; rounding may leave ||delta|| above eps by 2^-24 * sqrt(elements of a row).
     """
-    _pgd_l2_step(
-        adv, grad, clean, eps, step, active, model_input, velocity, decay,
-        nonfinite, mean, std, patches, lower, upper,
-    )  # fmt: skip
 
 
-def apgd_linf_step_(
-    adv: Tensor,
-    previous: Tensor,
-    grad: Tensor,
-    top_adv: Tensor,
-    top_grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    improved: Tensor,
-    restart: Tensor,
-    momentum: float,
-    *,
-    model_input: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    """One iteration of Auto-PGD in the L_inf ball (Croce and Hein 2020, algorithm 1), with its books, in one pass:
+apgd_linf_step_ = public("apgd_linf_step_", ApgdStep, call("apgd_linf_step_"))
+apgd_linf_step_.__doc__ = """One iteration of Auto-PGD in the L_inf ball, with its bookkeeping, in one pass
+    (Croce and Hein 2020, algorithm 1):
 
         top_adv, top_grad = adv, grad            in rows that improved
         adv, g            = top_adv, top_grad    in rows that restart (after the line above), else adv, grad
@@ -137,51 +72,18 @@ def apgd_linf_step_(
         clean, eps, step, model_input, nonfinite, mean, std, patches, lower, upper: as in `pgd_linf_step_`; model_input
             receives the new point.
     """
-    _apgd_linf_step(
-        adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum,
-        model_input, nonfinite, mean, std, patches, lower, upper,
-    )  # fmt: skip
 
 
-def apgd_l2_step_(
-    adv: Tensor,
-    previous: Tensor,
-    grad: Tensor,
-    top_adv: Tensor,
-    top_grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    improved: Tensor,
-    restart: Tensor,
-    momentum: float,
-    *,
-    model_input: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
+apgd_l2_step_ = public("apgd_l2_step_", ApgdStep, call("apgd_l2_step_"))
+apgd_l2_step_.__doc__ = (
     """`apgd_linf_step_` in the L2 ball: the direction is g / ||g|| of the gradient in pixels, as in `pgd_l2_step_`."""
-    _apgd_l2_step(
-        adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum,
-        model_input, nonfinite, mean, std, patches, lower, upper,
-    )  # fmt: skip
+)
 
 
-def random_start_(
-    adv: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    sample_ids: Tensor,
-    seed: int,
-    norm: str,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    """A random point of the ball, clamped to the box, written into `adv`: adv = clamp(clean + noise, lower, upper).
+random_start_ = public("random_start_", RandomStart, call("random_start_"))
+random_start_.__doc__ = """A random point of the ball, clamped to the box, written into `adv`:
+
+        adv = clamp(clean + noise, lower, upper)
 
     The noise is a hash of (seed, sample id, index of the element), so a sample's start does not depend on the batch it
     is in, nor on the device's generator. Two rows with one id have the same noise.
@@ -196,7 +98,6 @@ def random_start_(
             Gaussian vector, the radius eps * u^(1/d) for d elements a row (Muller 1959).
         lower, upper: the pixel box.
     """
-    _random_start(adv, clean, eps, sample_ids, seed, norm, lower, upper)
 
 
 def cosine_heads(image: Tensor, text: Tensor) -> Tensor:

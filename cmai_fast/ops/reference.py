@@ -7,11 +7,13 @@ quadratic in the batch goes in chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmai_fast.ops.schema import compute_dtype
+from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 # Vectors no longer than this count as zero: their direction is rounding noise.
 ZERO_NORM = 1e-12
@@ -103,175 +105,59 @@ def _ascend(
     return _project(norm, adv + step * along, clean, eps, lower, upper)
 
 
-def _pgd_step_(
-    norm: str,
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None,
-    model_input: Tensor | None,
-    velocity: Tensor | None,
-    decay: float,
-    nonfinite: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    patches: int,
-    lower: float,
-    upper: float,
-) -> None:
+def _pgd_step_(norm: str, c: PgdStep) -> None:
+    adv = c.adv
     if adv.numel() == 0:
         return
-    eps, step, clean = _per_row(eps, adv), _per_row(step, adv), _pixels(clean, adv)
-    _count_nonfinite(nonfinite, grad, active)
-    if norm == "linf" and velocity is None:
+    eps, step, clean = _per_row(c.eps, adv), _per_row(c.step, adv), _pixels(c.clean, adv)
+    _count_nonfinite(c.nonfinite, c.grad, c.active)
+    if norm == "linf" and c.velocity is None:
         # Not cast to the dtype of adv: a float64 gradient may be too small for it and still has a sign.
-        direction = torch.where(grad.isnan(), 0, grad)
+        direction = torch.where(c.grad.isnan(), 0, c.grad)
     else:
-        direction = _pixel_gradient(grad, adv, std, patches)
-    if velocity is not None:
-        _set_rows(velocity, decay * velocity + _unit_rows(direction, 1), active)
-        direction = velocity
-    new = _ascend(norm, adv, direction, clean, eps, step, lower, upper)
-    _set_rows(adv, new, active)
-    if model_input is not None:
-        _set_rows(model_input, _normalised(new, mean, std, patches), active)
+        direction = _pixel_gradient(c.grad, adv, c.std, c.patches)
+    if c.velocity is not None:
+        _set_rows(c.velocity, c.decay * c.velocity + _unit_rows(direction, 1), c.active)
+        direction = c.velocity
+    new = _ascend(norm, adv, direction, clean, eps, step, c.lower, c.upper)
+    _set_rows(adv, new, c.active)
+    if c.model_input is not None:
+        _set_rows(c.model_input, _normalised(new, c.mean, c.std, c.patches), c.active)
 
 
-def pgd_linf_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    model_input: Tensor | None = None,
-    velocity: Tensor | None = None,
-    decay: float = 1.0,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _pgd_step_(
-        "linf", adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, patches,
-        lower, upper,
-    )  # fmt: skip
+def pgd_linf_step_(*args: Any, **kwargs: Any) -> None:
+    _pgd_step_("linf", PgdStep(*args, **kwargs))
 
 
-def pgd_l2_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    model_input: Tensor | None = None,
-    velocity: Tensor | None = None,
-    decay: float = 1.0,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _pgd_step_(
-        "l2", adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, patches,
-        lower, upper,
-    )  # fmt: skip
+def pgd_l2_step_(*args: Any, **kwargs: Any) -> None:
+    _pgd_step_("l2", PgdStep(*args, **kwargs))
 
 
-def _apgd_step_(
-    norm: str,
-    adv: Tensor,
-    previous: Tensor,
-    grad: Tensor,
-    top_adv: Tensor,
-    top_grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    improved: Tensor,
-    restart: Tensor,
-    momentum: float,
-    model_input: Tensor | None,
-    nonfinite: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    patches: int,
-    lower: float,
-    upper: float,
-) -> None:
+def _apgd_step_(norm: str, c: ApgdStep) -> None:
+    adv = c.adv
     if adv.numel() == 0:
         return
-    eps, step, clean = _per_row(eps, adv), _per_row(step, adv), _pixels(clean, adv)
-    _count_nonfinite(nonfinite, grad, None)
-    _set_rows(top_adv, adv, improved)
-    _set_rows(top_grad, grad, improved)
-    _set_rows(adv, top_adv, restart)
-    grad = torch.where(_per_row(restart, grad), top_grad, grad)
-    stepped = _ascend(norm, adv, _pixel_gradient(grad, adv, std, patches), clean, eps, step, lower, upper)
-    new = adv + momentum * (stepped - adv) + (1 - momentum) * (adv - previous)
-    new = _project(norm, new, clean, eps, lower, upper)
-    previous.copy_(new)
-    if model_input is not None:
-        model_input.copy_(_normalised(new, mean, std, patches))
+    eps, step, clean = _per_row(c.eps, adv), _per_row(c.step, adv), _pixels(c.clean, adv)
+    _count_nonfinite(c.nonfinite, c.grad, None)
+    _set_rows(c.top_adv, adv, c.improved)
+    _set_rows(c.top_grad, c.grad, c.improved)
+    _set_rows(adv, c.top_adv, c.restart)
+    grad = torch.where(_per_row(c.restart, c.grad), c.top_grad, c.grad)
+    direction = _pixel_gradient(grad, adv, c.std, c.patches)
+    stepped = _ascend(norm, adv, direction, clean, eps, step, c.lower, c.upper)
+    new = adv + c.momentum * (stepped - adv) + (1 - c.momentum) * (adv - c.previous)
+    new = _project(norm, new, clean, eps, c.lower, c.upper)
+    c.previous.copy_(new)
+    if c.model_input is not None:
+        c.model_input.copy_(_normalised(new, c.mean, c.std, c.patches))
 
 
-def apgd_linf_step_(
-    adv: Tensor,
-    previous: Tensor,
-    grad: Tensor,
-    top_adv: Tensor,
-    top_grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    improved: Tensor,
-    restart: Tensor,
-    momentum: float,
-    model_input: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _apgd_step_(
-        "linf", adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum, model_input,
-        nonfinite, mean, std, patches, lower, upper,
-    )  # fmt: skip
+def apgd_linf_step_(*args: Any, **kwargs: Any) -> None:
+    _apgd_step_("linf", ApgdStep(*args, **kwargs))
 
 
-def apgd_l2_step_(
-    adv: Tensor,
-    previous: Tensor,
-    grad: Tensor,
-    top_adv: Tensor,
-    top_grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    improved: Tensor,
-    restart: Tensor,
-    momentum: float,
-    model_input: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _apgd_step_(
-        "l2", adv, previous, grad, top_adv, top_grad, clean, eps, step, improved, restart, momentum, model_input,
-        nonfinite, mean, std, patches, lower, upper,
-    )  # fmt: skip
+def apgd_l2_step_(*args: Any, **kwargs: Any) -> None:
+    _apgd_step_("l2", ApgdStep(*args, **kwargs))
 
 
 def _shift_right(bits: Tensor, places: int) -> Tensor:
@@ -310,23 +196,16 @@ def _l2_noise(bits: Tensor, eps: Tensor) -> Tensor:
     return gaussian * (radius / _row_norm(gaussian).clamp(min=ZERO_NORM))
 
 
-def random_start_(
-    adv: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    sample_ids: Tensor,
-    seed: int,
-    norm: str,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
+def random_start_(*args: Any, **kwargs: Any) -> None:
+    c = RandomStart(*args, **kwargs)
+    adv, clean = c.adv, c.clean
     if adv.numel() == 0:
         return
     count = adv[0].numel()
-    noise_of = _linf_noise if norm == "linf" else _l2_noise
+    noise_of = _linf_noise if c.norm == "linf" else _l2_noise
     for rows in _row_chunks(adv.shape[0], count):
-        noise = noise_of(_random_bits(sample_ids[rows], seed, count), eps[rows].to(adv.dtype)[:, None])
-        adv[rows].copy_((_pixels(clean[rows], adv) + noise.view(clean[rows].shape)).clamp(lower, upper))
+        noise = noise_of(_random_bits(c.sample_ids[rows], c.seed, count), c.eps[rows].to(adv.dtype)[:, None])
+        adv[rows].copy_((_pixels(clean[rows], adv) + noise.view(clean[rows].shape)).clamp(c.lower, c.upper))
 
 
 def _row_chunks(rows: int, row_size: int) -> Iterator[slice]:

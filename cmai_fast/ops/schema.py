@@ -13,30 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmai_fast.ops.signatures import STEPS, ApgdStep, PgdStep, RandomStart, schema_of
+
 LIBRARY = torch.library.Library("cmai_fast", "DEF")
 
-# No argument is keyword-only here, as it is in `operators.py`: that alone would cost 3 microseconds a call.
-_PIXELS = "Tensor? mean=None, Tensor? std=None, int patches=1, float lower=0.0, float upper=1.0"
-_PGD_STEP = (
-    "(Tensor(a!) adv, Tensor grad, Tensor clean, Tensor eps, Tensor step, Tensor? active=None, "
-    "Tensor(b!)? model_input=None, Tensor(c!)? velocity=None, float decay=1.0, Tensor(d!)? nonfinite=None, "
-    f"{_PIXELS}) -> ()"
-)
-_APGD_STEP = (
-    "(Tensor(a!) adv, Tensor(b!) previous, Tensor grad, Tensor(c!) top_adv, Tensor(d!) top_grad, Tensor clean, "
-    "Tensor eps, Tensor step, Tensor improved, Tensor restart, float momentum, Tensor(e!)? model_input=None, "
-    f"Tensor(f!)? nonfinite=None, {_PIXELS}) -> ()"
-)
-
 SCHEMAS = {
-    "pgd_linf_step_": _PGD_STEP,
-    "pgd_l2_step_": _PGD_STEP,
-    "apgd_linf_step_": _APGD_STEP,
-    "apgd_l2_step_": _APGD_STEP,
-    "random_start_": (
-        "(Tensor(a!) adv, Tensor clean, Tensor eps, Tensor sample_ids, int seed, str norm, "
-        "float lower=0.0, float upper=1.0) -> ()"
-    ),
+    **{name: schema_of(arguments) for name, arguments in STEPS.items()},
     "cosine_heads": "(Tensor image, Tensor text) -> Tensor",
     "cosine_heads_backward": "(Tensor grad, Tensor image, Tensor text) -> (Tensor, Tensor)",
     "info_nce": (
@@ -138,15 +120,9 @@ def _check_flags(name: str, values: Tensor, adv: Tensor) -> None:
     _check_device(name, values, "adv", adv)
 
 
-def _check_pixels(
-    adv: Tensor,
-    model_input: Tensor | None,
-    nonfinite: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    patches: int,
-) -> None:
+def _check_pixels(c: PgdStep | ApgdStep) -> None:
     """What goes from pixels to the model's input, and the count of bad gradient elements."""
+    adv, model_input, nonfinite, mean, std, patches = c.adv, c.model_input, c.nonfinite, c.mean, c.std, c.patches
     if model_input is not None:
         _check_like("model_input", model_input, adv, _FLOAT_DTYPES)
     if nonfinite is not None:
@@ -189,87 +165,45 @@ def _check_pixels(
     )
 
 
-def check_pgd_step(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    active: Tensor | None = None,
-    model_input: Tensor | None = None,
-    velocity: Tensor | None = None,
-    decay: float = 1.0,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _check_state(adv, clean, eps, lower, upper)
-    _check_rows("step", step, adv)
-    _check_like("grad", grad, adv, _FLOAT_DTYPES)
-    if active is not None:
-        _check_flags("active", active, adv)
-    if velocity is not None:
-        _check_like("velocity", velocity, adv, (adv.dtype,))
-    torch._check(0 <= decay < math.inf, lambda: f"decay is {decay}, expected a finite number of at least 0")
-    _check_pixels(adv, model_input, nonfinite, mean, std, patches)
-    _check_apart({"adv": adv, "grad": grad, "clean": clean, "model_input": model_input, "velocity": velocity})
+def check_pgd_step(*args: Any, **kwargs: Any) -> None:
+    c = PgdStep(*args, **kwargs)
+    _check_state(c.adv, c.clean, c.eps, c.lower, c.upper)
+    _check_rows("step", c.step, c.adv)
+    _check_like("grad", c.grad, c.adv, _FLOAT_DTYPES)
+    if c.active is not None:
+        _check_flags("active", c.active, c.adv)
+    if c.velocity is not None:
+        _check_like("velocity", c.velocity, c.adv, (c.adv.dtype,))
+    torch._check(0 <= c.decay < math.inf, lambda: f"decay is {c.decay}, expected a finite number of at least 0")
+    _check_pixels(c)
+    _check_apart({"adv": c.adv, "grad": c.grad, "clean": c.clean, "model_input": c.model_input, "velocity": c.velocity})
 
 
-def check_apgd_step(
-    adv: Tensor,
-    previous: Tensor,
-    grad: Tensor,
-    top_adv: Tensor,
-    top_grad: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    step: Tensor,
-    improved: Tensor,
-    restart: Tensor,
-    momentum: float,
-    model_input: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    patches: int = 1,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _check_state(adv, clean, eps, lower, upper)
-    _check_rows("step", step, adv)
-    for name, image in (("previous", previous), ("top_adv", top_adv)):
-        _check_like(name, image, adv, (adv.dtype,))
-    _check_like("grad", grad, adv, _FLOAT_DTYPES)
-    _check_like("top_grad", top_grad, adv, (grad.dtype,), "that of grad")
-    _check_flags("improved", improved, adv)
-    _check_flags("restart", restart, adv)
-    torch._check(0 <= momentum <= 1, lambda: f"momentum is {momentum}, expected a number from 0 to 1")
-    _check_pixels(adv, model_input, nonfinite, mean, std, patches)
-    images = {"adv": adv, "previous": previous, "grad": grad, "top_adv": top_adv, "top_grad": top_grad, "clean": clean}
-    _check_apart({**images, "model_input": model_input})
+def check_apgd_step(*args: Any, **kwargs: Any) -> None:
+    c = ApgdStep(*args, **kwargs)
+    _check_state(c.adv, c.clean, c.eps, c.lower, c.upper)
+    _check_rows("step", c.step, c.adv)
+    for name, image in (("previous", c.previous), ("top_adv", c.top_adv)):
+        _check_like(name, image, c.adv, (c.adv.dtype,))
+    _check_like("grad", c.grad, c.adv, _FLOAT_DTYPES)
+    _check_like("top_grad", c.top_grad, c.adv, (c.grad.dtype,), "that of grad")
+    _check_flags("improved", c.improved, c.adv)
+    _check_flags("restart", c.restart, c.adv)
+    torch._check(0 <= c.momentum <= 1, lambda: f"momentum is {c.momentum}, expected a number from 0 to 1")
+    _check_pixels(c)
+    apart = ("adv", "previous", "grad", "top_adv", "top_grad", "clean", "model_input")
+    _check_apart({name: getattr(c, name) for name in apart})
 
 
-def check_random_start(
-    adv: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    sample_ids: Tensor,
-    seed: int,
-    norm: str,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> None:
-    _check_state(adv, clean, eps, lower, upper)
-    _check_apart({"adv": adv, "clean": clean})
-    _check_shape("sample_ids", sample_ids, (adv.shape[0],), "(one per row of adv)")
-    torch._check(
-        sample_ids.dtype == torch.int64, lambda: f"sample_ids has dtype {sample_ids.dtype}, expected torch.int64"
-    )
-    _check_device("sample_ids", sample_ids, "adv", adv)
-    torch._check(norm in ("linf", "l2"), lambda: f"norm is {norm!r}, expected 'linf' or 'l2'")
+def check_random_start(*args: Any, **kwargs: Any) -> None:
+    c = RandomStart(*args, **kwargs)
+    _check_state(c.adv, c.clean, c.eps, c.lower, c.upper)
+    _check_apart({"adv": c.adv, "clean": c.clean})
+    ids = c.sample_ids
+    _check_shape("sample_ids", ids, (c.adv.shape[0],), "(one per row of adv)")
+    torch._check(ids.dtype == torch.int64, lambda: f"sample_ids has dtype {ids.dtype}, expected torch.int64")
+    _check_device("sample_ids", ids, "adv", c.adv)
+    torch._check(c.norm in ("linf", "l2"), lambda: f"norm is {c.norm!r}, expected 'linf' or 'l2'")
 
 
 def check_cosine_heads(image: Tensor, text: Tensor) -> None:

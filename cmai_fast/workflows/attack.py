@@ -21,11 +21,10 @@ from cmai_fast.evaluation.state import State, check_resumable, check_settings, r
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import plain, write_folder
-from cmai_fast.models import resolve
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.threat import ThreatModel, round_to_8bit
-from cmai_fast.workflows.evaluate import data_settings
+from cmai_fast.workflows.evaluate import check_names, data_settings
 from cmai_fast.workflows.folder import check_empty
 from cmai_fast.workflows.samples import asked
 
@@ -71,7 +70,7 @@ def attack(
     """
     out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}))
     spec.check(threat.norm)
-    resolve(model)
+    check_names(model, task=task, metrics=metrics)
     asked_for = {
         "model": model, **data_settings(data), "split": "test", "attack": attack, "eps": threat.eps,
         "norm": threat.norm, "steps": spec.steps, "restarts": restarts, "attack_settings": dict(spec.settings),

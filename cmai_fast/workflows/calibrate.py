@@ -21,7 +21,7 @@ from cmai_fast.metrics import auroc
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.tasks import TASKS
 from cmai_fast.workflows.evaluate import data_settings
-from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 
 RECORD = "calibration.json"
 _FILES = {"heads.safetensors", "cmcv.json", RECORD}
@@ -83,7 +83,7 @@ def calibrate(
     stages = {_HEADS: 3.0 * head_steps * batch_size} if fitted else {}
     with Overall(stages | {_OWN: 6.0 * len(held_out), _WRONG: 2.0 * len(held_out)}, progress) as overall:
         if fitted:
-            train = TrainingSamples(data, task)
+            train = training_samples(data, task)
             pipeline.heads = new_heads(pipeline, train, head_steps, batch_size, seed, overall)
         scores = _own_scores(pipeline, held_out, batch_size, overall)
         threshold = fit_threshold(torch.tensor(scores), "calibration", false_rejection_rate, pipeline.generation)
@@ -116,9 +116,7 @@ def new_heads(
     return heads
 
 
-def _own_scores(
-    pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, progress: Overall
-) -> list[float]:
+def _own_scores(pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, progress: Overall) -> list[float]:
     """S_c of clean samples with the model's own answers: what a threshold is set on."""
     progress.start(_OWN, len(samples))
     found: list[float] = []

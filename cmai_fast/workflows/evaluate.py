@@ -15,9 +15,11 @@ from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.state import running
 from cmai_fast.evaluation.suite import AttackSpec, curve_attack, headline_suite
 from cmai_fast.evaluation.versions import versions
+from cmai_fast.metrics import METRICS
 from cmai_fast.models import resolve
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.tasks import TASKS
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
 from cmai_fast.workflows.samples import asked
@@ -52,7 +54,8 @@ def evaluate(
 
     Args:
         model: a bundled model, a model or run folder, or a hub id.
-        against: models to compare with. The first is the undefended one: images made on it are also tried on the others.
+        against: models to compare with. The first is the undefended one, whose adversarial images are also tried
+            on the others.
         attacks: the suite; None: PGD of `steps` and `restarts`, and APGD-CE of twice the steps.
         out: a folder that is new or empty, or with `resume` that of the same command, finished or not.
         limit: samples at most, drawn with `seed`.
@@ -69,7 +72,7 @@ def evaluate(
     for spec in suite:
         spec.check(threat.norm)
     for name in names:
-        resolve(name)
+        check_names(name, task=task, metrics=metrics)
         if names.count(name) > 1:
             raise ValueError(f"the model {name} is named twice; expected each once")
     settings = {
@@ -82,10 +85,11 @@ def evaluate(
         return finished
     samples = asked(data, "test", task, limit, seed)
     generation = None if max_new_tokens is None else Generation(max_new_tokens)
-    roles = [UNDEFENDED, *[BASELINE] * (len(against) - 1)][: len(against)] + [IMMUNISED]
-    how = {"device": device, "dtype": dtype, "attention": attention, "generation": generation}
+    roles = [UNDEFENDED if i == 0 else BASELINE for i in range(len(against))]
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "generation": generation}
     entries = [
-        Entry(name, role, name, partial(Pipeline.load, name, **how)) for name, role in zip(names, roles, strict=True)
+        Entry(name, role, name, partial(Pipeline.load, name, **how))
+        for name, role in zip(names, [*roles, IMMUNISED], strict=True)
     ]
     stages = comparison.stages(entries, len(samples), threat, suite)
     with running(out / STATE, settings, out) as state, Overall(stages, progress) as overall:
@@ -109,3 +113,11 @@ def data_settings(data: DataSource) -> dict[str, Any]:
         "split_seed": data.split_seed,
         "data_fingerprint": data.fingerprint(),
     }
+
+
+def check_names(model: str, *, task: str, metrics: Sequence[str] = ()) -> None:
+    """Raises ValueError for a name that is not known, before anything is loaded."""
+    resolve(model)
+    TASKS.check(task)
+    for metric in metrics:
+        METRICS.check(metric)

@@ -23,7 +23,7 @@ from cmai_fast.tasks import TASKS
 from cmai_fast.workflows import training
 from cmai_fast.workflows.evaluate import SCHEMA, data_settings
 from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
-from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 
 __all__ = ["ImmunizeSettings", "immunize"]
@@ -52,8 +52,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     args = training.training_arguments(settings, out)
     suite = headline_suite(settings.attack_steps, settings.restarts)
     samples = asked(settings.source, "test", settings.task, settings.limit, settings.seed)
-    for split in ("train", "calibration"):
-        settings.source.load(split, 1)
+    settings.source.check("train", "calibration", answers=True)
     before = training.load(settings, settings.model)
     if has_adapters(before.model):
         raise ValueError(
@@ -98,7 +97,7 @@ def _immunised(
         entries, samples, args.threat, suite, task=settings.task, seed=settings.seed, state=state, progress=overall
     )
     overall.start(_OVERHEAD, 1)
-    data = TrainingSamples(settings.source, settings.task)
+    data = training_samples(settings.source, settings.task)
     batch = next(training_batches(before, data, settings.batch_size, settings.seed))
     return {
         "schema": SCHEMA,

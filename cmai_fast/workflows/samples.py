@@ -4,63 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmai_fast.data import Sample, VQACollator
-from cmai_fast.data.sources import DataSource
+from cmai_fast.data.sources import DataSource, check_answers
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.tasks import TASKS
-
-_POOL = 512  # answers of other samples to choose wrong ones from
+from cmai_fast.tasks import TASKS, Task, with_choices
 
 
 def asked(source: DataSource, split: str, task: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """The samples of a split, each with the prompt that the task gives it.
 
     Raises:
-        ValueError: a sample without references: nothing would be right.
+        ValueError: there is no such split, or a sample without an answer: nothing would be right.
     """
-    samples, prompt = source.load(split, limit, seed), TASKS[task].prompt
-    found = [replace(s, prompt=prompt(s)) for s in (samples[i] for i in range(len(samples)))]
-    for sample in found:
-        if not sample.references:
-            raise ValueError(f"sample {sample.id!r} of {source.name} has no answer; expected at least one reference")
+    found = list(_Asked(source.load(split, limit, seed), TASKS[task]))
+    check_answers(found)
     return found
 
 
-class TrainingSamples(Sequence[Sample]):
-    """The training split, each sample with choices: its own, else its answer and those of other samples.
+def training_samples(source: DataSource, task: str, split: str = "train") -> Sequence[Sample]:
+    """The training split, each sample with choices, from which the contrastive loss draws wrong answers: its own, else
+    its answer and those of other samples."""
+    return with_choices(_Asked(source.load(split), TASKS[task]), TASKS[task])
 
-    The contrastive loss draws wrong answers from them.
-    """
 
-    def __init__(self, source: DataSource, task: str) -> None:
-        self.task, self.samples = TASKS[task], source.load("train")
-        self._others: list[Sample] | None = None
+class _Asked(Sequence[Sample]):
+    """Samples with the prompt that the task gives them, made when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], task: Task) -> None:
+        self.samples, self.task = samples, task
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Asked(self.samples[index], self.task)
+        if index >= len(self):
+            raise IndexError(index)
         sample = self.samples[index]
-        sample = replace(sample, prompt=self.task.prompt(sample))
-        if sample.choices:
-            return sample
-        return replace(sample, choices=(sample.answer, *self.task.wrong_answers(sample, self._answers())))
-
-    def _answers(self) -> list[Sample]:
-        """One sample per answer, without its images; the first `_POOL`."""
-        if self._others is None:
-            found: dict[str, Sample] = {}
-            for sample in (self.samples[i] for i in range(len(self.samples))):
-                if sample.references:
-                    found.setdefault(sample.answer, replace(sample, images=()))
-                if len(found) == _POOL:
-                    break
-            self._others = list(found.values())
-        return self._others
+        return replace(sample, prompt=self.task.prompt(sample))
 
 
 def training_batches(

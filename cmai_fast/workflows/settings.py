@@ -56,10 +56,10 @@ class ImmunizeSettings:
     def __post_init__(self) -> None:
         for name, kind in self.__annotations__.items():
             value: Any = getattr(self, name)
-            least = 0 if name in ("refreshes", "seed") else 1
-            if kind == "int | None" and value is None:
+            if not kind.startswith("int") or (value is None and kind == "int | None"):
                 continue
-            if kind.startswith("int") and name != "split_seed" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            least = 0 if name in ("refreshes", "seed", "split_seed") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected above 0, finite")

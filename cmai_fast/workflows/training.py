@@ -22,7 +22,7 @@ from cmai_fast.files import write_folder
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
-from cmai_fast.workflows.samples import TrainingSamples, asked, training_batches
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 
 HEAD_STEPS = 300
@@ -64,22 +64,22 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
     values = {name: getattr(settings, name) for name in _SAME} | defence_values(settings)
-    return MBATConfig(
-        **values,
-        norm=settings.norm,
-        output_dir=str(out),
-        use_cpu=device.type == "cpu",
-        per_device_train_batch_size=settings.batch_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.max_steps // 20),
-        weight_decay=0.0,
-        save_total_limit=2,
-        logging_steps=max(1, min(10, settings.max_steps // 20)),
-        report_to="none",
-        disable_tqdm=True,  # TrainingProgress shows how far it is
-        dataloader_pin_memory=False,
-        dataloader_drop_last=True,
-    )
+    fixed = {
+        "norm": settings.norm,
+        "output_dir": str(out),
+        "use_cpu": device.type == "cpu",
+        "per_device_train_batch_size": settings.batch_size,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, settings.max_steps // 20),
+        "weight_decay": 0.0,
+        "save_total_limit": 2,
+        "logging_steps": max(1, min(10, settings.max_steps // 20)),
+        "report_to": "none",
+        "disable_tqdm": True,  # TrainingProgress shows how far it is
+        "dataloader_pin_memory": False,
+        "dataloader_drop_last": True,
+    }
+    return MBATConfig(**fixed | values)
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
         subject.model,
         args,
         heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is still to be measured
-        train_dataset=TrainingSamples(settings.source, settings.task),
+        train_dataset=training_samples(settings.source, settings.task),
         data_collator=VQACollator(
             subject.processor, negatives=1, max_length=subject.bridge.context, seed=settings.seed
         ),
@@ -151,7 +151,7 @@ def add_heads(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall 
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # a resumed run has to find the same heads
         heads = ConsistencyHeads(pipeline.bridge.image_dim, pipeline.bridge.text_dim).to(pipeline.model.device)
-    samples = TrainingSamples(settings.source, settings.task)
+    samples = training_samples(settings.source, settings.task)
     stream = training_batches(pipeline, samples, settings.batch_size, settings.seed)
     progress.start(HEADS, HEAD_STEPS)
     fit_heads(pipeline.bridge, heads, stream, steps=HEAD_STEPS, on_step=lambda *_: progress.advance())

@@ -72,7 +72,7 @@ def test_work_of_other_settings_is_not_taken_for_this_run(recipes, tmp_path):
 def test_every_defence_of_the_table_has_settings_that_the_trainer_takes(recipes, tmp_path):
     import full_strength
 
-    from cmai_fast.evaluation.experiment import training_arguments
+    from cmai_fast.workflows.training import training_arguments
 
     for defence in full_strength.DEFENCES:
         settings = full_strength.settings_of(defence, 16 / 255, 3, tmp_path)

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from cmai_fast.attacks import ATTACKS, Victim, exact_gradient
+from cmai_fast.attacks import ATTACKS, Victim, exact_gradient, weighted
 from cmai_fast.bridge import Bridge, DualBridge, EncoderDecoderBridge, bridge_of, is_right, task_loss
 from cmai_fast.cmcv import ConsistencyHeads, packed_text, same_text
 from cmai_fast.mbat import maximise
@@ -189,12 +189,12 @@ def test_consistency_of_a_row_does_not_depend_on_its_neighbours(family):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         heads = ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16)
-    whole = objective_of(family, beta=0.5, heads=heads)
+    whole = objective_of(family, heads=heads)
     with torch.no_grad():
-        together = whole(whole.space.to_model(whole.pixels())).score
+        together = whole.score(whole.encode(whole.space.to_model(whole.pixels())))
         for i in range(3):
-            one = objective_of(family, [i], beta=0.5, heads=heads)
-            alone = one(one.space.to_model(one.pixels())).score
+            one = objective_of(family, [i], heads=heads)
+            alone = one.score(one.encode(one.space.to_model(one.pixels())))
             torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
     assert together.unique().numel() == 3
 
@@ -477,10 +477,8 @@ def test_the_loss_is_that_of_the_bridge():
     with torch.no_grad():
         loss = task_loss(*objective.bridge.fuse(objective.encode(x), **objective.batch))
         torch.testing.assert_close(objective(x).loss, loss)
-        double_alpha = dataclasses.replace(
-            objective, batch=objective.inputs(objective.pixels()), alpha=2.0, passes=type(objective.passes)()
-        )
-        torch.testing.assert_close(double_alpha(x).loss, 2 * loss)
+        again = Victim(objective.bridge, objective.space, objective.inputs(objective.pixels()))
+        torch.testing.assert_close(again(x, None, weighted(2.0)).loss, 2 * loss)
 
 
 def test_texts_of_a_dual_encoder_are_the_same_by_their_words_and_not_by_their_places():

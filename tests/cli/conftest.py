@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from cmai_fast.cli import app
-from cmai_fast.evaluation import experiment
 
 
 @pytest.fixture
@@ -16,29 +19,37 @@ def run(tmp_path, monkeypatch) -> Callable[..., Result]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("CMAI_FAST_TRACEBACK", "")
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the command sets these two where they are not set
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the command sets these where they are not set
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    if find_spec("cmai_fast.defences") is None:  # until that package is there
+        registry = SimpleNamespace(check=lambda name: None)
+        monkeypatch.setitem(sys.modules, "cmai_fast.defences", SimpleNamespace(DEFENCES=registry))
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-def measured(acc_clean: float = 0.98, acc_robust: float = 0.1, asr: float = 0.9) -> dict[str, Any]:
-    return {"acc_clean": acc_clean, "acc_robust": acc_robust, "asr": asr, "n": 500, "attacks": {}}
+def measured(name: str, role: str, acc_clean: float, acc_robust: float, asr: float) -> dict[str, Any]:
+    record = {"acc_clean": acc_clean, "acc_robust": acc_robust, "asr": asr, "n": 500, "attacks": {}}
+    return {"name": name, "role": role, "path": name, **record}
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    """What an experiment gives back, in short."""
+    """What a workflow gives back, in short."""
     return {
+        "schema": 2,
         "settings": {"model": "easyvqa-llava", "data": "easyvqa", "eps": 8 / 255, "norm": "linf"},
         "versions": {},
         "seed": 0,
-        "undefended": measured(),
-        "immunised": measured(0.97, 0.875, 0.0975),
+        "models": [
+            measured("undefended", "undefended", 0.98, 0.1, 0.9),
+            measured("immunised", "immunised", 0.97, 0.875, 0.0975),
+        ],
     }
 
 
 class Recorder:
-    """Stands in for an experiment: keeps how it was called, and gives back results or raises."""
+    """Stands in for a workflow: keeps how it was called, and gives back results or raises."""
 
     def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
@@ -60,12 +71,12 @@ class Recorder:
 
 
 @pytest.fixture
-def replace_experiment(monkeypatch) -> Callable[[str, Any], Recorder]:
-    """`replace_experiment("evaluate", outcome)` puts a recorder in its place and returns it."""
+def replace_workflow(monkeypatch) -> Callable[[str, Any], Recorder]:
+    """`replace_workflow("evaluate", outcome)` puts a recorder in its place and returns it."""
 
     def replace(name: str, outcome: Any) -> Recorder:
         recorder = Recorder(outcome)
-        monkeypatch.setattr(experiment, name, recorder)
+        monkeypatch.setattr(import_module(f"cmai_fast.workflows.{name}"), name, recorder)
         return recorder
 
     return replace

@@ -1,4 +1,4 @@
-"""How each command reads its options, and what it hands on to the experiment behind it."""
+"""How each command reads its options, and what it hands on to the workflow behind it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from cmai_fast.evaluation.experiment import ImmunizeSettings
+from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.threat import ThreatModel
+from cmai_fast.workflows.settings import ImmunizeSettings
 
-COMMANDS = ("demo", "immunize", "attack", "evaluate", "guard", "report", "info")
+COMMANDS = ("demo", "immunize", "attack", "evaluate", "calibrate", "guard", "report", "info")
+ATTACKED = {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75}
+MODEL = "easyvqa-llava"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A user's own file of records: enough for all splits."""
+    rows = []
+    for i in range(12):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"id": f"q{i}", "image": f"{i}.png", "text": "what?", "answer": "red"}))
+    (tmp_path / "my.jsonl").write_text("\n".join(rows))
+    return "my.jsonl"
 
 
 def example(command):
@@ -24,10 +39,12 @@ def as_one_line(text):
     return " ".join(text.split())
 
 
-def test_immunize_hands_on_every_option(run, replace_experiment, results):
-    called = replace_experiment("immunize", results)
+def test_immunize_hands_on_every_option(run, replace_workflow, results, mine):
+    called = replace_workflow("immunize", results)
     typed = (
-        "immunize --model m --data d --eps 4/255 --norm l2 --inner pgd --steps 7 --refreshes 2 --alpha 0.5 --beta 0.2 "
+        "immunize --model easyvqa-llava-immune --data my.jsonl --map question=text --split-seed 3 --task vqa "
+        "--defence mbat --max-new-tokens 5 "
+        "--eps 4/255 --norm l2 --inner pgd --steps 7 --refreshes 2 --alpha 0.5 --beta 0.2 "
         "--lam 0.3 --gamma 0.4 --no-arm --trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 --muon "
         "--eps-warmup 0.6 --save-steps 13 --attack-steps 14 --restarts 3 --limit 15 --seed 16 --out 'a b' --resume "
         "--no-progress --device cuda:1 --dtype bfloat16 --attention sdpa"
@@ -36,7 +53,9 @@ def test_immunize_hands_on_every_option(run, replace_experiment, results):
     assert done.exit_code == 0, done.output
     assert called.args == (
         ImmunizeSettings(
-            model="m", data="d", eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2, alpha=0.5, beta=0.2,
+            model="easyvqa-llava-immune", data=mine, fields={"question": "text"}, split_seed=3, task="vqa",
+            defence="mbat", max_new_tokens=5, eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2,
+            alpha=0.5, beta=0.2,
             lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
             muon=True, eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16,
             device="cuda:1", dtype="bfloat16", attention="sdpa", command=f"cmai-fast {typed}",
@@ -46,15 +65,15 @@ def test_immunize_hands_on_every_option(run, replace_experiment, results):
     assert called.kwargs == {"resume": True, "progress": False}
 
 
-def test_immunize_shows_the_defaults_that_the_library_has(run, replace_experiment, results):
-    called = replace_experiment("immunize", results)
+def test_immunize_shows_the_defaults_that_the_library_has(run, replace_workflow, results):
+    called = replace_workflow("immunize", results)
     assert run("immunize", "--out", "x").exit_code == 0
     assert called.args == (ImmunizeSettings(command="cmai-fast immunize --out x"), Path("x"))
     assert called.kwargs == {"resume": False, "progress": True}
 
 
-def test_immunize_ends_with_the_numbers_and_the_report(run, replace_experiment, results):
-    replace_experiment("immunize", results)
+def test_immunize_ends_with_the_numbers_and_the_report(run, replace_workflow, results):
+    replace_workflow("immunize", results)
     out = "a-folder-whose-name-is-longer-than-the-terminal-" * 3
     done = run("immunize", "--out", out)
     for expected in ("98.0%", "97.0%", "10.0%", "87.5%", "90.0%", "9.8%", "8/255"):
@@ -62,56 +81,81 @@ def test_immunize_ends_with_the_numbers_and_the_report(run, replace_experiment, 
     assert done.stdout.splitlines()[-1] == f"Report: {out}/report.html"
 
 
-def test_attack_hands_on_every_option(run, replace_experiment):
-    called = replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75})
+def test_attack_hands_on_every_option(run, replace_workflow, mine):
+    called = replace_workflow("attack", ATTACKED)
     typed = (
-        "attack --model m --data d --attack apgd --eps 0.03 --norm linf --steps 7 --restarts 3 --limit 9 "
-        "--batch-size 5 --seed 4 --out a.json --no-progress --device cpu --dtype float16 --attention flash_attention_2"
-    )
-    done = run(*typed.split())
-    assert called.args == ("m", "d", "apgd", ThreatModel("linf", 0.03))
-    assert called.kwargs == {
-        "steps": 7, "restarts": 3, "limit": 9, "seed": 4, "batch_size": 5, "out": Path("a.json"), "progress": False,
-        "device": "cpu", "dtype": "float16", "attention": "flash_attention_2", "command": f"cmai-fast {typed}",
-    }  # fmt: skip
-    said = as_one_line(done.stdout)
-    assert "9 questions: clean accuracy 100.0%, robust accuracy 25.0%, attack success 75.0%." in said
-    assert said.endswith("Results: a.json")
-
-
-@pytest.mark.parametrize("name, steps", [("pgd", 50), ("mi-fgsm", 50), ("apgd", 50), ("fgsm", 1)])
-def test_attack_takes_the_steps_that_fit_it(run, replace_experiment, name, steps):
-    called = replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": None})
-    assert run("attack", "--model", "m", "--attack", name, "--out", "a.json").exit_code == 0
-    assert (called.kwargs["steps"], called.kwargs["restarts"]) == (steps, 1)
-
-
-def test_evaluate_hands_on_every_option(run, replace_experiment, results):
-    called = replace_experiment("evaluate", results)
-    typed = (
-        "evaluate --model m --against u --data d --eps 1.5 --norm l2 --steps 7 --restarts 3 --limit 9 --batch-size 5 "
-        "--seed 4 --out runs/e --no-progress --device cpu --dtype float32 --attention sdpa"
+        "attack --model easyvqa-llava --data my.jsonl --map question=text --split-seed 3 --task vqa "
+        "--metric exact-match --attack apgd --set early_stop=no --set decay=0.5 --eps 0.03 --norm linf --steps 7 "
+        "--restarts 3 --limit 9 --batch-size 5 --max-new-tokens 6 --seed 4 --out a.json --save-images pngs --resume "
+        "--no-progress --device cpu --dtype float16 --attention flash_attention_2"
     )
     done = run(*typed.split())
     assert done.exit_code == 0, done.output
-    assert called.args == ("m", "d", ThreatModel("l2", 1.5))
+    assert called.args == (MODEL, DataSource(mine, {"question": "text"}, 3), "apgd", ThreatModel("linf", 0.03))
     assert called.kwargs == {
-        "against": "u", "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4,
+        "steps": 7, "restarts": 3, "settings": {"early_stop": "no", "decay": "0.5"}, "task": "vqa",
+        "metrics": ["exact-match"], "limit": 9, "seed": 4, "batch_size": 5, "max_new_tokens": 6, "out": Path("a.json"),
+        "save_images": Path("pngs"), "resume": True, "progress": False, "device": "cpu", "dtype": "float16",
+        "attention": "flash_attention_2", "command": f"cmai-fast {typed}",
+    }  # fmt: skip
+    said = as_one_line(done.stdout)
+    assert "9 samples: clean accuracy 100.0%, robust accuracy 25.0%, attack success 75.0%." in said
+    assert said.endswith("Results: a.json Images: pngs")
+
+
+def test_attack_leaves_the_budget_to_the_attack(run, replace_workflow):
+    called = replace_workflow("attack", ATTACKED)
+    assert run("attack", "--model", MODEL, "--out", "a.json").exit_code == 0
+    assert called.args == (MODEL, DataSource("easyvqa"), "pgd", ThreatModel("linf", 8 / 255))
+    assert (called.kwargs["steps"], called.kwargs["restarts"], called.kwargs["settings"]) == (None, 1, {})
+
+
+def test_attack_leaves_standard_output_to_the_record(run, replace_workflow):
+    called = replace_workflow("attack", ATTACKED)
+    done = run("attack", "--model", MODEL, "--out", "-")
+    assert called.kwargs["out"] == Path("-") and not done.stdout and "9 samples" in done.stderr
+
+
+def test_evaluate_hands_on_every_option(run, replace_workflow, results, mine):
+    called = replace_workflow("evaluate", results)
+    typed = (
+        "evaluate --model easyvqa-llava --against easyvqa-llava-immune --against a/b --data my.jsonl "
+        "--map question=text,id=id --task vqa --metric exact-match --eps 1.5 --norm l2 --steps 7 --restarts 3 "
+        "--limit 9 --batch-size 5 --max-new-tokens 6 --seed 4 --out runs/e --resume --no-progress --device cpu "
+        "--dtype float32 --attention sdpa"
+    )
+    done = run(*typed.split())
+    assert done.exit_code == 0, done.output
+    assert called.args == (MODEL, DataSource(mine, {"question": "text", "id": "id"}), ThreatModel("l2", 1.5))
+    assert called.kwargs == {
+        "against": ["easyvqa-llava-immune", "a/b"], "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3,
+        "batch_size": 5, "seed": 4, "task": "vqa", "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True,
         "progress": False, "device": "cpu", "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip
 
 
-def test_evaluate_of_one_model(run, replace_experiment, results):
-    called = replace_experiment("evaluate", results | {"undefended": None})
-    done = run("evaluate", "--model", "m", "--out", "e")
-    assert called.kwargs["against"] is None
-    assert "easyvqa-llava" in done.stdout and "undefended" not in done.stdout
+def test_evaluate_of_one_model(run, replace_workflow, results):
+    called = replace_workflow("evaluate", results | {"models": results["models"][1:]})
+    done = run("evaluate", "--model", MODEL, "--out", "e")
+    assert called.kwargs["against"] == ()
+    assert "immunised" in done.stdout and "undefended" not in done.stdout
 
 
-def test_demo_goes_on_with_an_interrupted_one_and_then_leaves_it_alone(run, replace_experiment, results):
+def test_evaluate_prints_the_results_alone(run, monkeypatch, results):
+    from cmai_fast.workflows import evaluate as workflow
+
+    monkeypatch.setattr(
+        workflow, "evaluate", lambda *_, out, **__: write_results(results, out / "results.json") and results
+    )
+    done = run("evaluate", "--model", MODEL, "--out", "-")
+    assert json.loads(done.stdout) == results
+    assert not list(Path().iterdir())
+
+
+def test_demo_goes_on_with_an_interrupted_one_and_then_leaves_it_alone(run, replace_workflow, results):
     from cmai_fast.cli.demo import DEMO
 
-    called = replace_experiment("immunize", results)
+    called = replace_workflow("immunize", results)
     done = run("demo")
     assert done.exit_code == 0, done.output
     assert called.args == (ImmunizeSettings(**DEMO, command="cmai-fast demo"), Path("runs/demo"))
@@ -133,6 +177,7 @@ def test_report_is_made_from_the_results_alone(run, results, given):
     assert "easyvqa" in first
     assert run("report", given, "--out", "other.html").stdout == "Report: other.html\n"
     assert Path("other.html").read_text() == first
+    assert run("report", given, "--out", "-").stdout == first
 
 
 def test_info_shows_versions_devices_and_backends(run):
@@ -177,20 +222,19 @@ def test_help_ends_with_an_example_that_can_be_copied(run, command):
 def readme_lines():
     readme = Path(__file__).parents[2] / "README.md"
     lines = [line for line in readme.read_text().splitlines() if line.startswith("cmai-fast ")]
-    assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"demo"}
+    assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"demo", "calibrate"}
     return lines
 
 
 @pytest.mark.parametrize("line", [*map(example, COMMANDS), *readme_lines()])
-def test_the_examples_work(run, replace_experiment, results, monkeypatch, line):
-    from cmai_fast.arm import Decision, Guard
-
+def test_the_examples_work(run, replace_workflow, results, monkeypatch, line):
+    monkeypatch.setattr("cmai_fast.cli.options.check", lambda *_, **__: None)  # of models and files that are not here
     for name in ("immunize", "evaluate"):
-        replace_experiment(name, results)
-    replace_experiment("attack", {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75})
-    answer = Decision("red", 0.5, 0.1, "answer", "what color is the shape?")
-    guard = type("FakeGuard", (), {"decide": lambda self, image, text, resize: answer})()
-    monkeypatch.setattr(Guard, "from_pretrained", lambda model, **how: guard)
+        replace_workflow(name, results)
+    replace_workflow("attack", ATTACKED)
+    replace_workflow("guard", 1)
+    threshold = {"tau": 0.1, "samples": 9}
+    replace_workflow("calibrate", {"threshold": threshold, "wrong_answers": {"auroc": 0.9, "rejected": 0.6}})
     write_results(results, Path("runs/a/results.json"))
     done = run(*shlex.split(line, comments=True)[1:])
     assert done.exit_code == 0, done.output
@@ -202,3 +246,17 @@ def test_every_command_is_tested(run):
     from cmai_fast.cli import app
 
     assert {command.name for command in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("attack", ["pgd", "apgd", "mi-fgsm", "linf, l2", "step_size=None"]),
+        ("evaluate", ["vqa", "Question answering", "jsonl:FILE", "easyvqa", "exact-match"]),
+        ("guard", ["reject", "Withhold the answer"]),
+    ],
+)
+def test_lists_need_no_other_option(run, command, expected):
+    done = run(command, "--list")
+    assert done.exit_code == 0, done.output
+    assert all(part in as_one_line(done.stdout) for part in expected)

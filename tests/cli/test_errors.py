@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
 
 
 def evaluate(run, *options):
-    return run("evaluate", "--model", "m", "--out", "e", *options)
+    return run("evaluate", "--model", "easyvqa-llava", "--out", "e", *options)
 
 
 @pytest.mark.parametrize(
@@ -25,15 +28,15 @@ def evaluate(run, *options):
     ],
 )
 @pytest.mark.parametrize("command", ["immunize", "attack", "evaluate"])
-def test_a_wrong_eps_is_refused_with_the_reason(run, replace_experiment, results, command, eps, message):
-    called = replace_experiment(command, results)
-    done = run(command, "--model", "m", f"--eps={eps}", "--out", "x")
+def test_a_wrong_eps_is_refused_with_the_reason(run, replace_workflow, results, command, eps, message):
+    called = replace_workflow(command, results)
+    done = run(command, "--model", "easyvqa-llava", f"--eps={eps}", "--out", "x")
     assert done.exit_code == 2 and not called.calls
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_an_l2_radius_may_exceed_1_but_must_be_a_number(run, replace_experiment, results):
-    called = replace_experiment("evaluate", results)
+def test_an_l2_radius_may_exceed_1_but_must_be_a_number(run, replace_workflow, results):
+    called = replace_workflow("evaluate", results)
     assert evaluate(run, "--norm", "l2", "--eps", "3/2").exit_code == 0
     assert called.args[2].eps == 1.5
     for wrong in ("much", "1/0", "-1", "inf"):
@@ -56,8 +59,8 @@ def test_an_l2_radius_may_exceed_1_but_must_be_a_number(run, replace_experiment,
         (ValueError("long " * 100), 2, "error: " + "long " * 99 + "long"),
     ],
 )
-def test_an_error_is_one_line_and_an_exit_code(run, replace_experiment, error, code, line):
-    replace_experiment("evaluate", error)
+def test_an_error_is_one_line_and_an_exit_code(run, replace_workflow, error, code, line):
+    replace_workflow("evaluate", error)
     done = evaluate(run)
     assert (done.exit_code, done.stderr, done.stdout) == (code, line + "\n", "")
 
@@ -67,7 +70,7 @@ def test_bitsandbytes_does_not_speak_between_our_lines(run, results, monkeypatch
     """Where PEFT is installed transformers imports it, and it warns as it is imported; a user's own level stands."""
     logger = logging.getLogger("bitsandbytes")
     monkeypatch.setattr(
-        "cmai_fast.evaluation.experiment.evaluate",
+        "cmai_fast.workflows.evaluate.evaluate",
         lambda *_, **__: logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no such kernel") or results,
     )
     before = logger.level
@@ -79,30 +82,30 @@ def test_bitsandbytes_does_not_speak_between_our_lines(run, results, monkeypatch
     assert caplog.messages == heard
 
 
-def test_the_traceback_is_there_on_request(run, replace_experiment, monkeypatch):
-    replace_experiment("evaluate", ValueError("wrong"))
+def test_the_traceback_is_there_on_request(run, replace_workflow, monkeypatch):
+    replace_workflow("evaluate", ValueError("wrong"))
     monkeypatch.setenv("CMAI_FAST_TRACEBACK", "1")
     done = evaluate(run)
     assert done.exit_code == 2
     assert "Traceback (most recent call last)" in done.stderr and done.stderr.endswith("\nerror: wrong\n")
 
 
-def test_a_bug_keeps_its_traceback(run, replace_experiment):
-    replace_experiment("evaluate", KeyError("a bug"))
+def test_a_bug_keeps_its_traceback(run, replace_workflow):
+    replace_workflow("evaluate", KeyError("a bug"))
     assert isinstance(evaluate(run).exception, KeyError)
 
 
-def test_ctrl_c_says_how_to_go_on(run, replace_experiment):
-    replace_experiment("immunize", KeyboardInterrupt())
+def test_ctrl_c_says_how_to_go_on(run, replace_workflow):
+    replace_workflow("immunize", KeyboardInterrupt())
     typed = ("immunize", "--eps", "4/255", "--out", "a folder")
     done = run(*typed)
     assert done.exit_code == 130
-    assert done.stderr == "interrupted; go on with: cmai-fast immunize --eps 4/255 --out 'a folder' --resume\n"
+    assert done.stderr == "interrupted; resume with: cmai-fast immunize --eps 4/255 --out 'a folder' --resume\n"
     again = run(*typed, "--resume")
     assert again.stderr == done.stderr, "the second time --resume is there already"
     demo = run("demo", "--out", "d")
-    assert (demo.exit_code, demo.stderr) == (130, "interrupted; go on with: cmai-fast demo --out d\n")
-    replace_experiment("evaluate", KeyboardInterrupt())
+    assert (demo.exit_code, demo.stderr) == (130, "interrupted; resume with: cmai-fast demo --out d\n")
+    replace_workflow("evaluate", KeyboardInterrupt())
     assert (evaluate(run).exit_code, evaluate(run).stderr) == (130, "interrupted\n")
 
 
@@ -114,27 +117,90 @@ def test_ctrl_c_says_how_to_go_on(run, replace_experiment):
         ["immunize", "--out", "x", "--steps", "0"],
         ["evaluate", "--model", "m", "--out", "x", "--norm", "l3"],
         ["attack", "--model", "m", "--out", "x", "--limit", "0"],
-        ["guard", "--model", "m"],
+        ["guard", "--mode", "m"],
+        ["--frobnicate"],
         ["immunise", "--out", "x"],
     ],
 )
-def test_wrong_usage_exits_2(run, replace_experiment, results, arguments):
-    called = [replace_experiment(name, results) for name in ("immunize", "evaluate", "attack")]
+def test_wrong_usage_exits_2(run, replace_workflow, results, arguments):
+    called = [replace_workflow(name, results) for name in ("immunize", "evaluate", "attack")]
     done = run(*arguments)
-    assert done.exit_code == 2 and not done.stdout and "Usage:" in done.stderr
+    assert done.exit_code == 2 and not done.stdout and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "--help shows the options" in done.stderr
     assert not any(recorder.calls for recorder in called)
 
 
-def test_real_experiments_name_what_they_do_not_know(run, tmp_path):
-    for arguments, message in (
-        (["attack", "--model", "m", "--attack", "cw", "--out", "x"], "unknown attack 'cw'"),
-        (["attack", "--model", "no-such-model", "--out", "x"], "unknown model 'no-such-model'"),
-        (["evaluate", "--model", "no-such-model", "--out", "x"], "unknown model 'no-such-model'"),
-        (["immunize", "--model", "no-such-model", "--out", "x"], "unknown model 'no-such-model'"),
-    ):
-        done = run(*arguments)
-        assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
-    assert not (tmp_path / "x").is_file()
+BAD_NAMES = [
+    ("attack --model easyvqa-llava --attack cw2 --out x", "unknown attack 'cw2'"),
+    ("attack --model no-such-model --out x", "unknown model 'no-such-model'"),
+    ("attack --model easyvqa-llava --data no.jsonl --out x", "unknown data 'no.jsonl'"),
+    ("attack --model easyvqa-llava --data bad.jsonl --out x", "bad.jsonl line 1"),
+    ("attack --model easyvqa-llava --map question --out x", "--map question: expected NAME=VALUE"),
+    ("attack --model easyvqa-llava --set steps --out x", "--set steps: expected NAME=VALUE"),
+    ("attack --model easyvqa-llava --norm l2 --out x", "--eps is missing: an l2 ball needs its radius"),
+    ("evaluate --model easyvqa-llava --against nope --out x", "unknown model 'nope'"),
+    ("evaluate --model easyvqa-llava --task vqq --out x", "unknown task 'vqq'; did you mean vqa"),
+    ("evaluate --model easyvqa-llava --metric exactmatch --out x", "unknown metric 'exactmatch'"),
+    ("evaluate --model easyvqa-llava --resume --out -", "--out - has nothing to resume"),
+    ("calibrate --model easyvqa-llava --out -", "--out - is standard output"),
+    ("calibrate --model easyvqa-llava --data bad.jsonl --out x", "bad.jsonl line 1"),
+    ("guard --model easyvqa-llava --image x.png --text a --policy nope", "unknown policy 'nope'"),
+    ("guard --model easyvqa-llava", "expected --image and --text, or --data"),
+    ("guard --model easyvqa-llava --text a", "add the --image of this --text"),
+    ("guard --model easyvqa-llava --image a.png --text @none.txt", "--text @none.txt cannot be read: No such file"),
+]
+
+
+def test_bad_names_are_refused_before_pytorch_is_loaded(tmp_path):
+    """One fresh process for all: what it imports for one is there for the next, and PyTorch never is."""
+    (tmp_path / "bad.jsonl").write_text('{"question": 3}\n')
+    program = """
+import json, sys, time
+from typer.testing import CliRunner
+from cmai_fast.cli import app
+for line in sys.stdin.read().splitlines():
+    start = time.perf_counter()
+    done = CliRunner().invoke(app, line.split())
+    heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+    print(json.dumps([done.exit_code, done.stderr, done.stdout, heavy, time.perf_counter() - start]))
+"""
+    typed = "\n".join(line for line, _ in BAD_NAMES)
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=typed, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    for (line, message), answer in zip(BAD_NAMES, map(json.loads, done.stdout.splitlines()), strict=True):
+        code, said, printed, heavy, seconds = answer
+        assert (code, printed, heavy) == (2, "", []) and message in said and said.count("\n") == 1, (line, answer)
+        assert seconds < 2, line
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ("max_new_tokens is 4, and the threshold of x", "--max-new-tokens is 4, and the threshold of x"),
+        ("leave max_new_tokens out", "leave --max-new-tokens out"),
+        ("limit is 0; the limit is too low", "--limit is 0; the limit is too low"),
+        ("a/max_new_tokens/b", "a/max_new_tokens/b"),
+        ("unknown seed", "unknown seed"),
+    ],
+)
+def test_messages_name_options(run, replace_workflow, error, said):
+    replace_workflow("evaluate", ValueError(error))
+    assert evaluate(run).stderr == f"error: {said}\n"
+
+
+def test_a_users_own_setting_of_openmp_stands(monkeypatch):
+    from cmai_fast.cli.main import _share_the_machine
+
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    for own in (None, *names):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        if own is not None:
+            monkeypatch.setenv(own, "1")
+        _share_the_machine()
+        assert {n: os.environ[n] for n in names if n in os.environ} == ({own: "1"} if own else {names[0]: "PASSIVE"})
 
 
 def test_immunize_leaves_the_folder_of_another_run_alone(run, tmp_path):
@@ -146,7 +212,7 @@ def test_immunize_leaves_the_folder_of_another_run_alone(run, tmp_path):
 
 def test_report_without_results(run, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"settings": {}}))
-    for given, message in (("nowhere", "nowhere does not exist"), (".", "settings.model is missing")):
+    for given, message in (("nowhere", "nowhere does not exist"), (".", "settings.data is missing")):
         done = run("report", given)
         assert done.exit_code == 2 and message in done.stderr
     assert not (tmp_path / "report.html").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ def folder(make_tiny, tmp_path_factory):
         torch.manual_seed(0)
         heads = ConsistencyHeads(width, width, dim=8, hidden=16)
     heads.save_pretrained(folder / "cmcv", Threshold(-1.0, 0.05, 100, "calibration"))
-    Image.fromarray(load_dataset("easyvqa", "test", limit=1)[0]["image"]).save(folder / "x.png")
+    Image.fromarray(load_dataset("easyvqa", "test", limit=1)[0].images[0]).save(folder / "x.png")
     return folder
 
 
@@ -52,12 +53,65 @@ def test_a_higher_threshold_rejects(run, folder):
     assert decision == dataclasses.replace(decision, route="reject", answer=None, threshold=1.5)
 
 
-def test_an_image_of_another_size_is_refused_unless_resized(run, folder, tmp_path):
+def test_a_photo_and_a_question_from_a_file(run, folder, tmp_path):
     with Image.open(folder / "x.png") as picture:
         picture.resize((96, 80)).save(tmp_path / "large.png")
-    refused = guard(run, folder, "large.png")
-    assert refused.exit_code == 2 and "80 x 96" in refused.stderr and not refused.stdout
-    assert guard(run, folder, "large.png", "--resize").exit_code == 0
+    (tmp_path / "q.txt").write_text(f"{QUESTION}\n")
+    done = run("guard", "--model", folder, "--image", "large.png", "--text", "@q.txt")
+    assert Decision(**json.loads(done.stdout)) == Guard.from_pretrained(folder).decide("large.png", QUESTION)
+    done = run("guard", "--model", folder, "--image", "large.png", "--text", "@@home")
+    assert json.loads(done.stdout)["question"] == "@home"
+
+
+@pytest.fixture
+def cases(folder, tmp_path):
+    """Seven cases without answers, under other names of keys."""
+    data = load_dataset("easyvqa", "test", limit=7, seed=3)
+    rows = []
+    for i in range(7):
+        Image.fromarray(np.asarray(data[i].images[0])).resize((64 + i, 64)).save(tmp_path / f"{i}.png")
+        rows.append({"id": f"case-{i}", "image": f"{i}.png", "text": data[i].prompt})
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
+def test_many_cases_are_json_lines_with_their_ids(run, folder, cases, tmp_path):
+    command = ("guard", "--model", folder, "--data", "cases.jsonl", "--map", "question=text", "--batch-size", 3)
+    done = run(*command, "--threshold", 0.1)
+    assert done.exit_code == 0, done.output
+    decisions = [Decision(**json.loads(line)) for line in done.stdout.splitlines()]
+    assert [d.id for d in decisions] == [row["id"] for row in cases]
+    alone = Guard.from_pretrained(folder, threshold=0.1)
+    for decision, row in zip(decisions, cases, strict=True):
+        expected = alone.decide(row["image"], row["text"])
+        assert decision.score == pytest.approx(expected.score, abs=1e-5)
+        assert dataclasses.replace(decision, score=0.0, id=None) == dataclasses.replace(expected, score=0.0)
+    written = run(*command, "--threshold", 0.1, "--out", "d.jsonl")
+    assert (tmp_path / "d.jsonl").read_text() == done.stdout
+    assert written.stdout == "7 decisions: d.jsonl\n"
+
+
+def test_a_case_that_fails_leaves_no_file(run, folder, cases, tmp_path):
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:90])
+    done = run(
+        "guard", "--model", folder, "--data", "cases.jsonl", "--map", "question=text", "--batch-size", 3, "--out", "d"
+    )
+    assert done.exit_code == 2 and "case-5" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d*"))
+
+
+def test_guard_uses_what_calibrate_wrote(run, folder, tmp_path):
+    done = run(
+        "calibrate", "--model", folder, "--limit", 20, "--false-rejection-rate", 0.25, "--max-new-tokens", 3,
+        "--no-progress", "--out", "cmcv",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "rejects at most 25.0% of clean inputs like the 20" in done.stdout and "cmcv" in done.stdout
+    decision = json.loads(guard(run, folder, folder / "x.png", "--heads", "cmcv").stdout)
+    _, threshold = ConsistencyHeads.from_pretrained(tmp_path / "cmcv")
+    assert decision["threshold"] == threshold.tau and threshold.generation.max_new_tokens == 3
+    refused = guard(run, folder, folder / "x.png", "--heads", "cmcv", "--max-new-tokens", 4)
+    assert refused.exit_code == 2 and "--max-new-tokens is 4" in refused.stderr
 
 
 def test_bad_images_and_questions_are_named(run, folder, tmp_path):

@@ -20,13 +20,15 @@ from cmai_fast.bridge import bridge_of, task_loss
 from cmai_fast.cli import app
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import VQACollator, load_dataset
-from cmai_fast.evaluation import experiment, sanity
-from cmai_fast.evaluation.experiment import ImmunizeSettings, immunize
-from cmai_fast.evaluation.pictures import picture_grid
-from cmai_fast.evaluation.protocol import AttackSpec, measure, own_scores
+from cmai_fast.evaluation.pictures import shown
+from cmai_fast.evaluation.protocol import measure, own_scores
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.sanity import sanity_checks
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.workflows import training
+from cmai_fast.workflows.immunize import ImmunizeSettings, immunize
 from processors import GENERATIVE, no_videos, processor_of, samples_of
 
 THREAT = ThreatModel("linf", 48 / 255)
@@ -80,54 +82,58 @@ def measured(subject, samples):
 
 def test_it_is_right_until_it_is_attacked(subject, samples, measured):
     assert measured.record["acc_clean"] == 1.0
-    assert subject.generate(samples, measured.clean) == [s.answer for s in samples]
+    assert subject.generate(samples, measured.runner.images(range(3))) == [s.answer for s in samples]
     attacked = measured.attacked["pgd-8"]
-    for clean, adv in zip(measured.clean, attacked.adv, strict=True):
+    own, adversarial = measured.runner.images(range(3)), [attacked.images[i] for i in range(3)]
+    for clean, adv in zip(own, adversarial, strict=True):
         assert clean.shape == adv.shape and 0 < (clean - adv).abs().max() <= THREAT.eps + 1e-6
-    said = subject.generate(samples, attacked.adv)
+    said = subject.generate(samples, adversarial)
     assert attacked.right.tolist() == [a == s.answer for a, s in zip(said, samples, strict=True)]
     assert set(measured.record["s_c"]) == {"clean", "adversarial", "attack"}
 
 
 def test_samples_may_be_grouped_anew(subject, samples, measured):
     """A sample's images fit it in any batch: alone, with others, in another order."""
-    scores = own_scores(subject, samples, measured.clean, 3)
-    np.testing.assert_allclose(own_scores(subject, samples, measured.clean, 1), scores, atol=1e-5)
-    turned = own_scores(subject, samples[::-1], measured.clean[::-1], 2)
+    clean = measured.runner.images(range(3))
+    scores = own_scores(subject, samples, 3, clean)
+    np.testing.assert_allclose(own_scores(subject, samples, 1, clean), scores, atol=1e-5)
+    turned = own_scores(subject, samples[::-1], 2, clean[::-1])
     np.testing.assert_allclose(turned[::-1], scores, atol=1e-5)
-    again = measure(subject, samples, THREAT, [], transferred={"t": measured.attacked["pgd-8"].adv}, batch_size=3)
+    again = measure(subject, samples, THREAT, [], transferred={"t": measured.attacked["pgd-8"].images}, batch_size=3)
     assert again.attacked["t"].right.tolist() == measured.attacked["pgd-8"].right.tolist()
 
 
 def test_the_guard_answers_as_the_subject(subject, samples, measured):
-    guard = Guard(subject.model, subject.processor, subject.heads, -1.1, max_new_tokens=8)
-    decisions = guard.decide_batch([s.images[0] for s in samples], [s.prompt for s in samples], resize=True)
+    guard = Guard(subject, threshold=-1.1)
+    decisions = guard.decide_batch([s.images[0] for s in samples], [s.prompt for s in samples])
     assert [d.answer for d in decisions] == [s.answer for s in samples]
-    scores = own_scores(subject, samples, measured.clean, 3)
+    scores = own_scores(subject, samples, 3)
     np.testing.assert_allclose([d.score for d in decisions], scores, atol=1e-5)
-    with pytest.raises(ValueError, match=r"question 0 holds '<image>'|question 0 holds '<boi>'"):
-        guard.decide(samples[0].images[0], f"what is {subject.processor.image_token}?")
+    asked = f"what is {subject.processor.image_token}?"  # read as text: no second image
+    assert guard.decide(samples[0].images[0], asked).question == asked
 
 
 def test_sanity_checks_and_pictures(subject, samples, measured):
-    checks = {c["check"]: c["passed"] for c in sanity_checks(subject, samples, measured, THREAT, must_break=False)}
+    checks = {c["check"]: c["passed"] for c in sanity_checks(measured, THREAT, must_break=False)}
     assert checks["results do not depend on the batch size"] and checks["gradients are finite"]
     assert checks["random noise is weaker than gradients"]
-    pictures = picture_grid({"undefended": subject}, {"undefended": measured}, samples, "pgd-8", THREAT)
+    pictures = shown("undefended", measured, "pgd-8", THREAT)
     assert len(pictures) == 3
-    assert all(p["undefended"]["clean"] == p["answer"] for p in pictures)
+    for picture in pictures:
+        picture.ask("undefended", subject)
+        assert picture.record["answers"]["undefended"]["clean"] == picture.record["answer"]
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 48 / 255), ("l2", 2.0)])
 def test_the_noise_of_the_sanity_check_is_in_the_ball_and_on_pixels(subject, samples, measured, monkeypatch, norm, eps):
     seen = []
-    judge = Pipeline.right
-    monkeypatch.setattr(Pipeline, "right", lambda self, x, o: seen.append((x, o)) or judge(self, x, o))
-    sanity._noise(subject, samples, measured, ThreatModel(norm, eps), 3, 0)
-    ((noisy, objective),) = seen
-    moved = objective.split(noisy - objective.pixels())
-    assert objective.layout is None or torch.equal(objective.layout.only(noisy), noisy)
-    for own in moved:
+    judge = Runner._judged
+    monkeypatch.setattr(Runner, "_judged", lambda self, r, x, *a, **k: seen.append(x) or judge(self, r, x, *a, **k))
+    runner = Runner(subject, samples, batch_size=3)
+    runner.noise(ThreatModel(norm, eps), 1)
+    (noisy,) = seen
+    for moved, clean in zip(noisy, runner.images(range(3)), strict=True):
+        own = moved - clean
         size = own.abs().max() if norm == "linf" else own.norm()
         assert 0.5 * eps < size <= eps * (1 + 1e-5)
 
@@ -137,19 +143,19 @@ def test_half_precision(family, samples):
     subject = Pipeline("half", model, processor_of(family), heads_of(model))
     measured = measure(subject, samples, THREAT, [AttackSpec("pgd", 2)], batch_size=2)
     assert measured.record["precision"] == "torch.bfloat16"
-    assert all(adv.dtype == torch.float32 for adv in measured.attacked["pgd-2"].adv)
+    assert all(adv.dtype == torch.float32 for adv in measured.attacked["pgd-2"].images.values())
     assert measured.record["attacks"]["pgd-2"]["nonfinite_gradients"] == 0
-    guard = Guard(model, subject.processor, subject.heads, -1.1, max_new_tokens=8)
-    answers = [guard.decide(s.images[0], s.prompt, resize=True).answer for s in samples]
-    assert answers == subject.generate(samples, measured.clean)
+    guard = Guard(subject, threshold=-1.1)
+    answers = [guard.decide(s.images[0], s.prompt).answer for s in samples]
+    assert answers == measured.clean.predictions
 
 
 def test_images_made_on_another_kind_of_model_are_refused(subject, samples, measured):
     other = "Qwen2.5-VL" if subject.processor is not processor_of(by_name("Qwen2.5-VL")) else "LLaVA-OneVision"
     family = by_name(other)
-    images = measure(Pipeline("other", family.model(), processor_of(family)), samples, THREAT, []).clean
+    images = Runner(Pipeline("other", family.model(), processor_of(family)), samples).images(range(3))
     with pytest.raises(ValueError, match="made on one model fit another only if"):
-        measure(subject, samples, THREAT, [], transferred={"transfer": images})
+        measure(subject, samples, THREAT, [], transferred={"transfer": dict(enumerate(images))})
 
 
 def test_what_gives_no_answers_is_refused(tiny_processor):
@@ -181,7 +187,7 @@ def save(family, folder):
 
 @pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3", "Gemma 3", "BLIP-2"])
 def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(experiment, "HEAD_STEPS", 2)
+    monkeypatch.setattr(training, "HEAD_STEPS", 2)
     save(by_name(name), tmp_path / "m")
     settings = ImmunizeSettings(
         model="m", max_steps=2, batch_size=2, inner_steps=2, limit=3, attack_steps=2, restarts=1, calibration_samples=4,
@@ -195,11 +201,11 @@ def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path,
     assert record["n"] == 3 and record["precision"] == "torch.bfloat16"
     done = command("evaluate --model run --against m --limit 2 --steps 1 --out e --no-progress")
     assert done.exit_code == 0, done.output
-    Image.fromarray(load_dataset("easyvqa", "test", limit=1)[0]["image"]).save(tmp_path / "x.png")
-    done = command("guard --model run --image x.png --resize --threshold -1.1 --text what")
+    Image.fromarray(load_dataset("easyvqa", "test", limit=1)[0].images[0]).save(tmp_path / "x.png")
+    done = command("guard --model run --image x.png --threshold -1.1 --text what")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["route"] == "answer"
-    assert replace(settings, dtype="float32").load("m").model.dtype == torch.float32
+    assert training.load(replace(settings, dtype="float32"), "m").model.dtype == torch.float32
 
 
 class VideosBy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmai_fast import ops
 from cmai_fast.ops import backend, cpu, reference, triton_kernels
+from cmai_fast.ops.signatures import STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +117,7 @@ def test_explicit_reference_does_not_touch_the_extension(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("cpu", "CMAI_FAST_BACKEND=cpu cannot be had: no compiler was there. Unset it, or choose one of: reference"),
+        ("cpu", "CMAI_FAST_BACKEND=cpu is unavailable: no compiler was there. Unset it, or choose one of: reference"),
         ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu, cuda, triton"),
     ],
 )
@@ -185,7 +187,7 @@ def test_an_explicit_backend_does_not_take_tensors_of_another_device(
 ) -> None:
     monkeypatch.setenv("CMAI_FAST_BACKEND", name)
     monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
-    with pytest.raises(RuntimeError, match=f"CMAI_FAST_BACKEND={name} cannot be had for tensors on {device}; unset"):
+    with pytest.raises(RuntimeError, match=f"CMAI_FAST_BACKEND={name} is unavailable for tensors on {device}; unset"):
         backend.backends_for(device)
 
 
@@ -249,3 +251,55 @@ def test_an_argument_of_the_wrong_kind_is_named(changes: dict[str, Any], message
     case = {"adv": image.clone(), "grad": image, "clean": image.clone(), "eps": row, "step": row / 2}
     with pytest.raises((RuntimeError, TypeError), match=rf"pgd_linf_step_.*{message}"):
         ops.pgd_linf_step_(**{**case, **changes})
+
+
+# As they were when each was written out: a change of one breaks saved graphs and callers of `torch.ops`.
+_SCHEMAS = {
+    "pgd_l2_step_": (
+        "(Tensor(a!) adv, Tensor grad, Tensor clean, Tensor eps, Tensor step, Tensor? active=None, "
+        "Tensor(b!)? model_input=None, Tensor(c!)? velocity=None, float decay=1.0, Tensor(d!)? nonfinite=None, "
+        "Tensor? mean=None, Tensor? std=None, int patches=1, float lower=0.0, float upper=1.0) -> ()"
+    ),
+    "apgd_linf_step_": (
+        "(Tensor(a!) adv, Tensor(b!) previous, Tensor grad, Tensor(c!) top_adv, Tensor(d!) top_grad, Tensor clean, "
+        "Tensor eps, Tensor step, Tensor improved, Tensor restart, float momentum, Tensor(e!)? model_input=None, "
+        "Tensor(f!)? nonfinite=None, Tensor? mean=None, Tensor? std=None, int patches=1, float lower=0.0, "
+        "float upper=1.0) -> ()"
+    ),
+    "random_start_": (
+        "(Tensor(a!) adv, Tensor clean, Tensor eps, Tensor sample_ids, int seed, str norm, float lower=0.0, "
+        "float upper=1.0) -> ()"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _SCHEMAS)
+def test_schemas_are_derived_from_the_one_signature(name: str) -> None:
+    from cmai_fast.ops.schema import SCHEMAS
+
+    assert SCHEMAS[name] == _SCHEMAS[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd_linf_step_", "pgd_l2_step_", "apgd_linf_step_", "apgd_l2_step_", "random_start_"]
+)
+def test_public_functions_have_the_one_signature(name: str) -> None:
+    function, arguments = getattr(ops, name), STEPS[name]
+    parameters = inspect.signature(function).parameters
+    assert tuple(parameters) == arguments._fields
+    assert {k: p.default for k, p in parameters.items() if p.default is not p.empty} == arguments._field_defaults
+    alone = [k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert (alone[:1] == ["model_input"]) == ("model_input" in arguments._fields)
+    assert function.__doc__ and function.__name__ == name
+    with pytest.raises(TypeError, match="missing"):
+        function()
+
+
+def test_the_dispatcher_may_leave_out_defaults_and_take_names() -> None:
+    row = torch.full((1,), 0.25)
+    outcomes = []
+    for named in ({}, {"lower": 0.0, "upper": 1.0}, {"decay": 1.0, "model_input": None}):
+        adv = torch.full((1, 4), 0.5)
+        torch.ops.cmai_fast.pgd_linf_step_(adv, torch.ones(1, 4), torch.full((1, 4), 0.5), row, row.clone(), **named)
+        outcomes.append(adv)
+    assert all(torch.equal(adv, torch.full((1, 4), 0.75)) for adv in outcomes)

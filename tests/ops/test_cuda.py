@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cmai_fast import ops
 from cmai_fast.ops import cpu, cuda
+from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 GPU = pytest.mark.skipif(cuda.unavailable() is not None, reason=f"no CUDA backend here: {cuda.unavailable()}")
 
@@ -59,10 +60,10 @@ def test_tensors_elsewhere_are_not_carried(planners: dict[str, Any]) -> None:
     image, row = torch.empty(2, 3, device="meta"), torch.empty(2, device="meta")
     flags = torch.empty(2, dtype=torch.bool, device="meta")
     for name in ("pgd_linf_step_", "pgd_l2_step_"):
-        assert planners[name](image, image, image, row, row) is None
+        assert planners[name](PgdStep(image, image, image, row, row)) is None
     for name in ("apgd_linf_step_", "apgd_l2_step_"):
-        assert planners[name](*[image] * 6, row, row, flags, flags, 0.75) is None
-    assert planners["random_start_"](image, image, row, flags, 0, "l2") is None
+        assert planners[name](ApgdStep(*[image] * 6, row, row, flags, flags, 0.75)) is None
+    assert planners["random_start_"](RandomStart(image, image, row, flags, 0, "l2")) is None
 
 
 def layout(rows: int, patches: int, channels: int, inner: int) -> Any:

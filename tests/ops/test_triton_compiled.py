@@ -12,6 +12,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from cmai_fast.ops import triton_kernels
+from cmai_fast.ops.signatures import STEPS
 from compiled_kernels import CAPABILITIES, Binary, compile_launches
 
 # 224 x 224 pixels: a channel is a multiple of 16 elements, and too long for one program.
@@ -54,9 +55,10 @@ def arguments(operator: str, shape: tuple[int, ...], *, momentum: bool = False) 
 
 def launch(operator: str, case: dict[str, Any]) -> Callable[[], None]:
     def run() -> None:
-        kernel = triton_kernels.KERNELS[operator](**case)
+        call = STEPS[operator](**case)
+        kernel = triton_kernels.KERNELS[operator](call)
         assert kernel is not None, f"{operator}: not carried"
-        kernel(**case)
+        kernel(*call)
 
     return run
 
@@ -131,7 +133,10 @@ def test_unaligned_rows_do_not_spill(name: str) -> None:
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_what_is_not_carried_is_left_to_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operator, case = case_of(name, (2, 3, 4, 4))
-    planner = triton_kernels.KERNELS[operator]
+
+    def planner(**case: Any) -> Any:
+        return triton_kernels.KERNELS[operator](STEPS[operator](**case))
+
     assert planner(**case) is None, "a tensor on the CPU, without the interpreter"
     monkeypatch.setattr(triton_kernels, "runs_on", lambda tensor: True)
     assert planner(**case) is not None

@@ -138,9 +138,10 @@ def test_an_unfinished_run_is_resumed_only_on_request_and_with_its_settings(
     def stop(journal):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         Appends(patch, 2, stop)
-        run(fitted_folder, model_folder, out)
+        with pytest.raises(KeyboardInterrupt):
+            run(fitted_folder, model_folder, out)
     with pytest.raises(ValueError, match="unfinished run; continue it with --resume"):
         run(fitted_folder, model_folder, out)
     with pytest.raises(ValueError, match=r"other settings \(batch_size was 4, now 5\)"):

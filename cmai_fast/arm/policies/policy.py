@@ -1,4 +1,4 @@
-"""What a policy is given, and what it gives back. No PyTorch is imported here: names are checked before it is loaded."""
+"""What a policy is given, and what it gives back. Importing this does not load PyTorch, so names are checked early."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmai_fast.ops.cpu import small
+from cmai_fast.ops.signatures import ApgdStep
 from cmai_fast.ops.triton_kernels import blocks
 from cmai_fast.ops.triton_kernels.blocks import BLOCK, SPAN, Layout, layout_of
 
@@ -213,53 +214,34 @@ def _l2_step(
 
 
 def _planner(take_step: Callable[..., None]) -> Callable[..., Callable[..., None] | None]:
-    def planner(
-        adv: Tensor,
-        previous: Tensor,
-        grad: Tensor,
-        top_adv: Tensor,
-        top_grad: Tensor,
-        clean: Tensor,
-        eps: Tensor,
-        step: Tensor,
-        improved: Tensor,
-        restart: Tensor,
-        momentum: float,
-        model_input: Tensor | None = None,
-        nonfinite: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        patches: int = 1,
-        lower: float = 0.0,
-        upper: float = 1.0,
-    ) -> Callable[..., None] | None:
+    def planner(c: ApgdStep) -> Callable[..., None] | None:
         layout = layout_of(
-            adv, clean, grad=grad, model_input=model_input, others=(previous, top_adv, top_grad, nonfinite), mean=mean,
-            patches=patches,
+            c.adv, c.clean, grad=c.grad, model_input=c.model_input,
+            others=(c.previous, c.top_adv, c.top_grad, c.nonfinite), mean=c.mean, patches=c.patches,
         )  # fmt: skip
         if layout is None:
             return None
 
         def kernel(
-            adv: Tensor,
-            previous: Tensor,
-            grad: Tensor,
-            top_adv: Tensor,
-            top_grad: Tensor,
-            clean: Tensor,
-            eps: Tensor,
-            step: Tensor,
-            improved: Tensor,
-            restart: Tensor,
-            momentum: float,
-            model_input: Tensor | None = None,
-            nonfinite: Tensor | None = None,
-            mean: Tensor | None = None,
-            std: Tensor | None = None,
-            patches: int = 1,
-            lower: float = 0.0,
-            upper: float = 1.0,
-        ) -> None:
+            adv,
+            previous,
+            grad,
+            top_adv,
+            top_grad,
+            clean,
+            eps,
+            step,
+            improved,
+            restart,
+            momentum,
+            model_input,
+            nonfinite,
+            mean,
+            std,
+            _,
+            lower,
+            upper,
+        ):
             with torch.cuda.device_of(adv):
                 take_step(
                     layout, adv, previous, grad, top_adv, top_grad, clean, eps.float().contiguous(),

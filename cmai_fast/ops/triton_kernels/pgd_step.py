@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmai_fast.ops.cpu import small
+from cmai_fast.ops.signatures import PgdStep
 from cmai_fast.ops.triton_kernels import blocks
 from cmai_fast.ops.triton_kernels.blocks import BLOCK, SPAN, Layout, layout_of
 from cmai_fast.ops.triton_kernels.velocity import update_velocity
@@ -155,46 +156,22 @@ def _l2_step(
 
 
 def _planner(take_step: Callable[..., None]) -> Callable[..., Callable[..., None] | None]:
-    def planner(
-        adv: Tensor,
-        grad: Tensor,
-        clean: Tensor,
-        eps: Tensor,
-        step: Tensor,
-        active: Tensor | None = None,
-        model_input: Tensor | None = None,
-        velocity: Tensor | None = None,
-        decay: float = 1.0,
-        nonfinite: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        patches: int = 1,
-        lower: float = 0.0,
-        upper: float = 1.0,
-    ) -> Callable[..., None] | None:
+    def planner(c: PgdStep) -> Callable[..., None] | None:
         layout = layout_of(
-            adv, clean, grad=grad, model_input=model_input, others=(velocity, nonfinite), mean=mean, patches=patches
+            c.adv,
+            c.clean,
+            grad=c.grad,
+            model_input=c.model_input,
+            others=(c.velocity, c.nonfinite),
+            mean=c.mean,
+            patches=c.patches,
         )
         if layout is None:
             return None
 
         def kernel(
-            adv: Tensor,
-            grad: Tensor,
-            clean: Tensor,
-            eps: Tensor,
-            step: Tensor,
-            active: Tensor | None = None,
-            model_input: Tensor | None = None,
-            velocity: Tensor | None = None,
-            decay: float = 1.0,
-            nonfinite: Tensor | None = None,
-            mean: Tensor | None = None,
-            std: Tensor | None = None,
-            patches: int = 1,
-            lower: float = 0.0,
-            upper: float = 1.0,
-        ) -> None:
+            adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, _, lower, upper
+        ):
             eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
             active = None if active is None else active.contiguous()
             written = [image for image in (adv, model_input, velocity, nonfinite) if image is not None]

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from cmai_fast.ops.signatures import RandomStart
 from cmai_fast.ops.triton_kernels import blocks
 from cmai_fast.ops.triton_kernels.blocks import BLOCK, SPAN, layout_of
 
@@ -123,31 +123,13 @@ def _seed_bits(seed: int) -> int:
     return bits - 2**64 if bits >> 63 else bits
 
 
-def _plan_random_start(
-    adv: Tensor,
-    clean: Tensor,
-    eps: Tensor,
-    sample_ids: Tensor,
-    seed: int,
-    norm: str,
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> Callable[..., None] | None:
-    layout = layout_of(adv, clean)
+def _plan_random_start(c: RandomStart) -> Callable[..., None] | None:
+    layout = layout_of(c.adv, c.clean)
     if layout is None:
         return None
-    walk = layout.walk(BLOCK if norm == "linf" else SPAN)
+    walk = layout.walk(BLOCK if c.norm == "linf" else SPAN)
 
-    def kernel(
-        adv: Tensor,
-        clean: Tensor,
-        eps: Tensor,
-        sample_ids: Tensor,
-        seed: int,
-        norm: str,
-        lower: float = 0.0,
-        upper: float = 1.0,
-    ) -> None:
+    def kernel(adv, clean, eps, sample_ids, seed, norm, lower, upper):
         eps, sample_ids, seed = eps.float().contiguous(), sample_ids.contiguous(), _seed_bits(seed)
         with torch.cuda.device_of(adv):
             if norm == "linf":

@@ -1,4 +1,4 @@
-"""A whole run on a tiny model: what it writes, what it refuses, and that no interruption harms it."""
+"""Immunising a tiny model: what a run writes, what it refuses, and that no interruption harms it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,61 +20,54 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from cmai_fast.attacks import Passes
 from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.evaluation import experiment
-from cmai_fast.evaluation.experiment import ImmunizeSettings, attack, evaluate, immunize, training_arguments
-from cmai_fast.evaluation.protocol import Attacked, Measured
+from cmai_fast.data import Sample
+from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation import comparison
 from cmai_fast.evaluation.results import read_results, write_results
-from cmai_fast.files import write_folder
+from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATTrainer
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.threat import ThreatModel
-
-THREAT = ThreatModel("linf", 8 / 255)
+from cmai_fast.workflows import folder as folders
+from cmai_fast.workflows import immunize as workflow
+from cmai_fast.workflows import samples as sampled
+from cmai_fast.workflows import training
+from cmai_fast.workflows.immunize import ImmunizeSettings, immunize
+from shortened import shorten
 
 
 @pytest.fixture(scope="module")
-def settings(model_folder) -> ImmunizeSettings:
+def settings(fitted_folder) -> ImmunizeSettings:
     return ImmunizeSettings(
-        model=str(model_folder), max_steps=4, batch_size=4, inner_steps=2, attack_steps=2, restarts=1, limit=8,
-        save_steps=1, calibration_samples=16, command="cmai-fast immunize",
+        model=str(fitted_folder), learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2, attack_steps=2,
+        restarts=1, limit=8, save_steps=1, calibration_samples=16, command="cmai-fast immunize",
     )  # fmt: skip
 
 
-class LightEvaluation:
-    """Stands in for the parts of a run after training that the test at hand is not about."""
-
-    def __init__(self, monkeypatch):
-        for name in ("measure", "sanity_checks", "picture_grid", "step_overhead"):
-            monkeypatch.setattr(experiment, name, getattr(self, name))
-
-    def measure(self, subject, samples, *args, **kwargs):
-        images, right = torch.zeros(len(samples), 3, 64, 64), np.ones(len(samples), bool)
-        record = {"acc_clean": 1.0, "acc_robust": 0.5, "n": len(samples)}
-        return Measured(record, images, right, {"pgd-2": Attacked(images, right, right, Passes(), 0.0)})
-
-    def sanity_checks(self, *args, **kwargs):
-        return []
-
-    def picture_grid(self, *args, **kwargs):
-        return []
-
-    def step_overhead(self, *args, **kwargs):
-        return {"time_ratio": 2.0, "memory_ratio": 1.0}
+def record(name, role):
+    return {"name": name, "role": role, "acc_clean": 1.0, "acc_robust": 0.5, "n": 8}
 
 
 @pytest.fixture
 def light(monkeypatch):
-    LightEvaluation(monkeypatch)
+    """Stands in for what follows training, which the test at hand is not about."""
+    models = [record("undefended", "undefended"), record("immunised", "immunised")]
+    monkeypatch.setattr(workflow.comparison, "compare", lambda *a, **k: {"models": models, "pictures": []})
+    monkeypatch.setattr(workflow, "step_overhead", lambda *a: {"time_ratio": 2.0, "memory_ratio": 1.0})
 
 
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory) -> Path:
     """One run never interrupted, with its full evaluation. Look, do not touch."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    immunize(settings, out, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        immunize(settings, out, progress=False)
     return out
+
+
+def training_of(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())["training"]
 
 
 def weights(out: Path) -> tuple[bytes, bytes]:
@@ -86,9 +79,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_a_run_leaves(finished, settings):
-    assert {p.name for p in finished.iterdir()} == {
-        "model", "cmcv", "results.json", "report.html", "run.json", "trained.json",
-    }  # fmt: skip
+    assert {p.name for p in finished.iterdir()} == {"model", "cmcv", "results.json", "report.html"}
     AutoModelForImageTextToText.from_pretrained(finished / "model", use_safetensors=True)
     AutoProcessor.from_pretrained(finished / "model")
     _, threshold = ConsistencyHeads.from_pretrained(finished / "cmcv")
@@ -101,10 +92,11 @@ def test_what_a_run_leaves(finished, settings):
 
 def test_results_are_complete(finished, settings):
     results = read_results(finished)
-    results = results | {model["role"]: model for model in results["models"]}
-    for key in ("undefended", "immunised"):
-        r = results[key]
-        assert r["n"] == 8 and r["precision"] == "torch.float32"
+    before, after = results["models"]
+    assert (before["name"], before["role"], before["path"]) == ("undefended", "undefended", settings.model)
+    assert (after["name"], after["role"], after["path"]) == ("immunised", "immunised", str(finished / "model"))
+    for r in (before, after):
+        assert r["n"] == 6 and r["precision"] == "torch.float32"
         assert {
             "acc_clean",
             "acc_robust",
@@ -114,23 +106,24 @@ def test_results_are_complete(finished, settings):
             "acc_robust_interval",
         } <= set(r)
         assert r["acc_robust"] <= r["acc_clean"]
-        for part in ("clean", "adversarial"):
+        assert r["attacks"]["pgd-2"]["attacked"] == round(6 * r["acc_clean"]) > 0
+        for part, n in (("clean", 6), ("adversarial", r["attacks"]["pgd-2"]["attacked"])):
             assert -1 <= r["s_c"][part]["mean"] <= 1
             assert list(r["s_c"][part]["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
-            assert sum(r["s_c"][part]["histogram"]["counts"]) == 8
+            assert sum(r["s_c"][part]["histogram"]["counts"]) == n
         assert {"auroc", "tpr_at_1_fpr", "tpr_at_5_fpr", "roc", "threshold", "acc_robust_with_rejection"} <= set(
             r["detection"]
         )
-        assert {p["eps"] for p in r["curve"]} == {e / 255 for e in (1, 2, 4, 8, 16, 24)}
+        assert {p["eps"] for p in r["curve"]} == {e / 255 for e in (2, 8, 16)}
         assert {"pgd-2", "apgd-4"} <= set(r["attacks"]) and r["attacks"]["pgd-2"]["passes"]["forward"] > 0
         assert all({"check", "passed", "detail"} == set(c) for c in r["sanity"]) and len(r["sanity"]) >= 6
-    assert "transfer" in results["immunised"]["attacks"] and "transfer" not in results["undefended"]["attacks"]
-    assert results["undefended"]["detection"]["threshold"] == -1.0  # that of the original heads
-    assert results["undefended"]["s_c"] != results["immunised"]["s_c"]
+    assert "transfer" in after["attacks"] and "transfer" not in before["attacks"]
+    assert before["detection"]["threshold"] == -1.0  # that of the original heads
+    assert before["s_c"] != after["s_c"]
     assert results["overhead"]["time_ratio"] > 0 and results["overhead"]["memory_ratio"] > 0
     assert {k: results["settings"][k] for k in asdict(settings)} == asdict(settings)
     assert {"cmai_fast", "torch", "transformers", "python", "commit", "device", "easy_vqa"} <= set(results["versions"])
-    assert results["seed"] == 0 and len(results["sample_ids"]) == 8
+    assert results["seed"] == 0 and len(results["sample_ids"]) == 6
     training = results["training"]
     assert training["step"] == [1, 2, 3, 4] and training["passes"]["vision_forward"] == 8
     for curve in ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta"):
@@ -140,14 +133,15 @@ def test_results_are_complete(finished, settings):
 def test_the_undefended_model_is_measured_with_its_own_heads(settings, tmp_path, monkeypatch, light):
     """Training must not reach the heads that the model came with."""
     seen = {}
-    measure = experiment.measure
-    monkeypatch.setattr(
-        experiment, "measure",
-        lambda s, *a, **k: seen.update({s.name: copy.deepcopy(s.heads.state_dict())}) or measure(s, *a, **k),
-    )  # fmt: skip
+
+    def look(entries, *args, **how):
+        seen.update({e.name: copy.deepcopy(e.load().heads.state_dict()) for e in entries})
+        return {"models": [record(e.name, e.role) for e in entries], "pictures": []}
+
+    monkeypatch.setattr(comparison, "compare", look)
     immunize(settings, tmp_path / "out", progress=False)
     original = Pipeline.load(settings.model).heads.state_dict()
-    assert all(torch.equal(v, original[k]) for k, v in seen[settings.model].items())
+    assert all(torch.equal(v, original[k]) for k, v in seen["undefended"].items())
     assert not all(torch.equal(v, original[k]) for k, v in seen["immunised"].items())
 
 
@@ -172,7 +166,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_exactly(settings, finished, tmp_path, 
     torch.rand(7)
     results = immunize(replace(settings, command="cmai-fast immunize --resume"), out, resume=True, progress=False)
     assert weights(out) == weights(finished)
-    whole = json.loads((finished / "trained.json").read_text())
+    whole = training_of(finished)
     assert results["training"]["resumed"] and not whole["resumed"]
     for key in ("step", "loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta", "passes"):
         assert results["training"][key] == whole[key], key
@@ -182,8 +176,8 @@ def test_a_model_without_heads_goes_on_with_the_same_ones(make_tiny, settings, t
     model, processor = make_tiny()
     model.save_pretrained(tmp_path / "bare")
     processor.save_pretrained(tmp_path / "bare")
-    fit_heads = experiment.fit_heads
-    monkeypatch.setattr(experiment, "fit_heads", lambda *a, **k: fit_heads(*a, **{**k, "steps": 3}))
+    fit_heads = training.fit_heads
+    monkeypatch.setattr(training, "fit_heads", lambda *a, **k: fit_heads(*a, **{**k, "steps": 3}))
     settings = replace(settings, model=str(tmp_path / "bare"))
     immunize(settings, tmp_path / "whole", progress=False)
     torch.manual_seed(99)
@@ -196,37 +190,25 @@ def test_a_model_without_heads_goes_on_with_the_same_ones(make_tiny, settings, t
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-_RUN = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from cmai_fast.evaluation import experiment
-from cmai_fast.mbat import MBATTrainer
-step = MBATTrainer.training_step
-def slow(self, *args, **kwargs):
-    import time
-    if self.state.global_step == 3:
-        print("in step 3", flush=True)
-        time.sleep(120)
-    return step(self, *args, **kwargs)
-MBATTrainer.training_step = slow
-settings = experiment.ImmunizeSettings(**json.loads(sys.argv[1]))
-experiment.immunize(settings, Path(sys.argv[2]), progress=False)
-"""
-
-
-def test_kill_9_in_mid_training(settings, finished, tmp_path, light):
+def test_kill_9_in_mid_training(settings, finished, tmp_path, monkeypatch, light):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", _RUN, json.dumps(asdict(settings)), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
-        for line in run.stdout:
-            if line.startswith("in step 3"):
-                break
-        run.send_signal(signal.SIGKILL)
-        assert run.wait(30) == -signal.SIGKILL
+    child = os.fork()
+    if not child:
+        try:
+            step = MBATTrainer.training_step
+
+            def killed(self, *args, **kwargs):
+                if self.state.global_step == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, *args, **kwargs)
+
+            MBATTrainer.training_step = killed
+            immunize(settings, out, progress=False)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not (out / "model").exists()
-    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert {p.name for p in (out / "state" / "checkpoints").iterdir()} >= {"checkpoint-2", "checkpoint-3"}
     with pytest.raises(ValueError, match="unfinished run; continue it with --resume"):
         immunize(settings, out, progress=False)
     immunize(settings, out, resume=True, progress=False)
@@ -267,27 +249,18 @@ def test_a_full_disk_leaves_nothing_half_written(settings, finished, tmp_path, m
 
             patch.setattr(os, "replace", no_replace)
         else:
-            patch.setattr(experiment, "write_report", lambda *a: (_ for _ in ()).throw(full))
+            patch.setattr(folders, "write_report", lambda *a: (_ for _ in ()).throw(full))
         with pytest.raises(OSError, match=r"No space left|could not write"):
             immunize(settings, out, progress=False)
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
     if what in ("model", "heads"):
         assert not (out / "model").exists() and not (out / "results.json").exists()
     if what == "report":  # nothing else is done again
-        monkeypatch.setattr(experiment, "measure", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(comparison, "compare", lambda *a, **k: 1 / 0)
     immunize(settings, out, resume=True, progress=False)
     assert weights(out) == weights(finished)
     assert (out / "report.html").is_file() and (out / "results.json").is_file()
     assert not list(out.glob("checkpoint-*"))
-
-
-def test_a_model_folder_replaces_an_older_one_whole(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "stale").touch()
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "litter").touch()
-    write_folder(tmp_path / "model", lambda d: (d / "new").touch())
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["new"]
 
 
 def test_folders_that_are_not_this_run_are_refused_untouched(settings, finished, tmp_path):
@@ -299,23 +272,26 @@ def test_folders_that_are_not_this_run_are_refused_untouched(settings, finished,
         cases[foreign, resume] = "exists and is not empty"
         other = tmp_path / f"other{resume}"
         other.mkdir()
-        (other / "run.json").write_text('["someone else\'s"]')
-        cases[other, resume] = "was not written by this version"
+        (other / "state").mkdir()
+        (other / "state" / "run.json").write_text('["someone else\'s"]')
+        cases[other, resume] = "is damaged; delete" if resume else "holds an unfinished run"
         file = tmp_path / f"file{resume}"
         file.write_text("x")
         cases[file, resume] = "exists and is not empty"
-        cases[finished, resume] = "holds a finished run"
+    cases[finished, False] = "holds a finished run"
     before = {folder: listing(folder) for folder, _ in cases}
     for (folder, resume), message in cases.items():
         with pytest.raises(ValueError, match=message):
             immunize(settings, folder, resume=resume, progress=False)
+    immunize(settings, finished, resume=True, progress=False)
     assert {folder: listing(folder) for folder, _ in cases} == before
 
 
 def test_resume_names_the_settings_that_changed(settings, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    write_results(asdict(settings), out / "run.json")
+    (out / "state").mkdir(parents=True)
+    began = asdict(settings) | {"data_fingerprint": settings.source.fingerprint()}
+    write_results(began, out / "state" / "run.json")
     before = listing(out)
     changed = replace(settings, eps=4 / 255, seed=1, command="other words")
     with pytest.raises(ValueError, match=r"eps was 0\.03\d*, now 0\.01\d*; seed was 0, now 1\); resume with the same"):
@@ -327,7 +303,7 @@ def test_resume_names_the_settings_that_changed(settings, tmp_path):
     "wrong, message",
     [
         ({"model": "no-such-model"}, "unknown model 'no-such-model'"),
-        ({"data": "no-such-data"}, "unknown data 'no-such-data'; known: easyvqa"),
+        ({"data": "no-such-data"}, "unknown data 'no-such-data'"),
         ({"eps": 8.0}, "did you mean 8/255"),
         ({"inner": "pdg"}, "inner is 'pdg'"),
         ({"refreshes": 3}, "refreshes is 3; expected 0 to 2"),
@@ -391,98 +367,69 @@ def test_without_heads_there_is_no_detector(settings, tmp_path, light):
     assert (tmp_path / "out" / "model").is_dir() and not (tmp_path / "out" / "cmcv").exists()
 
 
-def test_evaluate_two_models(settings, model_folder, finished, tmp_path, light):
-    results = evaluate(
-        str(finished), "easyvqa", THREAT, against=str(model_folder), out=tmp_path / "out", limit=4, steps=2,
-        restarts=1, progress=False, command="cmai-fast evaluate",
-    )  # fmt: skip
-    assert results["undefended"] and results["immunised"]
-    assert read_results(tmp_path / "out")["settings"] == results["settings"]
-    assert results["settings"]["command"] == "cmai-fast evaluate" and len(results["sample_ids"]) == 4
-    assert (tmp_path / "out" / "report.html").is_file()
-    before = listing(tmp_path / "out")
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        evaluate(str(finished), "easyvqa", THREAT, against=None, out=tmp_path / "out", progress=False)
-    assert listing(tmp_path / "out") == before
-
-
-def test_evaluate_one_model(model_folder, tmp_path):
-    results = evaluate(
-        str(model_folder), "easyvqa", THREAT, against=None, out=tmp_path / "out", limit=4, steps=2, restarts=1,
-        progress=False,
-    )  # fmt: skip
-    assert results["undefended"] is None and results["immunised"]["n"] == 4
-    assert "the undefended model breaks" not in {c["check"] for c in results["immunised"]["sanity"]}
-    assert all("undefended" not in p and p["against"] == "immunised" for p in results["pictures"])
-
-
-def test_evaluate_refuses_an_unfinished_run(settings, model_folder, tmp_path):
-    write_results(asdict(settings), tmp_path / "run.json")
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        evaluate(str(model_folder), "easyvqa", THREAT, against=None, out=tmp_path, progress=False)
-
-
-def run_attack(folder, out, **changes):
-    arguments = {
-        "model": str(folder), "data": "easyvqa", "attack_name": "pgd", "threat": THREAT, "steps": 2, "restarts": 2,
-        "limit": 6, "seed": 3, "batch_size": 4, "out": out, "progress": False, "command": "cmai-fast attack",
-    }  # fmt: skip
-    return attack(**{**arguments, **changes})
-
-
-def test_attack_writes_one_file(model_folder, tmp_path):
-    record = run_attack(model_folder, tmp_path / "deep" / "a.json")
-    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == json.loads(json.dumps(record))
-    assert {"acc_clean", "acc_robust", "acc_robust_8bit", "asr", "n", "passes", "seconds", "versions"} <= set(record)
-    assert record["settings"]["attack"] == "pgd" and record["settings"]["steps"] == 2 and record["seed"] == 3
-    assert len(record["per_sample"]) == record["n"] == 6
-    assert set(record["per_sample"][0]) == {"sample_id", "question", "answer", "right_clean", "right_adv"}
-    right = [s["right_adv"] for s in record["per_sample"]]
-    assert record["acc_robust"] == pytest.approx(sum(right) / 6)
-
-
-def test_attack_refuses(model_folder, tmp_path):
-    (tmp_path / "there.json").write_text("precious")
-    with pytest.raises(ValueError, match=r"there\.json exists; name another file"):
-        run_attack(model_folder, tmp_path / "there.json")
-    assert (tmp_path / "there.json").read_text() == "precious"
-    for changes, message in (
-        ({"attack_name": "pgdd"}, "unknown attack 'pgdd'; known: fgsm, pgd, mi-fgsm, apgd"),
-        ({"data": "vqa3"}, "unknown data 'vqa3'"),
-        ({"model": "no-such"}, "unknown model 'no-such'"),
-        ({"steps": 0}, "steps of pgd is 0"),
-        ({"restarts": -1}, "restarts of pgd is -1"),
-        ({"limit": 0}, "limit is 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run_attack(model_folder, tmp_path / "new.json", **changes)
-    assert not (tmp_path / "new.json").exists()
-
-
 def test_training_runs_where_evaluation_does(settings, tmp_path, monkeypatch):
-    assert training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
+    assert training.training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
+    assert training.training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
     asked = {}
-    monkeypatch.setattr(experiment, "MBATConfig", lambda **arguments: asked.update(arguments))
+    monkeypatch.setattr(training, "MBATConfig", lambda **arguments: asked.update(arguments))
     for device in ("cuda", None):
-        training_arguments(replace(settings, device=device), tmp_path)
+        training.training_arguments(replace(settings, device=device), tmp_path)
         assert asked.pop("use_cpu") is False
     with pytest.raises(ValueError, match=r"device is 'cuda:1'.*CUDA_VISIBLE_DEVICES=1"):
-        training_arguments(replace(settings, device="cuda:1"), tmp_path)
+        training.training_arguments(replace(settings, device="cuda:1"), tmp_path)
 
 
 def test_training_batches_depend_on_the_seed_alone(model_folder):
-    subject = Pipeline.load(str(model_folder))
+    subject, data = Pipeline.load(str(model_folder)), sampled.training_samples(DataSource("easyvqa"), "vqa")
 
     def ids(seed):
-        stream = experiment.training_batches(subject, "easyvqa", 4, seed)
+        stream = sampled.training_batches(subject, data, 4, seed)
         return torch.stack([next(stream)["sample_ids"] for _ in range(2)])
 
     assert torch.equal(ids(0), ids(0)) and not torch.equal(ids(0), ids(1))
 
 
 def test_versions_without_git(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError("git")))
-    assert experiment.versions()["commit"] == "not a checkout"
+    monkeypatch.setattr("subprocess.run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError("git")))
+    assert versions()["commit"] == "not a checkout"
+
+
+class Open:
+    """A source whose answers are open: no sample has choices."""
+
+    name = "open"
+
+    def load(self, split, limit=None, seed=0):
+        return [Sample(i, (), f"what is {i}?", (a,)) for i, a in enumerate(("a cat", "a dog", "A cat", "rain"))]
+
+
+def test_wrong_answers_come_from_other_samples_where_there_are_no_choices():
+    samples = sampled.training_samples(Open(), "vqa")
+    assert len(samples) == 4
+    assert (samples[0].choices[0], set(samples[0].choices)) == ("a cat", {"a cat", "a dog", "rain"})
+    assert samples[3].choices[0] == "rain" and len(samples[3].choices) == 3
+
+
+def test_prompts_are_those_of_the_task(monkeypatch):
+    task = SimpleNamespace(prompt=lambda s: f"Answer shortly: {s.prompt}", wrong_answers=lambda s, o: ("x",))
+    monkeypatch.setitem(sampled.TASKS._things, "short", task)
+    assert sampled.asked(Open(), "test", "short")[1].prompt == "Answer shortly: what is 1?"
+    assert sampled.training_samples(Open(), "short")[1].prompt == "Answer shortly: what is 1?"
+
+
+def test_a_sample_without_an_answer_is_named(monkeypatch):
+    monkeypatch.setattr(Open, "load", lambda *a, **k: [Sample("s7", (), "?")])
+    with pytest.raises(ValueError, match=r"1 of 1 samples have no answer.*s7"):
+        sampled.asked(Open(), "test", "vqa")
+
+
+def test_a_defence_sets_what_the_user_left(settings, monkeypatch, tmp_path):
+    values = {"inner": "pgd", "trainable": "vision", "beta": 0.0, "weight_decay": 0.1}
+    defences = SimpleNamespace(DEFENCES={"planted": SimpleNamespace(values=values)})
+    monkeypatch.setitem(sys.modules, "cmai_fast.defences", defences)
+    chosen = replace(settings, defence="planted", beta=0.7)
+    assert training.defence_values(chosen) == {"inner": "pgd", "trainable": "vision", "weight_decay": 0.1}
+    args = training.training_arguments(chosen, tmp_path)
+    assert (args.inner, args.trainable, args.beta, args.weight_decay) == ("pgd", "vision", 0.7, 0.1)

@@ -1,0 +1,64 @@
+"""`cmai-fast calibrate`: heads for a model, and the threshold of its guard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cmai_fast.cli import options
+from cmai_fast.cli.summary import print_path
+
+EXAMPLE = "cmai-fast calibrate --model runs/a/model --data easyvqa --false-rejection-rate 0.05 --out cmcv"
+
+
+def calibrate(
+    ctx: typer.Context,
+    *,
+    model: options.Model,
+    data: options.Data = "easyvqa",
+    fields: options.Map = None,
+    split_seed: options.SplitSeed = None,
+    task: options.Task = "vqa",
+    heads: options.Heads = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit new heads even if there are some.")] = False,
+    head_steps: Annotated[int, typer.Option(min=1, help="Batches that new heads are fitted on.")] = 300,
+    false_rejection_rate: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Share of clean inputs that may be rejected.")
+    ] = 0.05,
+    limit: Annotated[int, typer.Option(min=1, help="Calibration samples to use, drawn with the seed.")] = 1000,
+    batch_size: options.BatchSize = 64,
+    max_new_tokens: options.MaxNewTokens = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    attention: options.Attention = None,
+    out: Annotated[Path, typer.Option(help="Folder for heads and threshold; guard takes it as --heads.")],
+    progress: options.Progress = True,
+) -> None:
+    """Set the threshold of a guard, and fit consistency heads where the model has none.
+
+    Heads are fitted on the train split; the threshold is set on the calibration split, with the answers that the model
+    generates. The length of these answers is saved with it.
+    """
+    options.is_stdout(out, "heads and threshold")
+    source = options.read_data(data, fields, split_seed)
+    options.check([model], source, ("calibration", "train") if refit else ("calibration",), task)
+
+    from cmai_fast.workflows import calibrate as workflow
+
+    record = workflow.calibrate(
+        model, source,
+        out=out, heads=heads, refit=refit, head_steps=head_steps, false_rejection_rate=false_rejection_rate, task=task,
+        limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype,
+        attention=attention, progress=progress, command=ctx.obj,
+    )  # fmt: skip
+    threshold, wrong = record["threshold"], record["wrong_answers"]
+    said = f"Threshold {threshold['tau']:.3f}: rejects at most {false_rejection_rate:.1%} of clean inputs like the "
+    said += f"{threshold['samples']} that it was set on"
+    if wrong is not None:
+        said += f", and {wrong['rejected']:.1%} of wrong answers (AUROC {wrong['auroc']:.2f})"
+    Console(highlight=False).print(f"{said}.")
+    print_path("Heads and threshold", out)

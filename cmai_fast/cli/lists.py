@@ -1,0 +1,57 @@
+"""What `--list` prints: the things of one kind by name, those of plugins too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def attacks() -> None:
+    from cmai_fast.attacks import ATTACKS
+
+    rows = [
+        (name, a.label, ", ".join(a.threats), str(a.steps), ", ".join(f"{k}={v}" for k, v in a.settings.items()))
+        for name, a in ATTACKS.items()
+    ]
+    _show("attack", ("", "norms", "steps", "settings (--set)"), rows)
+
+
+def evaluation() -> None:
+    """Tasks, formats of data, and metrics."""
+    from cmai_fast.data.formats import FORMATS
+    from cmai_fast.metrics import METRICS
+    from cmai_fast.tasks import TASKS
+
+    _show("task", ("",), [(name, task.label) for name, task in TASKS.items()])
+    _show("data", ("",), [(f"{name}:{f.takes}" if f.takes else name, _idea(f.read)) for name, f in FORMATS.items()])
+    _show("metric", ("",), [(name, _idea(metric)) for name, metric in METRICS.items()])
+
+
+def defences() -> None:
+    from cmai_fast.defences import DEFENCES
+
+    values = [(name, d.label, ", ".join(f"{k}={v}" for k, v in d.values.items())) for name, d in DEFENCES.items()]
+    _show("defence", ("", "settings"), values)
+
+
+def policies() -> None:
+    from cmai_fast.arm.policies import POLICIES
+
+    _show("policy", ("",), [(name, policy.label) for name, policy in POLICIES.items()])
+
+
+def _show(kind: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(kind, *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False).print(table)
+
+
+def _idea(thing: Callable[..., object]) -> str:
+    """The first line of the file that it is in."""
+    return (sys.modules[thing.__module__].__doc__ or "").strip().partition("\n")[0]

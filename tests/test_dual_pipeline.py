@@ -1,0 +1,134 @@
+"""A dual encoder through pipeline and workflows: the answer is the nearest of the texts to choose from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cmai_fast.data import Sample, load_dataset
+from cmai_fast.data.choices import ChoiceCollator, choices_of
+from cmai_fast.data.easyvqa import COLORS
+from cmai_fast.data.sources import DataSource
+from cmai_fast.pipeline import Pipeline
+from cmai_fast.threat import ThreatModel
+
+WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "shape", *COLORS)
+
+
+def processor() -> Any:
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    size = {"height": 64, "width": 64}
+    return tf.CLIPProcessor(
+        image_processor=tf.CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=tf.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        ),
+    )
+
+
+def model() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = tf.CLIPConfig(
+        text_config={**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 64, "patch_size": 16},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tf.CLIPModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    """Sixteen pictures whose texts name a colour."""
+    data, found = load_dataset("easyvqa", "test"), {}
+    for sample in (data[i] for i in range(len(data))):
+        if sample.prompt.startswith("what color") and sample.images[0].tobytes() not in found:
+            found[sample.images[0].tobytes()] = replace(
+                sample,
+                prompt="",
+                references=(f"a {sample.answer} shape",),
+                choices=tuple(f"a {c} shape" for c in COLORS),
+            )
+        if len(found) == 16:
+            return list(found.values())
+    raise AssertionError("too few pictures")
+
+
+@pytest.fixture(scope="module")
+def pipeline(samples) -> Pipeline:
+    """Fitted to the samples for a few seconds, so that there is something to break."""
+    made = Pipeline("clip", model(), processor())
+    made.choose_from(samples)
+    batch = made.collate(samples)
+    optimizer = torch.optim.AdamW(made.model.parameters(), 2e-3, weight_decay=0.0)
+    for _ in range(80):
+        _, text = made.bridge.inputs(batch)
+        loss = made.bridge.losses(made.bridge.encode_image(batch["pixel_values"]), **text)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return made
+
+
+def test_texts_are_choices_or_else_captions(samples):
+    captions = [replace(s, choices=(), references=(f"caption {i}", "another")) for i, s in enumerate(samples)]
+    assert choices_of(samples) == tuple(f"a {c} shape" for c in COLORS)
+    assert choices_of(captions[:3]) == ("caption 0", "caption 1", "caption 2")
+    with pytest.raises(ValueError, match=r"'a pink shape' of sample 7 is none of the 8 texts"):
+        ChoiceCollator(processor(), choices_of(samples))([replace(samples[0], id=7, references=("a pink shape",))])
+    with pytest.raises(ValueError, match="sample 7 has 2 images"):
+        ChoiceCollator(processor())([replace(samples[0], id=7, images=samples[0].images * 2)])
+
+
+def test_the_answer_is_that_of_the_models_own_forward(pipeline, samples):
+    own = pipeline.processor(
+        images=[s.images[0] for s in samples], text=list(choices_of(samples)), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        places = pipeline.model(**own).logits_per_image.argmax(1).tolist()
+    answers = pipeline.generate(samples)
+    assert answers == [choices_of(samples)[i] for i in places]
+    assert sum(a == s.answer for a, s in zip(answers, samples, strict=True)) >= 14
+
+
+def test_it_needs_to_know_the_texts(samples):
+    with pytest.raises(ValueError, match=r"call choose_from"):
+        Pipeline("clip", model(), processor()).generate(samples)
+
+
+def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, tmp_path: Path):
+    from cmai_fast.workflows import attack, immunize
+    from cmai_fast.workflows.settings import ImmunizeSettings
+
+    pipeline.model.save_pretrained(tmp_path / "clip")
+    pipeline.processor.save_pretrained(tmp_path / "clip")
+    with (tmp_path / "my.jsonl").open("w") as file:
+        for s in samples:
+            Image.fromarray(s.images[0]).save(tmp_path / f"{s.id}.png")
+            record = {"id": s.id, "image": f"{s.id}.png", "caption": s.answer, "choices": s.choices}
+            file.write(json.dumps(record) + "\n")
+    clip, mine = str(tmp_path / "clip"), str(tmp_path / "my.jsonl")
+    record = attack.attack(
+        clip, DataSource(mine), "pgd", ThreatModel("linf", 16 / 255), steps=10, restarts=1, settings={}, task="vqa",
+        metrics=(), limit=16, seed=0, batch_size=16, max_new_tokens=None, out=tmp_path / "a.json", save_images=None,
+        resume=False, device="cpu", dtype=None, attention=None, progress=False, command="",
+    )  # fmt: skip
+    assert record["acc_clean"] > 0.8 and record["asr"] > 0.5
+    settings = ImmunizeSettings(
+        model=clip, data=mine, split_seed=0, max_steps=2, batch_size=4, attack_steps=2, restarts=1, limit=2, device="cpu",
+        calibration_samples=2,
+    )  # fmt: skip
+    results = immunize.immunize(settings, tmp_path / "run", progress=False)
+    assert [m["role"] for m in results["models"]] == ["undefended", "immunised"]
+    assert isinstance(Pipeline.load(tmp_path / "run").model, tf.CLIPModel)

@@ -1,0 +1,91 @@
+"""Heads and thresholds for a model as it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.data.sources import DataSource
+from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.workflows.calibrate import calibrate
+
+DATA = DataSource("easyvqa")
+FAST = {"limit": 24, "batch_size": 8, "head_steps": 3, "progress": False, "max_new_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny, tmp_path_factory):
+    """A model without heads."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    for part in make_tiny():
+        part.save_pretrained(folder)
+    return folder
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_heads_are_fitted_and_the_threshold_rejects_its_share(folder, tmp_path):
+    record = calibrate(str(folder), DATA, out=tmp_path / "a", false_rejection_rate=0.25, **FAST)
+    heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
+    assert threshold == Threshold(threshold.tau, 0.25, 24, "calibration", Generation(3))
+    assert record["heads"] == "fitted" and record["threshold"] == threshold.to_dict()
+    samples = DATA.load("calibration", 24, 0)
+    pipeline = Pipeline.load(str(folder), heads=tmp_path / "a")
+    _, scores = pipeline.answer([samples[i] for i in range(24)])
+    assert sum(score < threshold.tau for score in scores) == 6 and pipeline.generation == Generation(3)
+    assert record["wrong_answers"]["n"] == 24 and 0 <= record["wrong_answers"]["auroc"] <= 1
+    assert json.loads((tmp_path / "a" / "calibration.json").read_text())["threshold"] == record["threshold"]
+    assert sorted(files(tmp_path / "a")) == ["calibration.json", "cmcv.json", "heads.safetensors"]
+    calibrate(str(folder), DATA, out=tmp_path / "b", false_rejection_rate=0.25, **FAST)
+    again, _ = ConsistencyHeads.from_pretrained(tmp_path / "b")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in heads.state_dict().items()), "the seed decides"
+
+
+def test_heads_that_are_there_are_kept_unless_they_are_refitted(folder, tmp_path):
+    width = Pipeline.load(str(folder)).bridge.image_dim
+    own = ConsistencyHeads(width, width, dim=8, hidden=16)
+    own.save_pretrained(tmp_path / "own", Threshold(0.9, 0.05, 9, "calibration", Generation(2)))
+    settings = FAST | {"max_new_tokens": None}
+    kept = calibrate(str(folder), DATA, out=tmp_path / "a", heads=tmp_path / "own", **settings)
+    heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
+    assert kept["heads"] == "as found" and heads.settings == own.settings
+    assert all(torch.equal(v, heads.state_dict()[k]) for k, v in own.state_dict().items())
+    assert threshold.generation == Generation(2) and threshold.tau < 0.9
+    new = calibrate(str(folder), DATA, out=tmp_path / "a", heads=tmp_path / "own", refit=True, **FAST)
+    heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
+    assert new["heads"] == "fitted" and heads.settings["dim"] == 128 and threshold.generation == Generation(3)
+
+
+def test_other_files_are_left_alone_and_a_failure_leaves_the_old_heads(folder, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for out, message in ((tmp_path / "mine", "holds notes.txt"), (tmp_path / "mine" / "notes.txt", "notes.txt")):
+        with pytest.raises(ValueError, match=message):
+            calibrate(str(folder), DATA, out=out, **FAST)
+    for rate in (1.0, -0.1):
+        with pytest.raises(ValueError, match="false_rejection_rate is"):
+            calibrate(str(folder), DATA, out=tmp_path / "a", false_rejection_rate=rate, **FAST)
+    calibrate(str(folder), DATA, out=tmp_path / "a", **FAST)
+    before = files(tmp_path / "a")
+    monkeypatch.setattr(ConsistencyHeads, "save_pretrained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(str(folder), DATA, out=tmp_path / "a", **FAST)
+    assert files(tmp_path / "a") == before and sorted(p.name for p in tmp_path.iterdir()) == ["a", "mine"]
+
+
+def test_answers_of_other_samples_are_wrong_ones_where_there_are_no_choices(folder, tmp_path, monkeypatch):
+    load = DataSource.load
+
+    def open_questions(self, split, limit=None, seed=0):
+        samples = load(self, split, limit or 64, seed)
+        return [replace(samples[i], choices=()) for i in range(len(samples))]
+
+    monkeypatch.setattr(DataSource, "load", open_questions)
+    record = calibrate(str(folder), DATA, out=tmp_path / "a", **FAST)
+    assert record["heads"] == "fitted" and record["wrong_answers"]["n"] == 24
