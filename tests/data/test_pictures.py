@@ -196,7 +196,7 @@ def test_what_is_no_picture_is_named(tmp_path):
         ("data:image/png;base64,?", "data URL that cannot be read"),
         (b"", "0 bytes"),
         (encoded(PIXELS, "EPS"), "EPS, a program"),
-        (io.StringIO("x"), "gives str.*'rb'"),
+        (io.StringIO("x"), "returns str.*'rb'"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"url": "x"}, "dict with 'url'"),
         ({"bytes": "text"}, "str under 'bytes'"),
