@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from cmai_fast.bridge import Bridge
     from cmai_fast.cmcv import ConsistencyHeads
     from cmai_fast.mbat import MBATConfig, MBATTrainer, quantized_language_model
-    from cmai_fast.threat import PixelSpace, ThreatModel, parse_eps
+    from cmai_fast.pixels import PixelSpace
+    from cmai_fast.threat import ThreatModel, parse_eps
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,7 @@ _HOMES = {
     "Guard": "cmai_fast.arm",
     "MBATConfig": "cmai_fast.mbat",
     "MBATTrainer": "cmai_fast.mbat",
-    "PixelSpace": "cmai_fast.threat",
+    "PixelSpace": "cmai_fast.pixels",
     "ThreatModel": "cmai_fast.threat",
     "parse_eps": "cmai_fast.threat",
     "quantized_language_model": "cmai_fast.mbat",

@@ -24,7 +24,7 @@ from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.generation import Generation, own_settings
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 
 __all__ = ["Generation", "Pipeline", "alone", "in_parts"]
 

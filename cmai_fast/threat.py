@@ -5,24 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmai_fast.pixels import PixelSpace, check_pixels, round_to_8bit
-
-__all__ = ["NORMS", "PixelSpace", "ThreatModel", "check_pixels", "parse_eps", "round_to_8bit"]
-
 NORMS = ("linf", "l2")
-_WITH_TORCH = ("PixelSpace", "check_pixels", "round_to_8bit")
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WITH_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("cmai_fast.pixels"), name)
 
 
 def parse_eps(value: str | float, norm: str = "linf") -> float:

@@ -47,6 +47,13 @@ class Sample:
     answer: tuple[int, ...]
 
 
+def answer_tokens(family: Family, labels: Tensor) -> Tensor:
+    """How many tokens of each sample (N,) are predicted; of a dual encoder, one text."""
+    if family.kind == "dual":
+        return torch.ones_like(labels)
+    return (labels[:, int(family.kind == "generative") :] != -100).sum(1)
+
+
 def picture(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.bridge.one_image import OneImageBridge
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 
 SHAPE = (3, 4, 4)
 SPACE = PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])

@@ -12,7 +12,7 @@ from cmai_fast.attacks import Victim
 from cmai_fast.bridge import Bridge
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.data.sample import numeric_id
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 
 
 def pad_left(rows: list[list[int]], answers: list[int], pad: int, extra: int = 0) -> dict[str, Tensor]:

@@ -126,8 +126,8 @@ def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, t
     )  # fmt: skip
     assert record["acc_clean"] > 0.8 and record["asr"] > 0.5
     settings = ImmunizeSettings(
-        model=clip, data=mine, split_seed=0, max_steps=2, batch_size=4, attack_steps=2, restarts=1, limit=2, device="cpu",
-        calibration_samples=2,
+        model=clip, data=mine, split_seed=0, max_steps=2, batch_size=4, attack_steps=2, restarts=1, limit=2,
+        calibration_samples=2, device="cpu",
     )  # fmt: skip
     results = immunize.immunize(settings, tmp_path / "run", progress=False)
     assert [m["role"] for m in results["models"]] == ["undefended", "immunised"]

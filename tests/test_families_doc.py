@@ -9,7 +9,7 @@ from typing import Any
 from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import format_prompt
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 from families import FAMILIES, Family
 from processors import GENERATIVE, processor_of
 

@@ -15,7 +15,8 @@ from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import bridge_of
 from cmai_fast.layout import Layout, Patches
 from cmai_fast.mbat import maximise
-from cmai_fast.threat import PixelSpace, ThreatModel, round_to_8bit
+from cmai_fast.pixels import PixelSpace, round_to_8bit
+from cmai_fast.threat import ThreatModel
 from families import FAMILIES, MEAN, SIZE, STD, Family, picture
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmai_fast.threat import PixelSpace, ThreatModel, check_pixels, parse_eps, round_to_8bit
+from cmai_fast.pixels import PixelSpace, check_pixels, round_to_8bit
+from cmai_fast.threat import ThreatModel, parse_eps
 
 SPACE = PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
 

@@ -75,6 +75,19 @@ class ARMSchedule:
         self.held = 0
         self.count, self.mean_sum, self.variance_sum = 0, 0.0, 0.0
 
+    def follow(self, tau_train: float, beta: float, beta_max: float, beta_step: float) -> None:
+        """Takes over settings that were changed. A beta at rest moves to the new base, a raised one into the range.
+
+        Raises:
+            ValueError: values that the constructor refuses.
+        """
+        if (tau_train, beta, beta_max, beta_step) == (self.tau_train, self.base, self.beta_max, self.beta_step):
+            return
+        at_rest = self.beta == self.base
+        checked = ARMSchedule(tau_train, beta, beta_max, beta_step)
+        self.tau_train, self.base, self.beta_max, self.beta_step = tau_train, checked.base, checked.beta_max, beta_step
+        self.beta = self.base if at_rest else min(max(self.beta, self.base), self.beta_max)
+
     def update(self, s_c: Tensor) -> None:
         """Takes S_c (N,) of one adversarial batch, made with the present beta, and sets beta for the next.
 

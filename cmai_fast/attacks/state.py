@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.attacks.victim import Evaluation, Passes, Victim
-from cmai_fast.threat import ThreatModel, check_pixels
+from cmai_fast.pixels import check_pixels
+from cmai_fast.threat import ThreatModel
 
 
 @dataclass

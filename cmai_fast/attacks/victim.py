@@ -22,7 +22,7 @@ from cmai_fast.bridge import (
     unpacked,
 )
 from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 
 if TYPE_CHECKING:
     from cmai_fast.attacks.losses import Loss

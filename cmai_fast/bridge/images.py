@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmai_fast.bridge.protocol import ModelBridge
 from cmai_fast.layout import Layout
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 
 TEXT_KEYS = ("input_ids", "attention_mask", "labels")
 

@@ -24,8 +24,9 @@ from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.pixels import round_to_8bit
 from cmai_fast.tasks import TASKS, Task
-from cmai_fast.threat import ThreatModel, round_to_8bit
+from cmai_fast.threat import ThreatModel
 
 T = TypeVar("T")
 

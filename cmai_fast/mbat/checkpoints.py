@@ -1,4 +1,4 @@
-"""What a training run leaves on disk and on the hub: whole checkpoints, from which another goes on to the same bits."""
+"""What a training run leaves on disk and on the hub: whole checkpoints, from which another resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -28,15 +28,30 @@ _IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta",
 
 
 class CheckpointedTrainer(Trainer):
-    """A `Trainer` whose checkpoints hold the heads (`cmcv/`), ARM's state and the passes so far (`mbat.json`) and,
-    written last, the file `complete`."""
+    """A `Trainer` whose checkpoints hold the heads (`cmcv/`) and their optimizer, ARM's state and the passes so far
+    (`mbat.json`) and, written last, the file `complete`."""
 
     args: MBATConfig
     optimizer: Any
     heads: ConsistencyHeads | None
-    schedule: ARMSchedule | None
     passes: Passes
     _heads_optimizer: torch.optim.Optimizer | None
+    _schedule: ARMSchedule | None
+
+    @property
+    def schedule(self) -> ARMSchedule | None:
+        """ARM, by the settings as they are now; None where `arm` is off or there are no heads."""
+        args = self.args
+        if not args.arm or self.heads is None:
+            return None
+        settings = (args.tau_train, args.beta, max(args.beta, args.beta_max), args.beta_step)
+        if self._schedule is None:
+            self._schedule = ARMSchedule(*settings)
+        self._schedule.follow(*settings)
+        return self._schedule
+
+    def _let_heads_learn(self) -> None:
+        raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
@@ -75,25 +90,47 @@ class CheckpointedTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_fsdp_enabled and self.args.should_save:
+        if not self.args.should_save:
+            return
+        if self.is_fsdp_enabled:
             (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)  # model.safetensors holds the same
-            if self._heads_optimizer is not None:
-                torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
+        if self._heads_optimizer is not None:
+            torch.save(self._heads_optimizer.state_dict(), Path(output_dir) / _HEADS_OPTIMIZER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
+        if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        if not (folder / "optimizer.bin").is_file():
+        self._let_heads_learn()
+        self._check_heads_optimizer(folder)
+        if self.is_fsdp_enabled:
+            if not (folder / "optimizer.bin").is_file():
+                raise ValueError(
+                    f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
+                    "optimizer. Go on without FSDP, or start a new run from its weights"
+                )
+            shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
+            self.lr_scheduler.load_state_dict(_read(folder / "scheduler.pt"))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if self._heads_optimizer is not None and (folder / _HEADS_OPTIMIZER).is_file():
+            self._heads_optimizer.load_state_dict(_read(folder / _HEADS_OPTIMIZER))
+
+    def _check_heads_optimizer(self, folder: Path) -> None:
+        there = (folder / _HEADS_OPTIMIZER).is_file()
+        if there == (self._heads_optimizer is not None) or not any(folder.glob("optimizer.*")):
+            return  # without any, a checkpoint was saved by save_only_model
+        if there:
             raise ValueError(
-                f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
-                "optimizer. Go on without FSDP, or start a new run from its weights"
+                f"{folder} was saved by a run that trained the heads, and gamma is {self.args.gamma} now; resume with "
+                "the settings that it was saved with"
             )
-        shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
-        for part, file in ((self.lr_scheduler, "scheduler.pt"), (self._heads_optimizer, _HEADS_OPTIMIZER)):
-            if part is not None:
-                part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
+        raise ValueError(
+            f"{folder} has no {_HEADS_OPTIMIZER}: it was saved by a run with gamma=0, or by an older version, in which "
+            "the heads had no optimizer of their own. Start a new run from its model, with "
+            "heads=ConsistencyHeads.from_pretrained(folder / 'cmcv')[0]"
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
@@ -177,6 +214,10 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of an `MBATTrainer` in `folder`, or None."""
     found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def _read(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _flush(path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from cmai_fast.bridge.recompute import MODES
 from cmai_fast.mbat.inner import SOLVERS, refresh_steps
 from cmai_fast.threat import ThreatModel
+
+REDUCTIONS = ("tokens", "samples")
 
 
 @dataclass
@@ -18,6 +21,9 @@ class MBATConfig(TrainingArguments):
 
     The loss is (1 - lam) * L_task(clean) + lam * L_task(adversarial) + gamma * L_contrastive, and adversarial images
     maximise alpha * L_task - beta * S_c.
+
+    A field that is changed later counts from then on, in training and in evaluation. A bad value raises ValueError when
+    it is set; `trainable` has to be set before the trainer is made.
     """
 
     eps: float = field(default=8 / 255, metadata={"help": "Radius of the ball, in the [0, 1] pixel range."})
@@ -33,6 +39,13 @@ class MBATConfig(TrainingArguments):
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads stay as they are."}
+    )
+    loss_reduction: str = field(
+        default="tokens",
+        metadata={
+            "help": "tokens: Trainer's own, the mean over all answer tokens of an optimizer step; samples: the mean "
+            "over samples of the mean over each one's tokens."
+        },
     )
     eps_warmup: float = field(default=0.0, metadata={"help": "Share of training over which eps rises from 0."})
     trainable: str = field(default="all", metadata={"help": "all, or vision (vision tower and projector alone)."})
@@ -53,28 +66,60 @@ class MBATConfig(TrainingArguments):
     heads_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the consistency heads."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Collators of image-text data need them all."})
 
+    @property
+    def threat(self) -> ThreatModel:
+        """The ball of `norm` and `eps`, as they are now."""
+        return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # checked there
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if name in MBATConfig.__annotations__ and self.__dict__.get("_made"):
+            try:
+                self._check()
+            except ValueError:
+                super().__setattr__(name, before)
+                raise
+
     def __post_init__(self) -> None:
-        self.threat = ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # checked there
-        if self.inner not in (*SOLVERS, "none"):
-            raise ValueError(f"inner is {self.inner!r}; expected one of {', '.join(SOLVERS)}, none")
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps is {self.inner_steps}; expected at least 1 step of the inner problem")
-        if self.eval_attack_steps < 0:
-            raise ValueError(f"eval_attack_steps is {self.eval_attack_steps}; expected at least 1, or 0 for no attack")
-        if self.inner_step_size is not None and not 0 < self.inner_step_size < math.inf:
-            raise ValueError(f"inner_step_size is {self.inner_step_size}; expected above 0 and finite, or None")
+        self._check()
+        if self.fp16:
+            raise ValueError("fp16 is not supported: the bridge gradient would be scaled twice. Use bf16 or float32")
+        super().__post_init__()
+        self._made = True
+
+    def _check(self) -> None:
+        """Raises ValueError for a value that is none, or two that do not go together."""
+        _ = self.threat
+        for name, choices in (
+            ("inner", (*SOLVERS, "none")),
+            ("loss_reduction", REDUCTIONS),
+            ("recompute", MODES),
+            ("trainable", ("all", "vision")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        requirements = {
+            "inner_steps": (self.inner_steps >= 1, "at least 1 step of the inner problem"),
+            "eval_attack_steps": (self.eval_attack_steps >= 0, "at least 1, or 0 for no attack"),
+            "inner_step_size": (
+                self.inner_step_size is None or 0 < self.inner_step_size < math.inf, "above 0 and finite, or None"
+            ),
+            "lam": (0 <= self.lam <= 1, "a weight of the adversarial branch in [0, 1]"),
+            "eps_warmup": (0 <= self.eps_warmup < 1, "a share of training in [0, 1)"),
+            "alpha": (0 <= self.alpha < math.inf, "a finite weight of at least 0"),
+            "beta": (0 <= self.beta < math.inf, "a finite weight of at least 0"),
+            "gamma": (0 <= self.gamma < math.inf, "a finite weight of at least 0"),
+            "tau_train": (-1 <= self.tau_train <= 1, "a value of S_c in [-1, 1]"),
+            "beta_max": (0 <= self.beta_max < math.inf, "a finite weight of at least 0"),
+            "beta_step": (0 < self.beta_step < math.inf, "above 0 and finite"),
+            "heads_learning_rate": (0 < self.heads_learning_rate < math.inf, "above 0 and finite"),
+        }  # fmt: skip
+        for name, (met, expected) in requirements.items():
+            if not met:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
         if self.inner == "bridge":
             refresh_steps(self.inner_steps, self.refreshes)
-        if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam is {self.lam}; the weight of the adversarial branch lies in [0, 1]")
-        if not 0 <= self.eps_warmup < 1:
-            raise ValueError(f"eps_warmup is {self.eps_warmup}; expected a share of training in [0, 1)")
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; expected a finite weight of at least 0")
-        if self.recompute not in MODES:
-            raise ValueError(f"recompute is {self.recompute!r}; expected one of {', '.join(MODES)}")
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
         theirs = "activation_checkpointing" if new else "gradient_checkpointing"
         if self.recompute != "none" and getattr(self, theirs):
@@ -82,8 +127,3 @@ class MBATConfig(TrainingArguments):
                 f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "
                 "one of the two (recompute='full' is the same thing)"
             )
-        if self.trainable not in ("all", "vision"):
-            raise ValueError(f"trainable is {self.trainable!r}; expected all or vision")
-        if self.fp16:
-            raise ValueError("fp16 is not supported: the bridge gradient would be scaled twice. Use bf16 or float32")
-        super().__post_init__()

@@ -14,6 +14,7 @@ from cmai_fast.bridge import BatchImages
 from cmai_fast.mbat import ranks
 
 T = TypeVar("T")
+WEIGHTS = "loss_weights"  # of a batch's samples in its loss
 
 
 class DoesNotFitError(Exception):
@@ -38,25 +39,27 @@ def agreed(run: Callable[[], T]) -> T:
     return result
 
 
-def cut(images: BatchImages, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """The batch of `images` in batches of at most `size` samples.
+def take(images: BatchImages, inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """These rows of the batch of `images`, which was made of `inputs` (with `sample_ids`).
 
-    `inputs` is what it was made of, with `sample_ids`. What belongs to no sample, such as the fixed texts of a dual
-    encoder, is in each of them.
+    What belongs to no sample, such as the fixed texts of a dual encoder, stays whole.
     """
-    count, values, layout = len(images), inputs["pixel_values"], images.layout
+    image, text = images.bridge.inputs(inputs)
+    part = {**images.rows(image, rows), **images.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
+    if "pixel_values" in inputs:
+        values, layout = inputs["pixel_values"], images.layout
+        part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
+    return part | {
+        name: value[rows] for name, value in inputs.items() if name.startswith("negative_") or name == WEIGHTS
+    }
+
+
+def cut(images: BatchImages, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """The batch of `images` in batches of at most `size` samples; see `take`."""
+    count = len(images)
     if size >= count:
         return [dict(inputs)]
-    image, text = images.bridge.inputs(inputs)
-    parts = []
-    for rows in torch.arange(count).split(size):
-        part = {**images.rows(image, rows), **images.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
-        part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
-        for name, value in inputs.items():
-            if name.startswith("negative_"):
-                part[name] = value[rows]
-        parts.append(part)
-    return parts
+    return [take(images, inputs, rows) for rows in torch.arange(count).split(size)]
 
 
 class Draws:
@@ -98,7 +101,7 @@ class View:
         features = self.features
         if features is None:
             assert self.draws is not None
-            # The same dropout as before, and the generators go on as if this had not been.
+            # The same dropout as before; the generators' own state is not touched.
             with torch.random.fork_rng([self.draws.device] if self.draws.cuda is not None else []):
                 self.draws.again()
                 features = self.encode()

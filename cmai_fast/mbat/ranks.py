@@ -21,8 +21,8 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def check_equal(rows: int) -> None:
-    """Raises ValueError, in every process, where they do not have equally many rows."""
+def check_equal(rows: int, what: str = "samples") -> None:
+    """Raises ValueError, in every process, where they do not have equally many rows (or what else is counted)."""
     if count() == 1:
         return
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -31,7 +31,7 @@ def check_equal(rows: int) -> None:
     most, fewest = int(extremes[0]), -int(extremes[1])
     if most != fewest:
         raise ValueError(
-            f"a step has {fewest} samples in one process and {most} in another, {rows} in this one; expected the same "
+            f"a step has {fewest} {what} in one process and {most} in another, {rows} in this one; expected the same "
             'number. Leave accelerator_config={"even_batches": True}, or set dataloader_drop_last'
         )
 

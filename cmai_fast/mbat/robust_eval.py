@@ -19,7 +19,8 @@ from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import ModelBridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat.shards import is_sharded
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 
 
 def verdicts(

@@ -66,8 +66,8 @@ def reshard(model: nn.Module) -> None:
         unit.reshard()
 
 
-def whole_or_not(run: Callable[[], T]) -> T:
-    """What `run` returns: processes meet at every layer, so one that runs out of memory cannot take smaller parts.
+def whole_or_not(run: Callable[[], T], what: str = "A sharded model's step") -> T:
+    """What `run` returns, of a step that cannot be cut: processes that share a model meet at every layer.
 
     Raises:
         torch.OutOfMemoryError: with what to do about it.
@@ -76,8 +76,8 @@ def whole_or_not(run: Callable[[], T]) -> T:
         return run()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"{str(error).splitlines()[0]} A sharded model's step is not cut into parts: halve "
-            "per_device_train_batch_size and double gradient_accumulation_steps"
+            f"{str(error).splitlines()[0]} {what} is not cut into parts: halve per_device_train_batch_size and double "
+            "gradient_accumulation_steps"
         ) from error
 
 

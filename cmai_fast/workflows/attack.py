@@ -23,7 +23,8 @@ from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import plain, write_folder
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
-from cmai_fast.threat import ThreatModel, round_to_8bit
+from cmai_fast.pixels import round_to_8bit
+from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import check_names, data_settings
 from cmai_fast.workflows.folder import check_empty
 from cmai_fast.workflows.samples import asked

@@ -9,7 +9,8 @@ import torch
 from cmai_fast.attacks import Evaluation, Passes
 from cmai_fast.attacks.apgd import apgd, checkpoints
 from cmai_fast.attacks.pgd import pgd
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 from plain_attacks import look, plain_apgd, start_of
 from recording import Recording
 

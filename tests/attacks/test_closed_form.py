@@ -10,7 +10,8 @@ from cmai_fast.attacks.apgd import apgd
 from cmai_fast.attacks.fgsm import fgsm
 from cmai_fast.attacks.mi_fgsm import mi_fgsm
 from cmai_fast.attacks.pgd import pgd
-from cmai_fast.threat import ThreatModel, round_to_8bit
+from cmai_fast.pixels import round_to_8bit
+from cmai_fast.threat import ThreatModel
 from linear_bridge import SHAPE, LinearBridge
 
 INNER = 0.4 + 0.2 * torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -21,7 +21,8 @@ from cmai_fast.attacks.gradients import Course
 from cmai_fast.attacks.losses import LOSSES
 from cmai_fast.bridge import bridge_of
 from cmai_fast.mbat import maximise
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 from families import FAMILIES
 
 LINF = ThreatModel("linf", 1.5 / 255)

@@ -11,7 +11,8 @@ from cmai_fast.bridge import Bridge, bridge_of
 from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 from families import FAMILIES
 
 pgd, LINF = ATTACKS["pgd"], ThreatModel("linf", 8 / 255)

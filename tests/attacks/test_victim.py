@@ -13,7 +13,8 @@ from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import Bridge, bridge_of
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 
 
 @pytest.fixture(scope="module")

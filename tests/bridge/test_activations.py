@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from cmai_fast.attacks import Victim, exact_gradient
 from cmai_fast.bridge import bridge_of, lean_activations
 from cmai_fast.evaluation.overhead import SavedActivations
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 from families import FAMILIES
 
 

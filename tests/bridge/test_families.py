@@ -15,7 +15,8 @@ from cmai_fast.attacks import ATTACKS, Victim, exact_gradient, weighted
 from cmai_fast.bridge import Bridge, DualBridge, EncoderDecoderBridge, bridge_of, is_right, task_loss
 from cmai_fast.cmcv import ConsistencyHeads, packed_text, same_text
 from cmai_fast.mbat import maximise
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 from families import FAMILIES, IMAGE, Family
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -18,7 +18,8 @@ from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.replaced import replaced
 from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.mbat import maximise
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 from families import FAMILIES, IMAGE, Family
 
 generative = pytest.mark.parametrize("family", [f for f in FAMILIES if f.kind == "generative"], ids=lambda f: f.name)

@@ -17,7 +17,7 @@ from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import VQACollator, format_prompt
 from cmai_fast.data.prompt import PromptForm
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 from families import IMAGE, START, picture
 from processors import GENERATIVE, chat, processor_of, samples_of
 

@@ -26,7 +26,8 @@ from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.sanity import sanity_checks
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows import training
 from cmai_fast.workflows.immunize import ImmunizeSettings, immunize
 from processors import GENERATIVE, no_videos, processor_of, samples_of

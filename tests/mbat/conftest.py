@@ -12,7 +12,7 @@ from cmai_fast.bridge import Bridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +66,17 @@ def clean(make_victim, batch):
 
 @pytest.fixture
 def make_trainer(make_tiny, data, tmp_path):
-    """`make_trainer(model=None, callbacks=None, heads=None, eval_dataset=None, **config)`; None: a new tiny model."""
+    """`make_trainer(model=None, callbacks=None, heads=None, eval_dataset=None, given=None, **config)`; without a model
+    it makes a new tiny one, and `given` are other arguments of the trainer."""
 
     def make(
-        *, model: Any = None, callbacks: Any = None, heads: Any = None, eval_dataset: Any = None, **config: Any
+        *,
+        model: Any = None,
+        callbacks: Any = None,
+        heads: Any = None,
+        eval_dataset: Any = None,
+        given: dict[str, Any] | None = None,
+        **config: Any,
     ) -> MBATTrainer:
         tiny, processor = make_tiny()
         model = model or tiny
@@ -90,11 +97,14 @@ def make_trainer(make_tiny, data, tmp_path):
             model,
             MBATConfig(**(defaults | config)),
             heads=heads or make_heads(model),
-            train_dataset=data,
-            eval_dataset=eval_dataset,
-            data_collator=VQACollator(processor, negatives=1),
-            processing_class=processor,
-            callbacks=callbacks,
+            **{
+                "train_dataset": data,
+                "eval_dataset": eval_dataset,
+                "data_collator": VQACollator(processor, negatives=1),
+                "processing_class": processor,
+                "callbacks": callbacks,
+            }
+            | (given or {}),
         )
 
     return make

@@ -13,7 +13,7 @@ from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.mbat import MBATConfig, MBATTrainer, shards
 from cmai_fast.mbat.parts import cut
-from cmai_fast.threat import PixelSpace
+from cmai_fast.pixels import PixelSpace
 from families import FAMILIES
 
 PLACES = ("encode", "fuse", "clean backward", "attack", "adversarial branch", "second encode")
@@ -61,7 +61,8 @@ def of_step(trainer: MBATTrainer, batch: dict[str, Any]) -> dict[str, torch.Tens
         **{f"heads.{k}": p for k, p in trainer.heads.named_parameters()},
     }
     grads = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    return {"total": total, **grads, **{f"log {k}": torch.tensor(v) for k, v in trainer._sums.items()}}
+    logs = {f"log {k}": torch.tensor(sum(v)) for k, v in trainer._sums.items()}
+    return {"total": total, **grads, **logs}
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -14,7 +14,8 @@ from cmai_fast.attacks.pgd import pgd
 from cmai_fast.bridge import Bridge, task_loss
 from cmai_fast.data import VQACollator
 from cmai_fast.mbat import MBATConfig, MBATTrainer, quantized_language_model
-from cmai_fast.threat import PixelSpace, ThreatModel
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 

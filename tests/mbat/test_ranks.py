@@ -22,6 +22,7 @@ from cmai_fast.bridge import DualBridge
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.adapters import WEIGHTS
+from cmai_fast.mbat.refused import check_sharding
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 # A step of plain SGD shows every gradient as it is; adaptive steps would hide a wrong scale.
@@ -204,7 +205,7 @@ def test_other_ways_to_shard_are_refused_by_name(make_trainer, deepspeed, plugin
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = deepspeed, not deepspeed
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=message):
-        trainer._check_sharding()
+        check_sharding(trainer)
 
 
 def test_a_wrapper_of_peft_is_not_sharded(make_trainer) -> None:
@@ -213,14 +214,14 @@ def test_a_wrapper_of_peft_is_not_sharded(make_trainer) -> None:
     trainer.is_fsdp_enabled = True
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin()))
     with pytest.raises(ValueError, match=r"a PeftModel is to be sharded by FSDP2.*add_adapter"):
-        trainer._check_sharding()
+        check_sharding(trainer)
 
 
 def test_a_model_loaded_in_parts_is_refused(make_trainer) -> None:
     trainer = make_trainer()
     trainer.is_distributed_loading_by_transformers = True
     with pytest.raises(ValueError, match="the model was loaded in parts"):
-        trainer._check_sharding()
+        check_sharding(trainer)
 
 
 def test_a_dual_encoder_is_not_sharded(make_trainer) -> None:
@@ -229,11 +230,11 @@ def test_a_dual_encoder_is_not_sharded(make_trainer) -> None:
     trainer.bridge = DualBridge.__new__(DualBridge)
     trainer.bridge.model = trainer.model
     with pytest.raises(ValueError, match="accelerate cannot shard dual encoders; leave fsdp out"):
-        trainer._check_sharding()
+        check_sharding(trainer)
 
 
 def test_layers_to_wrap_are_those_that_the_model_has(make_trainer) -> None:
     trainer, chosen = make_trainer(), plugin()
     trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=chosen))
-    trainer._check_sharding()
+    check_sharding(trainer)
     assert chosen.transformer_cls_names_to_wrap == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]

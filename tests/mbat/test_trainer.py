@@ -18,7 +18,7 @@ from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, last_checkpoint
-from cmai_fast.mbat import trainer as trainer_module
+from cmai_fast.mbat import step as step_module
 
 
 def naive_loss(model, space, heads, batch, adv, lam, gamma):
@@ -94,9 +94,9 @@ def test_the_bridge_gradient_is_that_of_each_sample_alone(make_trainer, batch, m
     """Neither lam, nor the batch size, nor accumulation may scale p: the inner problem weighs it against S_c."""
     trainer = make_trainer(lam=lam, gradient_accumulation_steps=accumulation)
     trainer.current_gradient_accumulation_steps = accumulation
-    seen, attack = [], trainer_module.maximise
+    seen, attack = [], step_module.maximise
     monkeypatch.setattr(
-        trainer_module, "maximise", lambda *a, **k: seen.append(k["bridge_gradient"].clone()) or attack(*a, **k)
+        step_module, "maximise", lambda *a, **k: seen.append(k["bridge_gradient"].clone()) or attack(*a, **k)
     )
     trainer.training_step(trainer.model, batch)
     text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
@@ -196,7 +196,7 @@ def test_an_attack_leaves_the_model_as_it_was(make_trainer, batch, monkeypatch, 
     modules, weights = list(trainer.model.modules()), list(trainer.model.parameters())
     flags = [p.requires_grad for p in weights]
     seen = []
-    attack = trainer_module.maximise
+    attack = step_module.maximise
 
     def watched(objective, *args, **kwargs):
         seen.append([m.training for m in modules])
@@ -206,7 +206,7 @@ def test_an_attack_leaves_the_model_as_it_was(make_trainer, batch, monkeypatch, 
         seen.append([m.training for m in modules])
         return result
 
-    monkeypatch.setattr(trainer_module, "maximise", watched)
+    monkeypatch.setattr(step_module, "maximise", watched)
     rng = torch.get_rng_state()
     if fault:
         with pytest.raises(OSError, match="planted"):
@@ -220,9 +220,9 @@ def test_an_attack_leaves_the_model_as_it_was(make_trainer, batch, monkeypatch, 
 
 
 def spy_on_eps(monkeypatch):
-    seen, attack = [], trainer_module.maximise
+    seen, attack = [], step_module.maximise
     monkeypatch.setattr(
-        trainer_module,
+        step_module,
         "maximise",
         lambda o, c, threat, *a, **k: seen.append(threat.eps) or attack(o, c, threat, *a, **k),
     )
@@ -242,8 +242,8 @@ def test_eps_is_whole_from_the_first_step_without_a_warm_up(make_trainer, monkey
 
 
 def test_random_starts_differ_from_step_to_step_and_by_seed(make_trainer, monkeypatch):
-    seen, attack = [], trainer_module.maximise
-    monkeypatch.setattr(trainer_module, "maximise", lambda *a, **k: seen.append(k["seed"]) or attack(*a, **k))
+    seen, attack = [], step_module.maximise
+    monkeypatch.setattr(step_module, "maximise", lambda *a, **k: seen.append(k["seed"]) or attack(*a, **k))
     for seed in (0, 1):
         make_trainer(max_steps=3, save_strategy="no", seed=seed).train()
     assert len(set(seen)) == 6
@@ -327,8 +327,8 @@ def test_new_heads_depend_on_the_seed_alone(make_tiny, tmp_path):
 def test_arm_moves_beta(make_trainer, monkeypatch):
     """Every S_c is below tau_train, so beta rises as soon as the averages have seen enough batches."""
     trainer = make_trainer(tau_train=1.0, beta=0.1, beta_step=0.2, beta_max=0.35, max_steps=14, save_strategy="no")
-    used, attack = [], trainer_module.maximise
-    monkeypatch.setattr(trainer_module, "maximise", lambda *a, **k: used.append(k["beta"]) or attack(*a, **k))
+    used, attack = [], step_module.maximise
+    monkeypatch.setattr(step_module, "maximise", lambda *a, **k: used.append(k["beta"]) or attack(*a, **k))
     trainer.train()
     twin = ARMSchedule(1.0, 0.1, 0.35, 0.2)
     expected = []
@@ -464,12 +464,15 @@ def test_muon_steps_what_is_trained_and_the_heads_keep_their_rate(make_trainer):
     trainer.train()
     groups = trainer.optimizer.optimizer.param_groups
     assert [(g["muon"], g["initial_lr"], g["weight_decay"]) for g in groups] == [
-        (True, 0.01, 0.1), (False, 0.01, 0.1), (False, 0.01, 0.0), (False, 0.02, 0.0)
+        (True, 0.01, 0.1), (False, 0.01, 0.1), (False, 0.01, 0.0)
     ]  # fmt: skip
     trained = {p: name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    in_groups = [p for g in groups[:3] for p in g["params"]]
+    in_groups = [p for g in groups for p in g["params"]]
     assert len(in_groups) == len(set(in_groups)) and set(in_groups) == set(trained)
     assert all(p.ndim == 1 or "embed" in trained[p] for p in groups[2]["params"])  # Trainer's rule: norms and biases
+    (heads,) = trainer._heads_optimizer.param_groups
+    assert set(heads["params"]) == set(trainer.heads.parameters()) and heads["weight_decay"] == 0.0
+    assert 0 < heads["lr"] <= 0.02  # by the linear schedule
     moved = {name for name, value in parameters(trainer).items() if not torch.equal(value, begin[name])}
     assert len(moved) > 20 and any(name.startswith("heads.") for name in moved)
     assert {name for name in moved if name.startswith("model.")} <= {f"model.{name}" for name in trained.values()}
@@ -499,7 +502,7 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
         seen.extend((parts[0].own, parts[0].wrong))
         return contrast(parts, text)
 
-    monkeypatch.setattr(trainer_module, "Victim", spy_victim)
+    monkeypatch.setattr(step_module, "Victim", spy_victim)
     monkeypatch.setattr(trainer, "_contrast", spy_contrast)
     trainer.training_step(trainer.model, batch)
     for got, right in zip(seen, (expected, expected, wrong), strict=True):

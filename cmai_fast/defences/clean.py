@@ -1,0 +1,5 @@
+"""Fine-tuning on clean images alone: what adversarial training is compared with."""
+
+from cmai_fast.defences.defence import defence
+
+defence("clean", "Clean fine-tuning", inner="none", beta=0.0, gamma=0.0, arm=False)

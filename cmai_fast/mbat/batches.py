@@ -1,0 +1,151 @@
+"""What a step takes: the batch of a collator, checked, and the collator itself where none is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import default_data_collator
+
+from cmai_fast.bridge import BatchImages, DualBridge, ModelBridge
+from cmai_fast.data import Sample, VQACollator
+from cmai_fast.data.sample import numeric_id
+from cmai_fast.mbat import ranks
+from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.parts import WEIGHTS
+
+_NEGATIVE = "negative_"
+
+
+class RecordCollator:
+    """The collator of a trainer that was given none: `VQACollator` for records, `default_data_collator` for rows that
+    hold the model's own inputs already.
+
+    Wrong answers are added where every record of a batch has some and gamma is above 0.
+    """
+
+    def __init__(self, processor: Any, bridge: ModelBridge, args: MBATConfig) -> None:
+        self.processor, self.context, self.needs, self.args = processor, bridge.context, bridge.needs, args
+        self._collators: dict[int, VQACollator] = {}
+
+    def __call__(self, records: Sequence[Any]) -> dict[str, Tensor]:
+        if isinstance(records[0], Mapping) and "labels" in records[0]:
+            return default_data_collator(list(records))
+        if "input_ids" not in self.needs:
+            raise ValueError(
+                f"data_collator is None and a record is {_found(records[0])}; this model takes no questions, so give a "
+                f"data_collator that makes pixel_values, {', '.join(self.needs)} (docs/trainer.md)"
+            )
+        samples = [Sample.of(record, place) for place, record in enumerate(records)]
+        wrong = all(any(c not in s.references for c in s.choices) for s in samples)
+        return self._with_negatives(int(wrong and self.args.gamma > 0))(samples)
+
+    def _with_negatives(self, negatives: int) -> VQACollator:
+        if negatives not in self._collators:
+            self._collators[negatives] = VQACollator(self.processor, negatives, self.context)
+        return self._collators[negatives]
+
+
+def checked(bridge: ModelBridge, inputs: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
+    """The batch, with `sample_ids` as numbers.
+
+    Args:
+        first: samples without ids are numbered from here, by their places in the batches of all processes.
+
+    Raises:
+        ValueError: a key is missing or does not have a row for each sample.
+    """
+    missing = [key for key in bridge.needs if inputs.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"the batch has no {', no '.join(missing)}; it has {', '.join(inputs) or 'nothing'}. {_advice(bridge)}"
+        )
+    found = dict(inputs)
+    for key in bridge.needs:
+        if not isinstance(found[key], Tensor) or not found[key].dim():
+            raise ValueError(f"{key} of the batch is {_found(found[key])}; expected a tensor. {_advice(bridge)}")
+    rows = len(found["labels"])
+    found["sample_ids"] = _ids(found.get("sample_ids"), rows, first, found["labels"].device)
+    for key, value in found.items():
+        by_row = key in bridge.needs or key.startswith(_NEGATIVE)
+        if by_row and len(value) != rows:
+            raise ValueError(f"{key} has {len(value)} rows and labels {rows}; expected one per sample{_cut(key)}")
+        if key.startswith(_NEGATIVE) and value.dim() != 3:
+            raise ValueError(
+                f"{key} has shape {tuple(value.shape)}; expected (N, K, M): K wrong answers of M tokens for each of "
+                f"the {rows} samples{_cut(key)}"
+            )
+    return found
+
+
+def rows_with_images(bridge: ModelBridge, inputs: Mapping[str, Any]) -> Tensor:
+    """(N,) bool: the samples whose text has image tokens.
+
+    Raises:
+        ValueError: image tokens, and no `pixel_values`.
+    """
+    labels = inputs["labels"]
+    if "input_ids" not in bridge.needs:  # these families always look at an image
+        there = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    else:
+        there = (inputs["input_ids"] == bridge.model.config.image_token_id).any(1)
+    if there.any() and inputs.get("pixel_values") is None:
+        raise ValueError(
+            f"the batch has no pixel_values, and {int(there.sum())} of its {len(there)} samples have an image; it has "
+            f"{', '.join(inputs)}. {_advice(bridge)}"
+        )
+    return there
+
+
+def without_images(images: BatchImages, inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Rows of a batch that have no images: their texts alone."""
+    own = {k: inputs[k][rows] for k in ("sample_ids", WEIGHTS) if k in inputs}
+    return {**images.bridge.select(images.bridge.inputs(inputs)[1], rows), **own}
+
+
+def no_features(bridge: ModelBridge, text: Mapping[str, Tensor]) -> Tensor:
+    """h_v of samples without an image, (N, 0, image_dim)."""
+    ids = text["input_ids"]
+    return torch.zeros(len(ids), 0, bridge.image_dim, device=ids.device, dtype=bridge.model.dtype)
+
+
+def _ids(ids: Any, rows: int, first: int, device: torch.device) -> Tensor:
+    if ids is None:
+        return first + ranks.row_numbers(rows).to(device)
+    if not isinstance(ids, Tensor):  # of any hashable kind
+        ids = torch.tensor([numeric_id(i) for i in ids], device=device)
+    if ids.shape != (rows,) or ids.is_floating_point():
+        raise ValueError(
+            f"sample_ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; expected one whole number, or anything "
+            f"hashable, for each of the {rows} samples"
+        )
+    return ids
+
+
+def _advice(bridge: ModelBridge) -> str:
+    if isinstance(bridge, DualBridge):
+        return (
+            f"{type(bridge.model).__name__} learns from pixel_values, labels (N,), the place of each image's own text, "
+            "and the texts: input_ids and attention_mask (K, L), or text_embeds"
+        )
+    return (
+        f"{type(bridge.model).__name__} learns from pixel_values, {', '.join(bridge.needs)}; "
+        "cmai_fast.data.VQACollator makes them of questions and answers"
+    )
+
+
+def _cut(key: str) -> str:
+    return (
+        ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with "
+        "a row per sample, or set accelerator_config={'dispatch_batches': False}"
+        if key.startswith(_NEGATIVE)
+        else ""
+    )
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {', '.join(map(str, value))}"
+    return f"a {type(value).__name__}"

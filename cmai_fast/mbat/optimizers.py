@@ -1,0 +1,75 @@
+"""Optimizers beside `Trainer`'s own: Muon for the model, and one of their own for the consistency heads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.mbat.adapters import low_rank_parameters
+from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+
+
+def muon(model: nn.Module, args: MBATConfig, decayed: set[str]) -> MuonAdamW:
+    """Over what is trainable; `decayed` names the parameters that weight decay is for."""
+    # Muon is for a weight's own update: two orthogonal updates of LoRA's factors do not make one of their product.
+    matrices = set(hidden_matrices(model)) - low_rank_parameters(model)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p in matrices, name in decayed].append(p)
+
+    def parameter_groups(muon: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": groups[muon, decay], "weight_decay": args.weight_decay if decay else 0.0}
+            for decay in (True, False)
+        ]
+
+    return MuonAdamW(
+        parameter_groups(True),
+        parameter_groups(False),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+
+
+def for_heads(
+    heads: ConsistencyHeads, args: MBATConfig, named: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
+) -> torch.optim.Optimizer:
+    """An optimizer over the heads, without weight decay.
+
+    Args:
+        named: class and settings that `args.optim` stands for, or None where the model has another one. It is used if
+            it is PyTorch's own; others may need a model, or keep rows of a matrix apart, and AdamW takes their place.
+    """
+    group = {"params": list(heads.parameters()), "lr": args.heads_learning_rate, "weight_decay": 0.0}
+    kind, settings = named or (torch.optim.AdamW, {})
+    if not (isinstance(kind, type) and kind.__module__.startswith("torch.optim.")):
+        kind, settings = torch.optim.AdamW, {}
+    if not settings:
+        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return kind([group], **settings)
+
+
+def step_behind(optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, args: MBATConfig) -> None:
+    """Lets `own` step whenever `optimizer` does, at `heads_learning_rate` times the schedule's part of its rate.
+
+    The schedule is that of the first parameter group. `own`'s gradients are cleared afterwards: Trainer clears those of
+    its model alone.
+    """
+    first = optimizer.param_groups[0]
+    start = first.get("initial_lr", first["lr"])  # a scheduler that is there already may have begun to warm up
+
+    def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        part = stepped.param_groups[0]["lr"] / start if start else 1.0
+        for group in own.param_groups:
+            group["lr"] = args.heads_learning_rate * part
+        own.step()
+        own.zero_grad()
+
+    optimizer.register_step_post_hook(step)

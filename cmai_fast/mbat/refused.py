@@ -1,0 +1,138 @@
+"""What `Trainer` takes and `MBATTrainer` cannot do: each is refused by name, when the trainer is made.
+
+docs/trainer.md has the whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+
+from cmai_fast.bridge import DualBridge
+from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.quantized import is_quantized
+
+Predicate = Callable[[Any], bool]
+
+_PAST_FORWARD = "a step runs parts of the model past its forward, so it would change nothing"
+_OWN_BACKWARD = "it steps during the backward pass, of which a step has several"
+
+
+def _set(value: Any) -> bool:
+    return value not in (None, False, "", {}, [])
+
+
+def _steps_in_backward(optim: Any) -> bool:
+    return str(getattr(optim, "value", optim)) in ("lomo", "adalomo") or "layerwise" in str(optim).lower()
+
+
+# Field of TrainingArguments: (whether this value of it is refused, why and what to do).
+FIELDS: dict[str, tuple[Predicate, str]] = {
+    "fp16": (_set, "the bridge gradient would be scaled twice. Use bf16 or float32"),
+    "fp16_full_eval": (_set, "the gradients of its attack would underflow. Use bf16 or float32"),
+    "bf16_full_eval": (_set, "it would leave the model in bfloat16. Load the model in it, or set bf16"),
+    "torch_compile": (_set, f"{_PAST_FORWARD}. Leave it out, torch_compile_backend and torch_compile_mode too"),
+    "use_liger_kernel": (
+        _set,
+        "its fused loss gives no logits, and no loss by sample. Leave it out: the loss is computed in chunks anyway",
+    ),
+    "liger_kernel_config": (_set, "use_liger_kernel is not supported. Leave it out"),
+    "optim": (_steps_in_backward, f"{_OWN_BACKWARD}. Use another, such as adamw_torch"),
+    "optim_target_modules": (_set, "optimizers that project gradients (GaLore, APOLLO) are untested. Leave it out"),
+    "deepspeed": (
+        _set,
+        "its optimizer steps at the end of a backward pass, and a step of MBATTrainer has two. Shard the model by "
+        "FSDP2 instead: MBATConfig(fsdp=True)",
+    ),
+    "parallelism_config": (_set, "tensor, context and sequence parallelism are untested. Use fsdp=True"),
+    "ddp_find_unused_parameters": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
+    "ddp_bucket_cap_mb": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
+    "ddp_broadcast_buffers": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
+    "ddp_static_graph": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
+    "remove_unused_columns": (_set, "it would take images and questions out of records. Leave it out"),
+    "train_sampling_strategy": (
+        lambda value: value not in ("random", "sequential"),
+        "records have no lengths before they are collated. Use random or sequential",
+    ),
+}
+
+# Argument of Trainer: why and what to do, where one is given.
+ARGUMENTS: dict[str, str] = {
+    "model_init": "MBATTrainer needs the model itself, for its bridge. Give model, and make a trainer for each trial",
+}
+
+# Method of Trainer that a subclass may not override.
+METHODS: dict[str, str] = {
+    "compute_loss": "a step computes the loss of images at the bridge, without calling it. Give compute_loss_func",
+}
+
+
+def check_arguments(trainer: Trainer, args: MBATConfig, given: dict[str, Any]) -> None:
+    """Raises ValueError for fields, arguments and overridden methods that would change nothing, or do harm."""
+    for name, (refused, reason) in FIELDS.items():
+        value = getattr(args, name, None)
+        if refused(value):
+            raise ValueError(f"{name} is {value!r}, which MBATTrainer does not support: {reason}")
+    for name, reason in ARGUMENTS.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} is given, which MBATTrainer does not support: {reason}")
+    for name, reason in METHODS.items():
+        if getattr(type(trainer), name) is not getattr(Trainer, name):
+            raise ValueError(f"{type(trainer).__name__} overrides {name}, which MBATTrainer does not support: {reason}")
+    if args.muon and ((given.get("optimizers") or [None])[0] or given.get("optimizer_cls_and_kwargs")):
+        raise ValueError("muon is set and an optimizer is given; expected one of the two")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {args.n_gpu} GPUs, of which a step uses one. Start one process per GPU (torchrun "
+            f"--nproc-per-node {args.n_gpu}), or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def check_loss(trainer: Any) -> None:
+    """Raises ValueError for a loss of the user's where the bridge has no outputs to give it."""
+    if trainer.compute_loss_func is not None and isinstance(trainer.bridge, DualBridge):
+        raise ValueError(
+            "compute_loss_func is given, which MBATTrainer does not support for dual encoders: their loss is that of "
+            "each image among the texts. Leave it out"
+        )
+
+
+def check_sharding(trainer: Any) -> None:
+    """Raises ValueError for ways to shard the model other than FSDP2, and for models that it cannot shard."""
+    model = trainer.model
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(f"DeepSpeed is asked for; under accelerate {FIELDS['deepspeed'][1]}")
+    if trainer.is_distributed_loading_by_transformers:
+        raise ValueError(
+            "the model was loaded in parts (distributed_config); load it whole, and MBATConfig(fsdp=True) shards it"
+        )
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP{plugin.fsdp_version} is asked for; MBATTrainer runs parts of the model past its forward, which "
+            "FSDP2 alone allows. Set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
+        )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp's state_dict_type is {plugin.state_dict_type}, with which no plain model would be saved; "
+            "expected FULL_STATE_DICT"
+        )
+    if trainer.args.muon or is_quantized(model):
+        what = "muon is set" if trainer.args.muon else "the model is quantised"
+        raise ValueError(f"{what}, and the model is to be sharded by FSDP2; expected one of the two")
+    if trainer.bridge.model is not model:
+        raise ValueError(
+            f"a {type(model).__name__} is to be sharded by FSDP2, whose wrapper the parts of the model do not "
+            "run through; put the adapters in by model.add_adapter(config) instead of get_peft_model"
+        )
+    if isinstance(trainer.bridge, DualBridge):
+        raise ValueError(
+            f"{type(model).__name__} is to be sharded by FSDP2, but accelerate cannot shard dual encoders; "
+            "leave fsdp out (each process then has a copy)"
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
+        # Accelerate asks for all of `_no_split_modules`; LLaVA's names layers of CLIP's text side, which it lacks.
+        there = {type(m).__name__ for m in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(there & set(getattr(model, "_no_split_modules", ())))

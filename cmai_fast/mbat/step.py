@@ -1,0 +1,263 @@
+"""One step of adversarial training: clean branch, attack, adversarial branch, contrastive loss, vision side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cmai_fast.attacks import Passes, Victim
+from cmai_fast.bridge import BatchImages, ModelBridge, frozen
+from cmai_fast.cmcv import contrastive_loss, packed_text, same_text
+from cmai_fast.data.collate import negative_texts
+from cmai_fast.mbat import ranks, shards
+from cmai_fast.mbat.batches import no_features, rows_with_images, without_images
+from cmai_fast.mbat.checkpoints import CheckpointedTrainer
+from cmai_fast.mbat.inner import InnerResult, maximise
+from cmai_fast.mbat.loss import sample_weights, smoothed_losses, users_loss
+from cmai_fast.mbat.parts import WEIGHTS, Part, View, agreed, cut, take
+from cmai_fast.pixels import PixelSpace
+from cmai_fast.threat import ThreatModel
+
+T = TypeVar("T")
+
+
+class StepTrainer(CheckpointedTrainer):
+    """The step of `MBATTrainer`, which runs it on batches of any size and looks after all that lies between steps.
+
+    The language side detaches h_v, then backpropagates: that gives the language model its gradients, and p, the bridge
+    gradient, in one go. The vision side then goes backward once, for all that has gathered at h_v.
+    """
+
+    bridge: ModelBridge
+    space: PixelSpace
+    _items: Tensor | int | None = None  # tokens of the optimizer step that is under way, as Trainer counts them
+
+    @property
+    def beta(self) -> float:
+        """The weight of S_c in the next inner problem."""
+        return self.args.beta if self.schedule is None else self.schedule.beta
+
+    @property
+    def _share(self) -> float:
+        """Of a batch in the gradients of an optimizer's step."""
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
+
+    @property
+    def _by_task_loss(self) -> bool:
+        """Whether the outer loss is L_task, so that its gradient at the bridge is p."""
+        return self.compute_loss_func is None and not self.args.label_smoothing_factor
+
+    def _step(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts of the loss, by name, and the total, detached; gradients are left in place. At most `size` samples
+        at once."""
+        args = self.args
+        inputs = {**inputs, WEIGHTS: self._weights(inputs["labels"])}
+        # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            seen, batches = self._batches(inputs, size)
+            keep = size >= len(inputs["labels"])
+            parts = self._together(lambda: [self._language_side(batch, keep=keep) for batch in batches])
+            names = dict.fromkeys(name for part in parts for name in part.sums)
+            found = {name: torch.stack([p.sums[name] for p in parts if name in p.sums]).sum() for name in names}
+            looked = [part for part in parts if part.views]
+            if self.heads is not None and looked:
+                found["loss_contrastive"], found["s_c_adv"] = self._contrast(looked, self.bridge.inputs(seen)[1])
+        weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
+        weights["loss_contrastive"] = args.gamma
+        total = torch.stack([weights[k] * v for k, v in found.items() if k in weights]).sum()
+        self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
+        self._together(lambda: self._vision_side(parts))
+        return found, total
+
+    def _together(self, run: Callable[[], T]) -> T:
+        """What `run` returns; memory that runs out in one process makes parts in all, where a step can be cut."""
+        if shards.is_sharded(self.model):
+            return shards.whole_or_not(run)
+        if self.compute_loss_func is not None:
+            return shards.whole_or_not(run, "A step with a compute_loss_func")
+        return agreed(run)
+
+    def _batches(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """The samples with images, and all samples in batches of at most `size`: those with images first."""
+        there = rows_with_images(self.bridge, inputs)
+        ranks.check_equal(int(there.sum()), "samples with an image")
+        if there.all() and size >= len(there):
+            return inputs, [inputs]
+        if there.all():
+            return inputs, cut(BatchImages(self.bridge, self.space, inputs), inputs, size)
+        images, rows = BatchImages(self.bridge, self.space, inputs), there.nonzero().squeeze(1)
+        seen, batches = inputs, []
+        if len(rows):
+            seen = take(images, inputs, rows)
+            batches = cut(BatchImages(self.bridge, self.space, seen), seen, size)
+        others = (~there).nonzero().squeeze(1).split(size)
+        return seen, [*batches, *(without_images(images, inputs, rows) for rows in others)]
+
+    def _weights(self, labels: Tensor) -> Tensor:
+        """(N,) of the samples' losses in this batch's share of the loss."""
+        processes = ranks.count() if self.args.average_tokens_across_devices else 1
+        batches = round(1 / self._share)
+        return sample_weights(self.bridge, labels, self.args.loss_reduction, self._items, batches, processes)
+
+    def _outer_loss(self, features: Tensor, text: dict[str, Tensor], weights: Tensor) -> Tensor:
+        """The loss of these samples in this batch's share of the loss, 0-d, differentiable."""
+        if self.compute_loss_func is not None:
+            loss = users_loss(self.compute_loss_func, self.bridge, features, text, self._items)
+            across = self.args.average_tokens_across_devices and self._items is not None
+            return loss * ((ranks.count() if across else 1) / self._share)  # it counts for the whole step already
+        if self.args.label_smoothing_factor:
+            losses = smoothed_losses(self.bridge, features, text, self.args.label_smoothing_factor)
+        else:
+            losses = self.bridge.losses(features, **text)[0]
+        return (weights.to(losses) * losses).sum()
+
+    def _language_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
+        """The clean branch, the attack and the adversarial branch, whose gradients it leaves at the language model and
+        at the leaves of the views. `keep`: the vision side's graph."""
+        args, (image, text), weights = self.args, self.bridge.inputs(inputs), inputs[WEIGHTS]
+        if "pixel_values" not in inputs:
+            return self._text_side(text, weights)
+        clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
+        loss, p = self._clean_branch(clean.leaf, text, weights)
+        part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": loss})
+        if args.inner == "none":
+            return part
+        heads = self.heads if self.beta else None
+        victim = Victim(self.bridge, self.space, inputs, heads, part.own)
+        result = self._attack(victim, inputs["sample_ids"], p)
+        model_input = result.model_input.to(clean.leaf.dtype)
+        adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
+        part.views.append(adversarial)
+        with torch.set_grad_enabled(args.lam > 0):
+            loss = self._outer_loss(adversarial.leaf, text, weights)
+        self._count(full_forward=1, full_backward=1)
+        if args.lam:
+            self.accelerator.backward(self._share * args.lam * loss)
+        part.sums |= {"loss_adv": loss.detach(), "nonfinite_gradients": result.nonfinite.sum().float()}
+        part.sums["zero_gradients"] = result.zero_gradients.sum().float()
+        return part
+
+    def _text_side(self, text: dict[str, Tensor], weights: Tensor) -> Part:
+        """Samples without an image: no image can be perturbed, so both branches are one."""
+        loss = self._outer_loss(no_features(self.bridge, text), text, weights)
+        self._count(full_forward=1, full_backward=1)
+        if loss.requires_grad:  # not where the vision side alone learns
+            self.accelerator.backward(self._share * loss)
+        sums = {"loss_clean": loss.detach()}
+        return Part(text, [], None, None, sums if self.args.inner == "none" else sums | {"loss_adv": loss.detach()})
+
+    def _vision_side(self, parts: list[Part]) -> None:
+        for part in (part for part in parts if part.views):
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                remainder = torch.stack([view.pulled_back() for view in part.views]).sum()
+            self._count(vision_forward=sum(view.features is None for view in part.views))
+            if remainder.requires_grad:
+                self.accelerator.backward(remainder)
+
+    def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The loss of the clean images (0-d, detached) and p per sample, (N, T, D) or None where no solver asks for it.
+
+        Leaves the gradients of the language model in place, and that of the bridge in `leaf.grad`. Beside another loss
+        than L_task p is None too: the solver makes its own, for one full pass more. (By smoothed labels the loss of a
+        sample that the model is sure of falls where L_task rises.)
+        """
+        args = self.args
+        weight = 1 - args.lam if args.inner != "none" else 1.0
+        wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps and self._by_task_loss
+        if not weight and not wants_p:
+            with torch.no_grad():
+                return self._outer_loss(leaf, text, weights), None
+        self._count(full_forward=1, full_backward=1)
+        if not weight:
+            losses = self.bridge.losses(leaf, **text)[0]
+            (p,) = torch.autograd.grad(losses.sum(), leaf)
+            return (weights.to(losses) * losses).sum().detach(), p
+        loss = self._outer_loss(leaf, text, weights)
+        self.accelerator.backward(self._share * weight * loss)
+        if not wants_p:
+            return loss.detach(), None
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad / (self._share * weight * weights.to(leaf))[:, None, None]
+
+    def _read_texts(self, inputs: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """h_t of the texts (N, text_dim) and of their wrong answers (N * K, text_dim); None where nothing asks for it.
+
+        Read once a step, in evaluation mode, for the attack and the contrastive loss.
+        """
+        if self.heads is None:
+            return None, None
+        wrong = negative_texts(inputs, text) if self.args.gamma else {}
+        with frozen(self.bridge.model), torch.no_grad():
+            own = self.bridge.encode_text(**text)
+            other = self.bridge.encode_text(**wrong) if wrong else None
+        self._count(text_forward=1 + bool(wrong))
+        return own, other
+
+    def _attack(self, victim: Victim, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
+        """Adversarial images, made on the model as it is now, in evaluation mode."""
+        args = self.args
+        with shards.quiet(self.model):
+            result = maximise(
+                victim,
+                victim.pixels(),
+                ThreatModel(args.threat.norm, args.eps * self._eps_share()),
+                args.inner,
+                alpha=args.alpha,
+                beta=self.beta,
+                steps=args.inner_steps,
+                step_size=args.inner_step_size,
+                refreshes=args.refreshes,
+                bridge_gradient=p,
+                seed=args.seed + 7_919 * self.state.global_step,
+                sample_ids=sample_ids,
+            )
+        self.passes = self.passes + result.passes
+        return result
+
+    def _eps_share(self) -> float:
+        """The part of eps in force: a linear warm-up over `eps_warmup` of all steps."""
+        warmup = self.args.eps_warmup * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
+
+    def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
+
+        Its gradients are left at the heads and at the leaves of all views. `text` is that of all these parts.
+
+        The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
+        second pass of the language model for each wrong answer. Of several processes each computes the loss of the
+        whole batch: the samples of the others are negatives too.
+        """
+        assert self.heads is not None
+        heads, weight = self.heads, self._share * self.args.gamma
+        with torch.set_grad_enabled(weight > 0):
+            t = torch.cat([heads.project_text(part.own) for part in parts if part.own is not None])
+            wrong = [heads.project_text(part.wrong) for part in parts if part.wrong is not None]
+            ranks.check_equal(sum(map(len, wrong)), "wrong answers")
+            t_wrong = ranks.gather(torch.cat(wrong)) if wrong else None
+            same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
+            tokens = [self.bridge.image_tokens(part.texts) for part in parts]
+            projected = [
+                torch.cat([heads.project_image(view.leaf, n) for view, n in zip(views, tokens, strict=True)])
+                for views in zip(*(part.views for part in parts), strict=True)
+            ]
+            every_t = ranks.gather(t)
+            losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
+            loss = torch.stack(losses).mean()
+        if weight:
+            self.accelerator.backward(weight * loss)
+        return loss.detach(), heads.score(projected[-1], t).detach()
+
+    def _count(self, **passes: int) -> None:
+        self.passes = self.passes + Passes(**passes)
+
+    def _refuse_divergence(self, what: str, value: float, values: dict[str, float]) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is not finite at step {self.state.global_step}: {values}. Lower the learning rate, or "
+                "look for images or labels that are not as the model expects; the last checkpoint is intact"
+            )

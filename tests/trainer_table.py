@@ -1,0 +1,219 @@
+"""What `MBATTrainer` does with each field, argument and method of `Trainer`; `python tests/trainer_table.py` writes
+docs/trainer.md from it, and tests/mbat/test_trainer_table.py holds it to `transformers` and to what really happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cmai_fast.mbat import MBATConfig
+from cmai_fast.mbat.refused import ARGUMENTS, FIELDS, METHODS
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "trainer.md"
+
+_LR = "of the model; the heads follow it from `heads_learning_rate`"
+# Field: what it does. "own" is the code of `Trainer`, which a step does not touch.
+WORKS = {
+    "output_dir": "works; checkpoints, `cmcv/` and `mbat.json` go there",
+    "per_device_train_batch_size": "works; a step that does not fit into memory is done in parts",
+    "num_train_epochs": "works",
+    "max_steps": "works",
+    "learning_rate": f"works, {_LR}",
+    "lr_scheduler_type": f"works, {_LR}",
+    "lr_scheduler_kwargs": "works",
+    "warmup_steps": f"works, {_LR}",
+    "optim_args": "own; optimizers of other packages read it",
+    "weight_decay": "works; the heads have none",
+    "adam_beta1": "works, of the heads too",
+    "adam_beta2": "works, of the heads too",
+    "adam_epsilon": "works, of the heads too",
+    "gradient_accumulation_steps": "works; the loss is that of the whole optimizer step",
+    "average_tokens_across_devices": "works",
+    "max_grad_norm": "works; the heads are not clipped. A norm that is not finite stops the run",
+    "label_smoothing_factor": "works, of both branches, with labels shifted as the model shifts them. Attacks "
+    "maximise L_task without it, so `bridge` costs one full pass more. `eval_loss` is without it",
+    "bf16": "works",
+    "tf32": "own",
+    "activation_checkpointing": "works, in attacks too; not beside `recompute`",
+    "activation_checkpointing_kwargs": "works",
+    "gradient_checkpointing": "works, in attacks too; not beside `recompute`",
+    "gradient_checkpointing_kwargs": "works",
+    "torch_compile_backend": "refused: it sets `torch_compile`",
+    "torch_compile_mode": "refused: it sets `torch_compile`",
+    "use_cache": "works",
+    "neftune_noise_alpha": "works, in the clean and the adversarial branch; attacks run without noise",
+    "torch_empty_cache_steps": "works",
+    "auto_find_batch_size": "works, and is hardly needed: a step that does not fit is done in parts",
+    "logging_strategy": "works",
+    "logging_steps": "works; the parts of the loss are logged beside it",
+    "logging_first_step": "works",
+    "log_on_each_node": "own",
+    "logging_nan_inf_filter": "never needed: a loss that is not finite stops the run",
+    "include_num_input_tokens_seen": "works",
+    "log_level": "own",
+    "log_level_replica": "own",
+    "disable_tqdm": "own",
+    "report_to": "works",
+    "run_name": "own",
+    "project": "own",
+    "trackio_space_id": "own",
+    "trackio_bucket_id": "own",
+    "trackio_static_space_id": "own",
+    "eval_strategy": "works",
+    "eval_steps": "works",
+    "eval_delay": "works",
+    "per_device_eval_batch_size": "works",
+    "prediction_loss_only": "works",
+    "eval_on_start": "works",
+    "eval_do_concat_batches": "works",
+    "eval_use_gather_object": "own",
+    "eval_accumulation_steps": "works",
+    "include_for_metrics": "works",
+    "batch_eval_metrics": "works",
+    "save_only_model": "works; the optimizers are not saved then",
+    "save_strategy": "works",
+    "save_steps": "works",
+    "save_on_each_node": "own",
+    "save_total_limit": "works; an old checkpoint goes when the new one is whole",
+    "enable_jit_checkpoint": "own; it saves by the same method",
+    "push_to_hub": "works; the heads go along",
+    "hub_token": "own",
+    "hub_private_repo": "own",
+    "hub_model_id": "works",
+    "hub_strategy": "works; the heads go along",
+    "hub_always_push": "works",
+    "hub_revision": "own",
+    "load_best_model_at_end": "works; the heads are loaded too",
+    "metric_for_best_model": "works, `eval_robust_accuracy` among them",
+    "greater_is_better": "works",
+    "ignore_data_skip": "own",
+    "restore_callback_states_from_checkpoint": "own",
+    "full_determinism": "own",
+    "seed": "works, of new heads and of the random starts of attacks too",
+    "data_seed": "own",
+    "use_cpu": "works",
+    "accelerator_config": "works; `dispatch_batches` is off in a single process unless it is set",
+    "dataloader_drop_last": "works",
+    "dataloader_num_workers": "works",
+    "dataloader_pin_memory": "own",
+    "dataloader_persistent_workers": "works",
+    "dataloader_prefetch_factor": "works",
+    "dataloader_multiprocessing_context": "own",
+    "dataloader_in_order": "own",
+    "label_names": "works, for `predict`; a step learns from `labels`",
+    "length_column_name": "not used: strategies that read it are refused",
+    "ddp_backend": "works",
+    "ddp_timeout": "own",
+    "fsdp": "works with FSDP2; FSDP1 is refused",
+    "fsdp_config": "works with `version` 2",
+    "debug": "works",
+    "skip_memory_metrics": "works",
+    "do_train": "for scripts; `Trainer` does not read it",
+    "do_eval": "for scripts; `Trainer` does not read it",
+    "do_predict": "for scripts; `Trainer` does not read it",
+    "resume_from_checkpoint": "for scripts; give `train(resume_from_checkpoint=...)`, which is bit-exact",
+    "local_rank": "own",
+}
+IN_PART = {  # refused for some values, and works for others
+    "optim": "works; LOMO and layerwise optimizers are refused. The heads use it where it is PyTorch's own, else AdamW",
+    "train_sampling_strategy": "`random` and `sequential` work; others are refused",
+    "remove_unused_columns": "off, unlike in `Trainer`; True is refused",
+}
+GIVEN = {
+    "model": "works; one that `bridge_of` supports",
+    "args": "an `MBATConfig`",
+    "data_collator": "works; None makes `VQACollator` of the processor, or stacks rows that have `labels` already",
+    "train_dataset": "works: records, `Sample`s, a stream, rows of tensors",
+    "eval_dataset": "works, a dictionary of data sets too",
+    "processing_class": "the model's processor; it is needed",
+    "compute_loss_func": "works, of both branches, with the outputs of the model at their image features. Attacks "
+    "maximise L_task all the same, so `bridge` costs one full pass more. Not for dual encoders",
+    "compute_metrics": "works",
+    "callbacks": "works",
+    "optimizers": "works, with a scheduler or without; the heads have an optimizer of their own",
+    "optimizer_cls_and_kwargs": "works; the heads use AdamW",
+    "preprocess_logits_for_metrics": "works",
+}
+OVERRIDDEN = {  # methods that MBATTrainer overrides; a subclass may do so again, and call super()
+    "training_step": "the adversarial step",
+    "create_optimizer": "with Muon; a subclass need not call it",
+    "evaluation_loop": "adds robust metrics; leaves model and random state as they were",
+    "prediction_step": "adds robust metrics",
+    "log": "adds the parts of the loss",
+    "save_model": "saves the heads too",
+    "create_model_card": "adds the settings of adversarial training",
+}
+
+
+INTRODUCTION = """# MBATTrainer and Trainer
+
+`MBATTrainer` takes what `transformers.Trainer` takes. What it cannot do is refused by name when it is made; nothing is
+dropped silently. "own" is code of `Trainer` that no step touches: it works as there, and is not tested here.
+This page is written by `python tests/trainer_table.py`, and a test compares it with the installed `transformers`.
+
+The loss is reduced as `Trainer` reduces it: the sum over the answer tokens of an optimizer step, its micro-batches and
+processes together, over their number (`num_items_in_batch`). For a model whose forward takes no such number it is the
+mean over micro-batches of each one's mean over tokens. `loss_reduction="samples"` takes the mean over samples of each
+sample's own mean. `eval_loss` is a mean over samples.
+
+A sample without image tokens is trained on its text: there is no image to perturb, so its loss counts once, in full.
+"""
+CHANGED = """A field that is changed after the trainer was made counts from then on, in training and evaluation alike.
+`trainable` and `recompute` are refused then.
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _rows(table: dict[str, str]) -> list[str]:
+    return [f"| `{name}` | {_cell(what)} |" for name, what in table.items()]
+
+
+def fields() -> dict[str, str]:
+    """Every field of `TrainingArguments` that is known here, by its order there."""
+    refused = {name: f"refused: {reason}" for name, (_, reason) in FIELDS.items()}
+    known = {**refused, **WORKS, **IN_PART}
+    order = [f.name for f in dataclasses.fields(MBATConfig)]
+    return {name: known[name] for name in sorted(known, key=lambda n: order.index(n) if n in order else len(order))}
+
+
+def document() -> str:
+    own = {f.name: f.metadata["help"] for f in dataclasses.fields(MBATConfig) if f.name in MBATConfig.__annotations__}
+    own.pop("remove_unused_columns")
+    refused = {name: f"refused: {reason}" for name, reason in ARGUMENTS.items()}
+    methods = {name: f"a subclass may not override it: {reason}" for name, reason in METHODS.items()}
+    lines = [
+        INTRODUCTION,
+        "## Fields of MBATConfig",
+        "",
+        "| field | meaning |",
+        "|---|---|",
+        *_rows(own),
+        "",
+        CHANGED,
+        "## Fields of TrainingArguments",
+        "",
+        "| field | in `MBATTrainer` |",
+        "|---|---|",
+        *_rows(fields()),
+        "",
+        "## Arguments of Trainer",
+        "",
+        "| argument | in `MBATTrainer` |",
+        "|---|---|",
+        *_rows(GIVEN | refused),
+        "",
+        "## Methods of Trainer",
+        "",
+        "| method | in `MBATTrainer` |",
+        "|---|---|",
+        *_rows(OVERRIDDEN | methods),
+        "| all others | own |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(), encoding="utf-8")
