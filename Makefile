@@ -1,6 +1,6 @@
-# Everything sets itself up in .venv; `make help` lists what there is. Another Python: make demo PYTHON=python3.12
+# Every target sets up .venv first; `make help` lists the targets. Another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
-# The version that all measurements were made with; pyproject.toml says which others are accepted.
+# The version used for all measurements; pyproject.toml says which others are accepted.
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 

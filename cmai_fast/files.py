@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and values as JSON holds them."""
+"""Atomic writes of files and folders, and values as JSON types."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Puts `text` (UTF-8) at `path` in one move, as `write_bytes` does."""
+    """Writes `text` (UTF-8) to `path` atomically, as `write_bytes` does."""
     return write_bytes(text.encode(), path)
 
 
 def write_bytes(data: bytes, path: Path) -> Path:
-    """Puts `data` at `path` in one move: readers see the old file or the whole new one, never a part.
+    """Writes `data` to `path` atomically: readers see the old file or the complete new one, never a part.
 
-    The data go to a temporary file in the same folder (a rename is atomic only inside one file system), reach the
-    disk, and take the name last. Missing parent folders are made.
+    The data are written to a temporary file in the same folder (a rename is atomic only within one file system) and
+    flushed to disk before the rename. Missing parent folders are created.
 
     Raises:
-        OSError: naming the path and the reason (full disk, no permission); what stood there before is untouched.
+        OSError: names the path and the reason (full disk, no permission); the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,7 +34,7 @@ def write_bytes(data: bytes, path: Path) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:  # Ctrl-C too must leave no litter
+        except BaseException:  # also Ctrl-C, so that no temporary file is left
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
@@ -46,7 +46,7 @@ def write_bytes(data: bytes, path: Path) -> Path:
 
 
 def write_folder(folder: Path, save: Callable[[Path], Any]) -> Path:
-    """Puts what `save(staging)` writes at `folder` in one move; what stood there before is replaced only then."""
+    """Replaces `folder` by what `save(staging)` writes, once that is complete."""
     folder = Path(folder)
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -54,7 +54,7 @@ def write_folder(folder: Path, save: Callable[[Path], Any]) -> Path:
     try:
         save(staging)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
+        shutil.rmtree(staging, ignore_errors=True)  # free the space
         raise
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
@@ -62,7 +62,7 @@ def write_folder(folder: Path, save: Callable[[Path], Any]) -> Path:
 
 
 def plain(value: Any, where: str = "results") -> Any:
-    """`value` in the types of JSON, as it would be read back; `where` is its key, for the TypeError on other types."""
+    """`value` as JSON types, as it would be read back. `where` is its key, named in the TypeError for other types."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):

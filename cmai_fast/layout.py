@@ -21,14 +21,14 @@ class Patches(NamedTuple):
 class Layout:
     """Pixels by sample. A sample is a run of units of one size: images, tiles of images, or patches.
 
-    An attack works on units (N, U, C, h, w), U being the most that a sample has; the others end in zeros, which belong
-    to nobody. `pack` turns units into the family's own `pixel_values`, differentiably, and `unpack` does the reverse:
+    An attack works on units (N, U, C, h, w), U being the most that a sample has; the others are padded with zeros at
+    the end. `pack` turns units into the family's own `pixel_values`, differentiably, and `unpack` does the reverse:
 
     | `pixel_values` | families | a unit is |
     |---|---|---|
-    | (images, C, H, W) | LLaVA, InternVL, Gemma 3 with several images or crops a sample | an image |
-    | (images, tiles, C, H, W), zeros behind | LLaVA-NeXT, LLaVA-OneVision | a tile |
-    | (N, images, C, H, W), zeros behind | SmolVLM, Idefics3 | an image or a split of one |
+    | (images, C, H, W) | LLaVA, InternVL, Gemma 3 with several images or crops per sample | an image |
+    | (images, tiles, C, H, W), zero-padded | LLaVA-NeXT, LLaVA-OneVision | a tile |
+    | (N, images, C, H, W), zero-padded | SmolVLM, Idefics3 | an image or a split of one |
     | (patches, C * temporal * size * size) | Qwen-VL | a patch; its temporal copies are one and stay equal |
 
     Args:
@@ -76,7 +76,7 @@ class Layout:
                 )
         elif pixel_values.dim() == 5:
             self.tiles = shape[1]
-            # Zeros may also be a black picture, where the mean is 0: the mask of a family that has one knows better.
+            # If the mean is 0, zeros may also be a black picture; a mask tells the two apart.
             there = (pixel_values.detach() if pixel_attention_mask is None else pixel_attention_mask).flatten(2).any(-1)
             units_per_image = (there * torch.arange(1, shape[1] + 1, device=device)).amax(1)
         elif pixel_values.dim() == 4:
@@ -92,7 +92,7 @@ class Layout:
         units_per_row = torch.zeros_like(images).index_add(0, row_of_image, units_per_image)
         most = int(units_per_row.max()) if len(images) else 0
         self.real = torch.arange(most, device=device) < units_per_row[:, None]  # (N, U)
-        self.mask: torch.Tensor | None = None  # (N, U, 1, H, W): pixels that are no padding inside a real unit
+        self.mask: torch.Tensor | None = None  # (N, U, 1, H, W): pixels of a real unit that are not padding
         if pixel_attention_mask is not None and pixel_values.dim() == 5:
             mask = pixel_attention_mask[:, :most].bool().to(device)[:, :, None]
             if not mask[self.real].all():
@@ -100,7 +100,7 @@ class Layout:
 
     @property
     def ragged(self) -> bool:
-        """Whether some elements of the units belong to nobody."""
+        """Whether some elements of the units are padding."""
         return self.mask is not None or not bool(self.real.all())
 
     def free(self, row: int) -> torch.Tensor:
@@ -108,14 +108,14 @@ class Layout:
         return self.real[row][:, None, None, None] if self.mask is None else self.mask[row]
 
     def only(self, units: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """`units` with zeros where they belong to nobody."""
+        """`units` with the padding set to zero."""
         if not self.ragged:
             return units
         free = self.real[:, :, None, None, None] if self.mask is None else self.mask
         return torch.where(free if rows is None else free[rows], units, 0.0)
 
     def unpack(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values` to units (N, U, C, h, w), zeros behind.
+        """`pixel_values` to units (N, U, C, h, w), zero-padded at the end.
 
         Raises:
             ValueError: temporal copies of a patch that differ, which are frames of a video.
@@ -136,7 +136,7 @@ class Layout:
         return padded
 
     def check(self, units: torch.Tensor, rows: int | None = None) -> None:
-        """Raises ValueError where these are no units of this batch, or of that many rows of it."""
+        """Raises ValueError if these are not units of this batch, or of `rows` rows of it."""
         expected = (len(self.real) if rows is None else rows, self.real.shape[1])
         if units.dim() != 5 or tuple(units.shape[:2]) != expected:
             raise ValueError(
@@ -145,7 +145,7 @@ class Layout:
             )
 
     def split(self, units: torch.Tensor) -> list[torch.Tensor]:
-        """Units (N, U, C, h, w) to one (own units, C, own h, own w) a sample, without what belongs to nobody."""
+        """Units (N, U, C, h, w) to one tensor (own units, C, own h, own w) per sample, without padding."""
         self.check(units)
         parts = [u[own] for u, own in zip(units, self.real, strict=True)]
         if self.mask is not None:
@@ -155,7 +155,7 @@ class Layout:
         return parts
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The reverse of `split`, for samples of this batch in any grouping: units (N, U, C, h, w).
+        """The reverse of `split`, for samples of this batch however they were batched: units (N, U, C, h, w).
 
         Raises:
             ValueError: a sample has more or fewer units here.
@@ -163,8 +163,8 @@ class Layout:
         expected, given = self.real.sum(1).tolist(), [len(part) for part in parts]
         if given != expected or len({part.shape[1] for part in parts}) > 1:
             raise ValueError(
-                f"the images have {given} tiles or patches by sample, and here these samples have {expected}; images "
-                "that were made on one model fit another only if its processor cuts them alike"
+                f"the images have {given} tiles or patches per sample; these samples have {expected}. Images "
+                "made on one model fit another only if its processor cuts them in the same way"
             )
         height, width = (max(part.shape[k] for part in parts) for k in (-2, -1))
         if self.mask is not None:
@@ -195,9 +195,9 @@ class Layout:
         return torch.arange(self.tiles, device=units_per_image.device) < units_per_image[:, None]
 
     def images(self, units: torch.Tensor) -> list[list[np.ndarray]]:
-        """Units in [0, 1] to 8-bit pictures (H, W, C), by sample: each image, or each of its tiles.
+        """Units in [0, 1] to 8-bit pictures (H, W, C), grouped by sample: each image, or each of its tiles.
 
-        Pixels are rounded to the nearest level; `round_to_8bit` keeps them in the ball and goes first.
+        Pixels are rounded to the nearest level. Call `round_to_8bit` first: it keeps them in the ball.
         """
         levels = torch.round(self.only(units.detach()) * 255).to(torch.uint8).cpu()
         pictures = []
@@ -246,7 +246,7 @@ class Layout:
 
 
 def runs(lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Where the items of `rows` are, when row i has `lengths[i]` items and they lie one after another."""
+    """Indices of the items of `rows`, where row i has `lengths[i]` items and the rows are concatenated."""
     starts = (lengths.cumsum(0) - lengths)[rows].tolist()
     parts = [torch.arange(s, s + n) for s, n in zip(starts, lengths[rows].tolist(), strict=True)]
     return torch.cat([torch.arange(0), *parts]).to(lengths.device)

@@ -1,8 +1,8 @@
-"""Things of one kind that are found by name: one file each, in this package or in a plugin's.
+"""Registries: things of one kind, found by name, one file each, in this package or in a plugin.
 
-A built-in thing is a module of the kind's package, whose file name is its name (`mi_fgsm.py` is `mi-fgsm`). A plugin is
-an entry point of the group `cmai_fast.plugins` that names a module; importing it registers what it adds. Neither is
-imported to list or check names of built-in things, so a misspelt name costs no seconds of loading PyTorch.
+A built-in thing is a module of the kind's package, named by its file (`mi_fgsm.py` is `mi-fgsm`). A plugin is an entry
+point of the group `cmai_fast.plugins` that names a module; importing the module registers what it adds. Names
+of built-in things are listed and checked without importing them, so a misspelt name does not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Registry(Generic[T]):
     """The things of one kind, by name.
 
     Args:
-        kind: what errors call one of them, such as "attack".
-        package: the package whose modules are the built-in ones, such as "cmai_fast.attacks".
-        other: modules of that package which are none.
+        kind: the name of the kind in errors, such as "attack".
+        package: the package whose modules are the built-in things, such as "cmai_fast.attacks".
+        other: modules of that package that are not things of this kind.
     """
 
     def __init__(self, kind: str, package: str, other: frozenset[str] = frozenset()) -> None:
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         self._things: dict[str, T] = {}
 
     def add(self, name: str, thing: T) -> T:
-        """Registers `thing`; a decorator of the kind's package calls it.
+        """Registers `thing`. The decorators of each kind call it.
 
         Raises:
             ValueError: the name is taken.
@@ -48,16 +48,16 @@ class Registry(Generic[T]):
         return thing
 
     def names(self) -> list[str]:
-        """All names, those of plugins too, sorted."""
+        """All names, sorted, including those of plugins."""
         load_plugins()
         return sorted({*self._modules, *self._things})
 
     def check(self, name: str) -> None:
-        """Raises ValueError for an unknown name, with the nearest and all known ones. Imports no built-in thing."""
+        """Raises ValueError for an unknown name, with the nearest and all known names. Imports no built-in thing."""
         if name in self._modules or name in self._things or name in self.names():
             return
         near = difflib.get_close_matches(name, self.names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}")
 
     def __getitem__(self, name: str) -> T:
@@ -73,16 +73,16 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def items(self) -> list[tuple[str, T]]:
-        """Name and thing, by name; imports them all."""
+        """(name, thing) pairs, sorted by name; imports all of them."""
         return [(name, self[name]) for name in self.names()]
 
 
 @lru_cache(maxsize=1)
 def load_plugins() -> None:
-    """Imports every plugin once. One that fails to import is named in a warning and left out."""
+    """Imports every plugin once. A plugin that fails to import gives a warning with its name and is left out."""
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # a plugin's own code: anything may go wrong there
+        except Exception as error:  # a plugin's own code may raise anything
             message = f"plugin {entry.name} ({entry.value}) cannot be loaded: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -11,10 +11,9 @@ TESTED = {"torch": ("2.11", "2.13"), "transformers": ("5.21", "5.24")}
 
 
 def warn_about_untested(found: Mapping[str, str]) -> None:
-    """One RuntimeWarning for each package (name to version) that is outside the tested range.
+    """Gives a RuntimeWarning for each package (name to version) outside the tested range.
 
-    Newer versions usually work: what breaks is more likely an option of `Trainer` than a model, and the warning says
-    where to look first.
+    Newer versions usually work; if something breaks, it is more likely an option of `Trainer` than a model.
     """
     for package, version in found.items():
         first, last = TESTED[package]

@@ -14,7 +14,7 @@ struct Base {
   const void* grad;
 };
 
-Base keep_books(const ApgdStep& args, const Block& block) {
+Base update_best(const ApgdStep& args, const Block& block) {
   const size_t image_bytes = block.count * sizeof(float);
   const size_t element = args.layout.grad == Type::kFloat32 ? 4 : 2, grad_bytes = block.count * element;
   float *adv = args.adv + block.offset, *top_adv = args.top_adv + block.offset;
@@ -76,7 +76,7 @@ void apgd_linf_step(const ApgdStep& args, int threads) {
     if (args.nonfinite != nullptr && args.restart[block.row]) {
       load_gradient(args.grad, layout.grad, block, args.nonfinite, grad_buffer);
     }
-    const Base base = keep_books(args, block);
+    const Base base = update_best(args, block);
     int64_t* nonfinite = args.restart[block.row] ? nullptr : args.nonfinite;
     const float* grad = load_gradient(base.grad, layout.grad, block, nonfinite, grad_buffer);
     const float* clean = load(args.clean, layout.clean, block, clean_buffer);
@@ -95,7 +95,7 @@ void apgd_l2_step(const ApgdStep& args, int threads) {
     if (args.nonfinite != nullptr && args.restart[block.row]) {
       load_gradient(args.grad, layout.grad, block, args.nonfinite, grad);
     }
-    const Base base = keep_books(args, block);
+    const Base base = update_best(args, block);
     load_pixel_gradient(layout, base.grad, args.std, block, args.restart[block.row] ? nullptr : args.nonfinite, grad);
     const float* clean = load(args.clean, layout.clean, block, clean_buffer);
     sums[block.index] = l2_sums(base.adv, grad, clean, block.count);

@@ -1,5 +1,5 @@
 // How a kernel that takes a step becomes a Python function. Tensors arrive as addresses, so that nothing here links to
-// PyTorch; cmai_fast/ops has checked shapes, dtypes and layout before. `Tail` is what else a backend asks for.
+// PyTorch; cmai_fast/ops has checked shapes, dtypes and layout before. `Tail` holds the further arguments of a backend.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The Python face of the compiled extension; one binary serves every version of PyTorch.
+// Python bindings of the compiled extension; one binary works with every version of PyTorch.
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
@@ -13,7 +13,7 @@ void define(py::module_& module);
 
 namespace {
 
-// What setup.py decided and the compilers said, for `cmai-fast info`.
+// Build settings and compiler versions, for `cmai-fast info`.
 py::dict build() {
   py::dict facts;
   facts["compiler"] = __VERSION__;

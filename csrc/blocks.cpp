@@ -28,8 +28,8 @@ CMAI_FAST_CLONES void narrow_bf16(const float* in, uint16_t* out, int64_t count)
   }
 }
 
-// Shifting the bits of a half into place leaves its exponent 112 too low, also for subnormal numbers; a product mends
-// it.
+// Shifting the bits of a half into place leaves its exponent 112 too low, also for subnormal numbers; a
+// multiplication corrects it.
 CMAI_FAST_CLONES void widen_fp16(const uint16_t* in, float* out, int64_t count) {
   const float scale = from_bits((127 + 112) << 23);
   for (int64_t i = 0; i < count; ++i) {
@@ -95,7 +95,7 @@ const float* load(const void* tensor, Type type, const Block& block, float* buff
 
 const float* load_gradient(const void* grad, Type type, const Block& block, int64_t* nonfinite, float* buffer) {
   const float* values = load(grad, type, block, buffer);
-  // Counting reads the block while it is in the first-level cache; rows of good gradients, the rule, skip the copy.
+  // Counting reads the block while it is in the first-level cache; finite gradients, the usual case, skip the copy.
   const int64_t bad = count_nonfinite(values, block.count);
   if (bad == 0) return values;
   if (nonfinite != nullptr) {

@@ -1,5 +1,5 @@
-// How the CPU kernels walk a batch: blocks of one row that fit the first-level cache, in float32 whatever the tensors
-// are.
+// How the CPU kernels divide a batch: blocks of one row that fit the first-level cache, in float32 whatever the dtypes of
+// the tensors.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include "scalar.h"
 #include "step.h"
 
-// One binary for every x86-64 machine: the loader picks the build of a kernel that the processor can run. AVX-512 takes a
-// quarter off a step whose images lie in the cache (32 x 3 x 64 x 64 on two cores of an EPYC: 54 to 41 us).
+// One binary for every x86-64 machine: the loader picks the build of a kernel that the processor can run. AVX-512 saves
+// a quarter of a step whose images lie in the cache (32 x 3 x 64 x 64 on two cores of an EPYC: 54 to 41 us).
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CMAI_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #elif defined(__x86_64__) && defined(__GLIBC__) && (defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 16))

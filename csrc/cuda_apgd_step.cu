@@ -1,4 +1,4 @@
-// One step of Auto-PGD (Croce and Hein, 2020, algorithm 1) on a GPU, with the books of the best point.
+// One step of Auto-PGD (Croce and Hein, 2020, algorithm 1) on a GPU, with the bookkeeping of the best point.
 #include "cuda_device.h"
 
 namespace cmai_fast::cuda {
@@ -14,9 +14,9 @@ __device__ inline void load_base(const ApgdStep& args, const Tile& tile, Raw& ad
   load<A>(back ? args.top_grad : args.grad, args.layout.grad, tile, grad);
 }
 
-// Brings what is stored up to that base; counts the bad elements of the gradient at the point before.
+// Updates the stored point and gradient; counts the non-finite elements of the gradient at the point before.
 template <class A>
-__device__ inline void keep_books(const ApgdStep& args, const Tile& tile, const Raw& adv, const Raw& grad,
+__device__ inline void update_best(const ApgdStep& args, const Tile& tile, const Raw& adv, const Raw& grad,
                                   const float (&grad_values)[kEach]) {
   const bool improved = args.improved[tile.row], back = args.restart[tile.row] && !improved;
   if (improved) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) linf_step(ApgdStep args, Grid grid, 
 
   float adv[kEach], grad[kEach], clean[kEach], next[kEach];
   widen<A>(grad_raw, layout.grad, grad);
-  keep_books<A>(args, tile, adv_raw, grad_raw, grad);
+  update_best<A>(args, tile, adv_raw, grad_raw, grad);
   widen<A>(adv_raw, kFloat, adv);
   widen<A>(clean_raw, layout.clean, clean);
   widen<A>(previous_raw, kFloat, next);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) l2_sums(ApgdStep args, Grid grid, Ch
 
   float adv[kEach], grad[kEach], clean[kEach];
   widen<A>(grad_raw, layout.grad, grad);
-  keep_books<A>(args, tile, adv_raw, grad_raw, grad);
+  update_best<A>(args, tile, adv_raw, grad_raw, grad);
   to_pixels<A>(channels, tile, grad);
   widen<A>(adv_raw, kFloat, adv);
   widen<A>(clean_raw, layout.clean, clean);
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads) l2_sums(ApgdStep args, Grid grid, Ch
   store_sums(of_tiles, sums);
 }
 
-// The point before its projection, written to `previous`, and its squared distance from `clean`. At most four blocks of
-// it shall fit a multiprocessor: left alone, nvcc 13.0 spills registers on sm_100 to fit five.
+// The point before its projection, written to `previous`, and its squared distance from `clean`. Limited to four blocks
+// per multiprocessor: without the limit, nvcc 13.0 spills registers on sm_100 to fit five.
 template <class A>
 __global__ void __launch_bounds__(kThreads, A::kWide ? 4 : 3)
     l2_mix(ApgdStep args, Grid grid, Channels channels, const Move* moves, double* of_tiles) {

@@ -1,4 +1,4 @@
-// The Python face of the CUDA kernels, functions `cuda_*`: apart from them, since pybind11 multiplies nvcc's time.
+// Python bindings of the CUDA kernels, functions `cuda_*`; in a file without kernels, since pybind11 slows nvcc down.
 #include "bind.h"
 #include "cuda_kernels.h"
 

@@ -1,4 +1,4 @@
-// What is asked of CUDA itself, and of a batch before it is launched.
+// Queries of the CUDA runtime, and checks of a batch before the launch.
 #include <stdexcept>
 
 #include "cuda_device.h"
@@ -7,7 +7,7 @@ namespace cmai_fast::cuda {
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // reported here, and not once more by the next call
+  cudaGetLastError();  // cleared, so that the next call does not report it again
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 

@@ -1,6 +1,6 @@
-// How the CUDA kernels walk a batch: a block takes a tile of one row, a thread eight elements of it, which it loads as
-// they are from every tensor before it uses the first. What tensors are made of is a branch that all threads take alike
-// and no template argument, so that nvcc compiles each kernel twice: for 128-bit accesses, and for what is not aligned.
+// How the CUDA kernels divide a batch: a block takes a tile of one row, a thread eight elements of it, which it loads
+// unconverted from every tensor before it uses the first. The dtype is a branch that all threads take alike, not a
+// template argument, so nvcc compiles each kernel only twice: for 128-bit accesses, and for unaligned tensors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -80,7 +80,7 @@ struct Access {
 };
 using Wide = Access<4, true>;     // every tensor's rows are aligned to four of its elements
 using Narrow = Access<1, false>;  // neighbours to neighbouring threads
-using Spread = Access<4, false>;  // sums add up in the order of Wide: a result must not depend on the alignment
+using Spread = Access<4, false>;  // sums in the order of Wide, so that a result does not depend on the alignment
 
 template <int kBytes>
 struct Word;
@@ -152,7 +152,7 @@ __device__ inline void store_words(void* tensor, const Tile& tile, const Raw& ra
     if (position < tile.count) {
       Group group;
       pack(raw + i, group);
-      // An ordinary assignment has been taken apart into four by nvcc 13.0.
+      // nvcc 13.0 split an ordinary assignment into four.
       __stwb(reinterpret_cast<Group*>(to + static_cast<int64_t>(position) * kBytes), group);
     }
   }
@@ -179,7 +179,7 @@ __device__ inline void load(const void* tensor, Type type, const Tile& tile, Raw
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t as_bits(float value) { return __float_as_uint(value); }
 
-// One instruction each; cuda_fp16.h and cuda_bf16.h would be most of what nvcc has to read.
+// One instruction each; including cuda_fp16.h and cuda_bf16.h would dominate nvcc's time.
 __device__ inline float widen_fp16(uint32_t half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(half)));
@@ -207,7 +207,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, Address stream, const
   }(arguments...);
 }
 
-// Makes a device current, and then the one before it again. This runtime is a copy of its own beside PyTorch's.
+// Makes a device current, and restores the previous one. This runtime is separate from PyTorch's.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -324,7 +324,7 @@ __device__ inline void count_nonfinite(int64_t* nonfinite, int64_t row, const fl
   }
 }
 
-// Sums over the block, in an order that depends on nothing; right in thread 0.
+// Sums over the block, in a fixed order; valid in thread 0.
 template <int kSums>
 __device__ inline void block_sum(double (&sums)[kSums]) {
   __shared__ double of_warps[kThreads / 32][kSums];

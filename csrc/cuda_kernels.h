@@ -1,5 +1,5 @@
-// The CUDA kernels of the compiled extension, for callers that know nothing of CUDA. Shapes, dtypes and layout were
-// checked by the caller; all addresses are on `device`, and nothing waits or allocates, so that CUDA graphs can record
+// The CUDA kernels of the compiled extension, for callers without CUDA headers. Shapes, dtypes and layout were
+// checked by the caller; all addresses are on `device`. Nothing synchronises or allocates, so CUDA graphs can capture
 // it. Throws std::runtime_error with CUDA's own message.
 #pragma once
 
@@ -15,7 +15,7 @@ using Address = std::uintptr_t;
 // random_start_linf, which need none.
 int64_t scratch_size(const Layout& layout);
 
-// Whether one launch reaches all of a batch, and 32 bits the channels of a row.
+// Whether one launch covers the whole batch, and 32-bit indices the channels of a row.
 bool carries(const Layout& layout);
 
 void pgd_linf_step(const PgdStep& args, Address scratch, int device, Address stream);

@@ -12,7 +12,7 @@
 
 namespace cmai_fast {
 
-// Both comparisons are false for NaN, which so stays where it is instead of becoming a bound.
+// Both comparisons are false for NaN, which therefore stays NaN instead of becoming a bound.
 CMAI_FAST_SCALAR float clamp(float x, float low, float high) {
   x = x < low ? low : x;
   return x > high ? high : x;

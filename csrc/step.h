@@ -1,6 +1,6 @@
-// What a step of an attack is handed: one description for every backend of the compiled extension.
+// The arguments of an attack step: one description for every backend of the compiled extension.
 //
-// The formulas are those of cmai_fast/ops/reference.py, which is the definition of right.
+// The formulas are those of cmai_fast/ops/reference.py, which define the right result.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ struct ApgdStep {
 };
 
 struct RandomStart {
-  Layout layout;  // of which grad and model_input say nothing
+  Layout layout;  // its grad and model_input are unused
   float* adv;     // written
   const void* clean;
   const float* eps;           // (rows,)

@@ -85,7 +85,7 @@ def test_texts_are_choices_or_else_captions(samples):
     captions = [replace(s, choices=(), references=(f"caption {i}", "another")) for i, s in enumerate(samples)]
     assert choices_of(samples) == tuple(f"a {c} shape" for c in COLORS)
     assert choices_of(captions[:3]) == ("caption 0", "caption 1", "caption 2")
-    with pytest.raises(ValueError, match=r"'a pink shape' of sample 7 is none of the 8 texts"):
+    with pytest.raises(ValueError, match=r"'a pink shape' of sample 7 is not among the 8 texts"):
         ChoiceCollator(processor(), choices_of(samples))([replace(samples[0], id=7, references=("a pink shape",))])
     with pytest.raises(ValueError, match="sample 7 has 2 images"):
         ChoiceCollator(processor())([replace(samples[0], id=7, images=samples[0].images * 2)])

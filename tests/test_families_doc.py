@@ -1,4 +1,4 @@
-"""docs/families.md cannot lie: its table is made from the models, its promises name tests over every family."""
+"""docs/families.md agrees with the code: the table is made from the models, promises name tests over all families."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def row(family: Family) -> str:
     model, samples = family.model(), family.samples()
     batch = family.batch(model, samples)
     values = batch["pixel_values"]
-    objective = Victim(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
+    victim = Victim(bridge_of(model), PixelSpace.from_processor(family.processor), batch)
     keys = sorted(set(batch) - {"pixel_values", "input_ids", "attention_mask", "labels"})
-    assert set(objective.inputs(objective.pixels())) == set(batch)
+    assert set(victim.inputs(victim.pixels())) == set(batch)
     several = max(len(s.pictures) for s in samples) > 1
     sizes = len({p.shape for s in samples for p in s.pictures}) > 1
     cells = [
@@ -50,7 +50,7 @@ def collated(family: Family) -> tuple[str, str]:
 
 
 def table() -> str:
-    head = "| family | model | adapter | more keys of a batch | images a sample | sizes | attacked unit | \
+    head = "| family | model | adapter | more keys of a batch | images per sample | sizes | attacked unit | \
 prompt | processor needs |"
     return "\n".join([head, "|---" * 9 + "|", *map(row, FAMILIES)])
 

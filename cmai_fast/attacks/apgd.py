@@ -1,4 +1,4 @@
-"""Auto-PGD on the cross-entropy (Croce and Hein, 2020, algorithm 1): steps that halve themselves, per sample."""
+"""Auto-PGD on the cross-entropy (Croce and Hein, 2020, algorithm 1): a step size that is halved per sample."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 _MOMENTUM = 0.75
-_RHO = 0.75  # share of steps that must have raised the loss, or the step is halved
+_RHO = 0.75  # if fewer than this share of steps raised the loss, the step is halved
 
 
 def checkpoints(steps: int) -> set[int]:
-    """After how many steps the size may be halved: w_j = ceil(p_j * steps) with p_0 = 0, p_1 = 0.22 and
+    """The numbers of steps after which the size may be halved: w_j = ceil(p_j * steps) with p_0 = 0, p_1 = 0.22 and
     p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06)."""
-    # In whole hundredths: in binary 0.57 * 100 comes out above 57, and its ceiling is 58.
+    # In hundredths: in binary 0.57 * 100 is slightly above 57, and its ceiling is 58.
     p = [0, 22]
     while p[-1] < 100:
         p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
@@ -47,8 +47,7 @@ def apgd(
     Args:
         early_stop: samples that are fooled leave the batch; with False the result is still the best point found.
 
-    As in the authors' own code, checkpoint w_j comes when x^(w_j) has been evaluated, which is all that its two
-    conditions look at.
+    As in the authors' code, checkpoint w_j is reached when x^(w_j) has been evaluated; its two conditions need no more.
     """
     return restarted(
         lambda run: _Run(run, steps, early_stop).ascend(steps),
@@ -73,7 +72,7 @@ class _Run:
         self.model_input = victim.space.to_model(self.adv)
         self.size = 2 * self.eps
         self.evaluate()
-        # What the next step does first: the point it starts from is a row's best so far, or the row goes back there.
+        # The next step first stores a row's best point if it improved, or returns to it if it restarts.
         self.improved, self.restart = torch.ones_like(self.right), torch.zeros_like(self.right)
         self.top_adv, self.top_grad = torch.empty_like(self.adv), torch.empty_like(self.grad)
         self.top_loss, self.top_at_check = self.loss, self.loss
@@ -81,10 +80,10 @@ class _Run:
         self.halved_at_check = torch.zeros_like(self.right)
 
     def evaluate(self) -> None:
-        """Loss, gradient and verdict at `adv`; what fools goes to `best`."""
+        """Computes loss, gradient and verdict at `adv`, and offers it to `best`."""
         self.grad, at = self.estimate(self.model_input, self.rows, self.count)
         self.count += 1
-        if at is None:  # the gradient did without the language model; when to halve a step hangs on the loss
+        if at is None:  # the gradient did not run the language model, but halving needs the loss
             with torch.no_grad():
                 at = self.run.victim(self.model_input, self.rows, self.run.loss)
         self.loss, self.right = at.loss.to(self.adv), at.right
@@ -124,7 +123,7 @@ class _Run:
             self.drop_fooled()
 
     def halve(self, steps: int) -> None:
-        """Halves the step of rows that stopped improving (conditions 1 and 2), which go back to their best point."""
+        """Halves the step of rows that stopped improving (conditions 1 and 2); these return to their best point."""
         stuck = self.rises < _RHO * steps
         stuck |= ~self.halved_at_check & (self.top_at_check >= self.top_loss)
         self.size = torch.where(stuck, self.size / 2, self.size)

@@ -1,4 +1,4 @@
-"""Gradient ascent in a ball: the one loop of FGSM, PGD, MI-FGSM and the inner solvers of MBAT."""
+"""Gradient ascent in a ball: the loop shared by FGSM, PGD, MI-FGSM and the inner solvers of MBAT."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cmai_fast.attacks.victim import Victim
 
 
 def step_sizes(eps: float, steps: int, step_size: float | None = None) -> list[float]:
-    """The size of each of `steps` steps: `step_size`, or None: falling linearly from 2 * eps towards 0."""
+    """The size of each of `steps` steps: `step_size`, or if None, decreasing linearly from 2 * eps towards 0."""
     return [2 * eps * (1 - k / steps) if step_size is None else step_size for k in range(steps)]
 
 
 @dataclass
 class Ascent:
-    """The rows that are under attack, and what belongs to each: images in [0, 1] and as the model reads them.
+    """The rows under attack with their images, in [0, 1] and in the model's input space.
 
-    rows: (n,) of the batch, or None: all of it, which then never shrinks.
+    rows: (n,) of the batch. None: all rows, and none is dropped.
     """
 
     clean: Tensor
@@ -46,9 +46,9 @@ class Ascent:
         noise: tuple[int, Tensor] | None = None,
         momentum: bool = False,
     ) -> Ascent:
-        """From a random point of the ball if `noise`, a seed and sample ids (n,), is given; else from `clean` (n, ...).
+        """Starts at `clean` (n, ...), or with `noise` (a seed and sample ids (n,)) at a random point of the ball.
 
-        `momentum`: gradients will be accumulated.
+        `momentum`: accumulate gradients.
         """
         adv = clean.clone()
         if noise is not None:
@@ -75,9 +75,9 @@ def ascend(
     decay: float = 0.0,
     best: Best | None = None,
 ) -> None:
-    """Takes a step of each of `sizes` along the estimated gradient, in place: `at` holds the last iterate.
+    """Takes a step of each of `sizes` along the estimated gradient, in place: afterwards `at` holds the last iterate.
 
-    With `best` each iterate that was evaluated is offered to it, and rows that are fooled leave the batch.
+    With `best`, each evaluated iterate is offered to it, and fooled rows are dropped from the batch.
     """
     step = ops.pgd_linf_step_ if norm == "linf" else ops.pgd_l2_step_
     space = geometry(victim, at.clean)
@@ -100,7 +100,7 @@ def ascend(
 
 
 def ascend_restart(run: Restart, sizes: Sequence[float], *, noise: bool, decay: float, early_stop: bool) -> None:
-    """One restart of an attack; its last iterate is evaluated and offered, too."""
+    """One restart of an attack. The last iterate is also evaluated and offered to `run.best`."""
     clean, eps, rows = run.clean[run.rows], run.eps[run.rows], run.rows
     start = (run.seed, run.sample_ids[rows]) if noise else None
     at = Ascent.begin(run.victim, clean, eps, run.threat.norm, rows=rows, noise=start, momentum=decay > 0)

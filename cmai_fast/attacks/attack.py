@@ -1,4 +1,4 @@
-"""What an attack says of itself, and the registry of attacks. Imports no PyTorch, so that names are checked early."""
+"""The description of an attack, and the registry of attacks. Imports no PyTorch, so that names are checked early."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from cmai_fast.attacks.victim import Victim
     from cmai_fast.threat import ThreatModel
 
-# Every attack takes these; what else its function takes by keyword are settings of its own.
+# Every attack takes these; further keyword arguments of its function are its own settings.
 _SHARED = ("steps", "restarts", "seed", "sample_ids", "loss", "gradient")
-_BY_NAME = ("loss", "gradient")  # registered names, which may stand among the settings
+_BY_NAME = ("loss", "gradient")  # may be given by name among the settings
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -33,14 +33,14 @@ class Attack:
 
     Attributes:
         name: as in `--attack`.
-        label: what reports call it.
+        label: its name in reports.
         steps, restarts: the default budget.
         least: the smallest number of steps.
         single: the budget is fixed.
         threats: norms of the balls it searches.
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
-        gradients: it follows gradients, so it takes `loss` and `gradient`.
+        gradients: whether it follows gradients, and so takes `loss` and `gradient`.
         run: the function itself.
     """
 
@@ -73,12 +73,12 @@ class Attack:
         """Adversarial images for the batch of `victim`.
 
         Args:
-            victim: the batch and its model, which is given back as it was; no global random state is read or changed.
+            victim: the batch and its model, which is restored afterwards; no global random state is read or changed.
             clean: (N, C, H, W) pixels in [0, 1], or what `victim.pixels` gives.
             threat: the ball.
             steps, restarts: None takes the default. The best result of each sample over the restarts is kept.
             seed: of random starts. A sample's start depends on (seed, restart, sample id) only.
-            sample_ids: (N,) int64, a name for each sample; None: its place in the batch.
+            sample_ids: (N,) int64; None: the index in the batch.
             loss: what is maximised, by name or as a function (`cmai_fast.attacks.losses`); None: the task's
                 cross-entropy.
             gradient: how it is differentiated, by name or as an object (`cmai_fast.attacks.gradients`); None: exactly.
@@ -96,9 +96,9 @@ class Attack:
         return self.run(victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own)
 
     def check(self, norm: str, steps: int, restarts: int) -> None:
-        """Refuses a budget or norm that the attack does not take, before any model is loaded."""
+        """Raises ValueError for a budget or norm that the attack does not take; needs no model."""
         if norm not in self.threats:
-            raise ValueError(f"{self.name} is given the norm {norm!r}; it takes {', '.join(self.threats)}")
+            raise ValueError(f"{self.name} does not support the norm {norm!r}; expected {' or '.join(self.threats)}")
         if self.single and (steps, restarts) != (self.steps, self.restarts):
             raise ValueError(
                 f"{self.name} takes one step from the clean image; steps is {steps}, restarts {restarts}. Use pgd for "
@@ -110,7 +110,7 @@ class Attack:
             )
 
     def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The attack's own settings (and `loss` and `gradient`, by name) in their types, from values or from text.
+        """The attack's own settings (and `loss` and `gradient`, by name), converted to their types from values or text.
 
         Raises:
             ValueError: an unknown setting, or a value that cannot be read; the message lists the settings.
@@ -127,7 +127,7 @@ class Attack:
         return found
 
     def describe(self) -> dict[str, str]:
-        """Each own setting, with its types and default in words."""
+        """The types and default of each own setting, as text."""
         said = {}
         for key, default in self.settings.items():
             kinds = ["none" if kind is types.NoneType else kind.__name__ for kind in self.kinds[key]]
@@ -168,7 +168,7 @@ def attack(
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
     """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
 
-    What it takes by keyword beside these are its own settings: each has a default and an annotation of `bool`, `int`,
+    Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
     `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`.
     """
 
@@ -176,7 +176,7 @@ def attack(
         taken = inspect.signature(function).parameters
         missing = [key for key in _SHARED[:4] if key not in taken]
         if missing:
-            raise TypeError(f"attack {name!r} does not take {', '.join(missing)}, which every attack does")
+            raise TypeError(f"attack {name!r} does not take {', '.join(missing)}; every attack takes these")
         own = [p for p in taken.values() if p.kind is p.KEYWORD_ONLY and p.name not in _SHARED]
         if bare := [p.name for p in own if p.default is p.empty]:
             raise TypeError(f"attack {name!r} has settings without a default: {', '.join(bare)}")
@@ -199,9 +199,9 @@ def attack(
 
 
 def _kinds(annotation: Any, function: Callable[..., Any]) -> tuple[type, ...]:
-    """The types of an annotation such as `float | None`; None comes first, so that text is read as it before."""
+    """The types of an annotation such as `float | None`; None comes first: it is tried first on text."""
     if isinstance(annotation, str):
-        annotation = eval(annotation, function.__globals__)  # one annotation alone: the others may be unimported types
+        annotation = eval(annotation, function.__globals__)  # only this one: others may name types not imported
     kinds = typing.get_args(annotation) or (annotation,)
     known = (types.NoneType, bool, int, float, str)
     if bad := [k for k in kinds if k not in known]:
@@ -210,10 +210,10 @@ def _kinds(annotation: Any, function: Callable[..., Any]) -> tuple[type, ...]:
 
 
 def _read(value: Any, kind: type) -> Any:
-    """`value` as `kind`; text as a user writes it.
+    """`value` as `kind`, also from text as a user writes it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it cannot be converted.
     """
     if isinstance(value, str):
         text = value.strip()

@@ -1,4 +1,4 @@
-"""How a loss becomes a gradient at the pixels: exact, from a stale co-state at the bridge, or a mean over transforms.
+"""Gradient estimators, which turn a loss into a gradient at the pixels: exact, stale bridge, mean over transforms.
 
 Each serves every gradient attack (`gradient=`) and the inner problem of MBAT. Losses are summed over the batch, never
 averaged, so a row's gradient is its own whatever the batch size.
@@ -18,16 +18,16 @@ from cmai_fast.attacks.losses import Loss, Weighted, cross_entropy
 from cmai_fast.attacks.victim import Evaluation, Victim
 from cmai_fast.registry import Registry
 
-# Images in the model's input space (n, ...), the rows of the batch that they are (None: all), and the number of the
-# step, to the gradient like the images, and the evaluation at them, or None where the language model did not run.
+# (images in the model's input space (n, ...), their rows of the batch (None: all), step number) -> (gradient like the
+# images, the evaluation at them or None if the language model did not run).
 Estimate = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Evaluation | None]]
 
 
 @dataclass
 class Course:
-    """What a gradient is asked for: by one ascent of an attack.
+    """One ascent of an attack, for which gradients are estimated.
 
-    clean: (N, ...) the whole batch in [0, 1]; sample_ids: (N,); steps: how many gradients will be asked for.
+    clean: (N, ...) the whole batch in [0, 1]; sample_ids: (N,); steps: the number of gradients.
     """
 
     victim: Victim
@@ -39,7 +39,7 @@ class Course:
 
 
 class Gradient(Protocol):
-    """Settings of an estimator; `start` makes the one of a single ascent, which may keep state between its steps."""
+    """The settings of an estimator. `start` makes the estimator of one ascent, which may keep state between steps."""
 
     def start(self, course: Course) -> Estimate: ...
 
@@ -57,9 +57,9 @@ def gradient_of(named: str | Gradient | None) -> Gradient:
 def differentiate(model: nn.Module, losses: Tensor, leaf: Tensor) -> Tensor:
     """d sum(losses) / d leaf, each row's from its own loss.
 
-    In float16 the losses as they are would leave 39% of the pixels of `easyvqa-llava` without a gradient (62% of the
-    immunised model): it falls below 6e-8 on its way, the sooner the surer the model is. So each is scaled up, as far as
-    the row's gradient stays finite.
+    Unscaled, in float16, 39% of the pixels of `easyvqa-llava` would have no gradient (62% with the immunised model),
+    since it underflows (6e-8), the more so the surer the model is. So each loss is scaled up as far as the row's
+    gradient stays finite.
     """
     if all(p.dtype != torch.float16 for p in model.parameters()):
         return torch.autograd.grad(losses.sum(), leaf)[0]
@@ -79,7 +79,7 @@ def exact_gradient(
 ) -> tuple[Tensor, Evaluation]:
     """d loss / d model_input, like `model_input`, and the evaluation at that point, detached.
 
-    A loss that does not ask for the language side is differentiated through the vision side alone.
+    A loss that does not use the language side is differentiated through the vision side alone.
     """
     with torch.enable_grad():
         leaf = model_input.detach().clone().requires_grad_()
@@ -105,7 +105,7 @@ class Exact:
 
 
 def refresh_steps(steps: int, refreshes: int) -> set[int]:
-    """Where p is made anew: R points that cut K steps into R + 1 equal parts, so R = K renews it at every step."""
+    """The steps at which p is refreshed: R points that divide K steps into R + 1 equal parts; with R = K, every step."""
     if not 0 <= refreshes <= steps:
         raise ValueError(f"refreshes is {refreshes}; expected 0 to {steps}, the number of steps")
     return {i * steps // (refreshes + 1) for i in range(1, refreshes + 1)} if refreshes < steps else set(range(steps))
@@ -113,18 +113,18 @@ def refresh_steps(steps: int, refreshes: int) -> set[int]:
 
 @dataclass(frozen=True)
 class StaleBridge:
-    """A frozen co-state p = d(alpha * L)/d h_v, renewed `refreshes` times by a pass of the whole model.
+    """A frozen co-state p = d(alpha * L)/d h_v, refreshed `refreshes` times by a pass through the whole model.
 
-    Between refreshes <p, h_v(x + delta)> is ascended through E_v, whose gradient is exact: only the language model is
-    linearised. S_c of a `Weighted` loss lives on the vision side and stays exact.
+    Between refreshes, <p, h_v(x + delta)> is maximised through E_v, whose gradient is exact: only the language model is
+    linearised. S_c of a `Weighted` loss depends on the vision side only and stays exact.
 
-    Whether a sample is fooled is known at refreshes and at the end only.
+    Whether a sample is fooled is known only at refreshes and at the end.
 
     Args:
         refreshes: R. R = steps is the exact gradient.
-        co_state: p (N, T, D) of each sample's L at its clean image, where the caller has it; None: made at the clean
-            images, for one full pass more (unless step 0 renews it anyway).
-        staleness: a list that gathers cos(p used, p fresh) (n,) of each refresh.
+        co_state: p (N, T, D) of each sample's L at its clean image, if the caller has it; None: computed at the clean
+            images, at the cost of one full pass (unless step 0 refreshes it anyway).
+        staleness: a list to which cos(stale p, fresh p) (n,) of each refresh is appended.
     """
 
     refreshes: int = 1
@@ -167,7 +167,7 @@ def refresh(
         features = victim.encode(leaf, rows)
         outputs = victim.outputs(features, rows)
         losses = loss.loss(features, outputs, victim, rows)
-        # Stops at the bridge, so the graph of the vision side stays for the second half.
+        # Stops at the bridge, which keeps the graph of the vision side for the second half.
         (p,) = torch.autograd.grad(loss.alpha * losses.sum(), features)
         victim.passes.full_backward += 1
         grad, score = _pull_back(victim, features, leaf, p, rows, loss)
@@ -177,11 +177,11 @@ def refresh(
 
 
 def vision_gradient(victim: Victim, model_input: Tensor, p: Tensor, rows: Tensor | None, loss: Weighted) -> Tensor:
-    """d/dx of alpha * <p / ||p||, h_v(x)> - beta * S_c(x), through E_v alone; p, (n, T, D), by direction only.
+    """d/dx of alpha * <p / ||p||, h_v(x)> - beta * S_c(x), through E_v alone. Only the direction of p (n, T, D) counts.
 
     The gradient of the cross-entropy is that of the margin times the probability of a wrong answer: 1e-5 for a sample
-    that the model is sure of. The exact gradient grows as the attack moves on, a frozen p stays, and any beta would
-    drown it. The scale of p says how sure the model was, not where to go.
+    that the model is sure of. The exact gradient grows during the attack but a frozen p does not, so any beta would
+    outweigh it. The scale of p says how sure the model was, not in which direction to go.
     """
     norm = p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
     p = loss.alpha * p / norm.clamp_min(torch.finfo(p.dtype).tiny)
@@ -206,9 +206,9 @@ def _pull_back(
 @dataclass(frozen=True)
 class MeanOverTransforms:
     """The mean gradient over `draws` random transforms of the image (Athalye et al. 2018, expectation over
-    transformations), for a victim whose input is changed at random, or an attack that shall survive such changes.
+    transformations), for a victim that changes its input at random, or an attack that has to survive such changes.
 
-    The evaluation is that of the image itself, for one forward pass more.
+    The evaluation is at the untransformed image and takes one more forward pass.
 
     Args:
         transform: (pixels, noise) to pixels, differentiable, (n, ...) in [0, 1]. `noise` is like pixels, uniform in

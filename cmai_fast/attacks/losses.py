@@ -1,8 +1,8 @@
 """What a gradient attack maximises: functions (features, outputs, victim, rows) -> (n,), found by name in `LOSSES`.
 
-`features` is h_v (n, T, image_dim) of the images as they are now, with its graph; `outputs` is what the language side
-says of them (`cmai_fast.attacks.victim.Outputs`, computed when it is asked for); `rows` (n,) are the rows of the
-victim's batch that are still under attack, None for all. Losses are per sample and never averaged over the batch.
+`features` is h_v (n, T, image_dim) of the current images, with its graph; `outputs` is the language side's output for
+them (`cmai_fast.attacks.victim.Outputs`, computed on access); `rows` (n,) are the rows of the victim's batch that are
+still under attack, None for all. Losses are per sample and never averaged over the batch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cmai_fast.registry import Registry
 
 class Loss(Protocol):
     def __call__(self, features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None, /) -> Tensor:
-        """(n,), higher where the attack is nearer its goal."""
+        """(n,), higher where the attack is closer to its goal."""
         ...
 
 
-_NO_TARGET = -100  # as `Bridge.fuse` says it
+_NO_TARGET = -100  # as in `Bridge.fuse`
 
 LOSSES: Registry[Loss] = Registry("loss", "cmai_fast.attacks.losses")
 
@@ -49,15 +49,15 @@ def cross_entropy(features: Tensor, outputs: Outputs, victim: Victim, rows: Tens
 
 @loss("margin")
 def margin(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
-    """max over target tokens t of (max over other tokens j of log p_j - log p_t): above 0 where the response breaks.
+    """max over target tokens t of (max over other tokens j of log p_j - log p_t): above 0 if the response breaks.
 
-    The response stands as long as every token of it beats all others, so what counts is the token that leads by least.
+    The response is intact while each of its tokens beats all others, so the token with the smallest lead counts.
     Differences of log-probabilities are differences of logits. The loss of Carlini and Wagner (2017, section V.A, f_6),
     per token; it does not saturate where the model is sure of its answer.
     """
     logits, targets = outputs.logits, outputs.targets
     if logits.shape[-1] < 2:
-        raise ValueError("the margin compares the target with other tokens, and the model has only one to choose from")
+        raise ValueError("the margin compares the target with other tokens, but the vocabulary has only one")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     here = targets != _NO_TARGET
     place = targets.masked_fill(~here, 0).unsqueeze(-1)
@@ -74,7 +74,7 @@ def lower_consistency(features: Tensor, outputs: Outputs, victim: Victim, rows: 
 
 @loss("raise-consistency")
 def raise_consistency(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
-    """S_c: the image looks consistent with the response, as an attacker who evades the verifier wants it."""
+    """S_c: the image looks consistent with the response, as an attacker who evades the verifier wants."""
     return victim.score(features, rows)
 
 
@@ -90,8 +90,8 @@ def feature_distance(features: Tensor, outputs: Outputs, victim: Victim, rows: T
 def targeted(texts: Mapping[str, Tensor]) -> Loss:
     """-L_task of the responses that the attacker wants, one per sample.
 
-    `texts`: what the victim's batch would be with these responses as labels (for a dual encoder: with these `labels`).
-    `fooled` still says that the true response is broken; with `early_stop=False` an attack goes on to its target.
+    `texts`: the victim's batch with these responses as labels (for a dual encoder, with these `labels`). `fooled` still
+    means that the true response is broken; with `early_stop=False` an attack continues towards its target.
     """
 
     def towards(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:

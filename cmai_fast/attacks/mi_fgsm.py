@@ -28,14 +28,14 @@ def mi_fgsm(
     gradient: str | Gradient | None = None,
     decay: float = 1.0,
 ) -> AttackResult:
-    """MI-FGSM (Dong et al., 2018): steps of eps / steps from the clean image; restarts are random, and take what is
-    not yet fooled.
+    """MI-FGSM (Dong et al., 2018): steps of eps / steps from the clean image; further restarts begin at random
+    points, for samples not yet fooled.
 
     Args:
-        decay: mu, by which the accumulated gradient shrinks at every step.
+        decay: mu, the decay factor of the accumulated gradient per step.
     """
     if not 0 < decay < float("inf"):
-        raise ValueError(f"mi-fgsm: decay is {decay}; expected a finite number above 0 (pgd takes none)")
+        raise ValueError(f"mi-fgsm: decay is {decay}; expected a finite number above 0 (for 0 use pgd)")
     sizes = step_sizes(threat.eps, steps, threat.eps / max(steps, 1))
     return restarted(
         lambda run: ascend_restart(run, sizes, noise=run.number > 0, decay=decay, early_stop=True),

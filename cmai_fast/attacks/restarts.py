@@ -1,4 +1,4 @@
-"""What every attack does around its ascents: checks its inputs, tries the clean image, keeps the best of all starts."""
+"""The code around an ascent: checks the inputs, tries the clean image, keeps the best of all restarts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cmai_fast.threat import ThreatModel
 class Restart:
     """One ascent from one start, for `rows` (n,) of the batch.
 
-    clean (N, ...), eps and sample_ids (N,) are those of the whole batch. What the ascent finds goes to `best` and
-    `tally`; `number` counts restarts from 0, and `seed` is the restart's own.
+    clean (N, ...), eps and sample_ids (N,) are those of the whole batch. Results go to `best` and `tally`. `number`
+    counts restarts from 0, and `seed` is this restart's own.
     """
 
     victim: Victim
@@ -37,7 +37,7 @@ class Restart:
     tally: Tally
 
     def estimate(self, steps: int) -> Estimate:
-        """The gradient, for so many calls."""
+        """The gradient estimator, for `steps` calls."""
         return self.gradient.start(Course(self.victim, self.loss, self.clean, self.sample_ids, steps, self.seed))
 
 
@@ -55,13 +55,13 @@ def restarted(
     early_stop: bool,
     from_clean: bool = False,
 ) -> AttackResult:
-    """Runs `ascend` once per restart, and gives the best point of each sample.
+    """Runs `ascend` once per restart, and returns the best point of each sample.
 
     Args:
-        early_stop: the clean image counts too, and a restart takes only rows that are not yet fooled.
+        early_stop: the clean image is a candidate too, and a restart takes only rows that are not yet fooled.
         from_clean: restart 0 draws no noise, so the seeds begin at restart 1.
 
-    The victim's model is given back as it was, and its `passes` are those of before and of this attack.
+    The victim's model is restored, and its `passes` grow by those of this attack.
     """
     maximised, estimator = loss_of(loss), gradient_of(gradient)
     before, victim.passes = victim.passes, Passes()

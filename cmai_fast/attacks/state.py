@@ -1,4 +1,4 @@
-"""What every image attack shares: its checked inputs, the best adversarial images so far, and its result."""
+"""State of image attacks: the checked inputs, the best adversarial images so far, and the result."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from cmai_fast.threat import ThreatModel
 class AttackResult:
     """Adversarial images of a batch.
 
-    adv: like `clean`, (N, C, H, W) or units of a `Layout`, float32 (float64 where it was) in [0, 1], inside the ball.
-    fooled: (N,) bool: the model's response to `adv` is not the label. A sample that was wrong when untouched is fooled
-        by its clean image, which is then `adv`.
-    loss: (N,) what was maximised, at `adv`.
-    passes: what it cost.
-    nonfinite: (N,) int64, NaN and infinite elements seen in the sample's gradients. They count as 0 and as +-1 under a
-        sign, and an L2 step stands still for them: such an attack says little about the model.
-    zero_gradients: (N,) int64, how many of the sample's gradients were 0 in every element, so that the attack did not
-        know where to go: a defence that rounds its input looks robust so. A single one may be legitimate (a loss that
-        is 0 to the last bit); where all are 0 the attack says nothing about the model.
-    model_input: `adv` as the model reads it, normalised by the step itself; None where an attack did not hand it on.
+    adv: like `clean`, (N, C, H, W) or units of a `Layout`, float32 (float64 if `clean` is) in [0, 1], inside the ball.
+    fooled: (N,) bool: the model's response to `adv` is not the label. A sample that is wrong on its clean
+        image counts as fooled, and `adv` is that image.
+    loss: (N,) the maximised loss, at `adv`.
+    passes: the model passes that the attack took.
+    nonfinite: (N,) int64, NaN and infinite elements in the sample's gradients. In a sign step, NaN counts as 0 and
+        infinity as +-1; an L2 step does not move. Such an attack says little about the model.
+    zero_gradients: (N,) int64, how many of the sample's gradients were 0 in every element, so that the attack had no
+        direction. A defence that rounds its input looks robust for this reason. A single one may be legitimate (a
+        loss of exactly 0); if all are 0, the attack says nothing about the model.
+    model_input: `adv` in the model's input space, as the step computed it; None if the attack did not keep it.
     """
 
     adv: Tensor
@@ -41,16 +41,16 @@ class AttackResult:
 
 
 class Tally:
-    """What the gradients of an attack were like, per row: `nonfinite` and `zero_gradients` (N,) int64."""
+    """Counts per row of bad gradients of an attack: `nonfinite` and `zero_gradients` (N,) int64."""
 
     def __init__(self, victim: Victim, clean: Tensor) -> None:
         self.nonfinite = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         self.zero_gradients = torch.zeros_like(self.nonfinite)
-        # A sample without an image has no gradient, and lacks none.
+        # A sample without an image has no gradient; it does not count as zero.
         self._images = None if victim.layout is None else victim.layout.real.flatten(1).any(1).to(clean.device)
 
     def add(self, grad: Tensor, nonfinite: Tensor, rows: Tensor | None) -> None:
-        """The gradient (n, ...) of `rows` (None: all) and the elements of it, per row, that a step found not finite."""
+        """Adds the gradient (n, ...) of `rows` (None: all) and the count of its non-finite elements per row."""
         # abs and amax are the cheapest reduction (CPU, 16 x 3 x 224 x 224: 3.0 ms, `any` 4.0, `count_nonzero` 7.6).
         zero = grad.flatten(1).abs().amax(1) == 0 if grad.numel() else torch.zeros_like(nonfinite, dtype=torch.bool)
         if self._images is not None:
@@ -64,16 +64,16 @@ class Tally:
 
 
 class Best:
-    """Keeps, per row, the adversarial image that counts: one that fools before one that does not, then by loss."""
+    """Keeps the best adversarial image per row: one that fools before one that does not, then the highest loss."""
 
     def __init__(self, clean: Tensor, model_input: Tensor) -> None:
-        """`model_input`: `clean` as the model reads it."""
+        """`model_input`: `clean` in the model's input space."""
         self.adv, self.model_input = clean.clone(), model_input.clone()
         self.fooled = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.loss = torch.full((len(clean),), float("-inf"), dtype=clean.dtype, device=clean.device)
 
     def offer(self, adv: Tensor, model_input: Tensor, at: Evaluation, rows: Tensor) -> None:
-        """`adv` (n, ...), which the model reads as `model_input`, was evaluated as `at`; `rows` (n,) of the batch."""
+        """Takes `adv` (n, ...) of `rows` (n,), its `model_input`, and the evaluation `at` it."""
         fooled, loss = ~at.right, at.loss.to(self.loss)
         old_fooled, old_loss = self.fooled[rows], self.loss[rows]
         better = (fooled & ~old_fooled) | ((fooled == old_fooled) & (loss > old_loss))
@@ -95,8 +95,8 @@ def prepare(
     if len(clean) != len(victim):
         raise ValueError(f"there are {len(clean)} images for {len(victim)} texts; expected one image per text")
     check_pixels(clean)
-    # A copy made outside inference mode, so that attacks also work on tensors that were created in it. Rounding may
-    # have left a pixel at 1.0000001, which an untouched sample would otherwise give back.
+    # A copy made outside inference mode, so that attacks also work on tensors created in it. Rounding may have left a
+    # pixel at 1.0000001, which would otherwise be returned for an unchanged sample.
     clean = clean.detach().to(torch.promote_types(clean.dtype, torch.float32)).clamp(0, 1).contiguous()
     if victim.layout is not None and len(clean):
         victim.layout.check(clean)
@@ -118,10 +118,9 @@ def random_start(
     seed: int,
     norm: str,
 ) -> None:
-    """`ops.random_start_` for `rows` (n,) of the batch, on the pixels that belong to them.
+    """`ops.random_start_` for `rows` (n,) of the batch, without their padding.
 
-    Where samples differ in size, each gets the noise that it would get alone: in the L2 ball that depends on the number
-    of pixels.
+    If samples differ in size, each gets the noise it would get alone, which in the L2 ball depends on its size.
     """
     layout = victim.layout
     if layout is None or not layout.ragged:

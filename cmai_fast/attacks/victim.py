@@ -1,4 +1,4 @@
-"""The victim of an attack: a batch of images and texts bound to a model, which is lent to the attack."""
+"""The victim of an attack: a batch of images and texts bound to a model."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ class Evaluation:
 
 
 class Victim(BatchImages):
-    """A batch that is attacked, and the model that reads it.
+    """A batch under attack, bound to its model.
 
     Args:
         bridge, space, batch: as of `BatchImages`.
-        heads: consistency heads, for losses that use S_c. S_c is that of the true response, whose text side no image
-            perturbation moves: it is computed once.
-        text_features: h_t (N, text_dim) of the batch, where the caller has it already.
+        heads: consistency heads, for losses that use S_c. S_c is that of the true response; its text side does not
+            depend on the image and is computed once.
+        text_features: h_t (N, text_dim) of the batch, if the caller has it already.
 
-    `passes` counts what ran on the model.
+    `passes` counts the model passes.
 
     Raises:
         ValueError: a key of the batch is missing or has another shape.
@@ -82,16 +82,15 @@ class Victim(BatchImages):
 
     @contextmanager
     def attack_mode(self) -> Iterator[None]:
-        """Context in which the model is lent to an attack: frozen, differentiable where it is quantised, recomputing
-        where it does so in training, with memory-saving MLPs and a fast patch embedding. It is given back as it was,
-        also after an exception."""
+        """Context for attacks: the model is frozen, differentiable if quantised, recomputes activations as in training,
+        and has memory-saving MLPs and a fast patch embedding. It is restored afterwards, also after an exception."""
         model = self.bridge.model
         cheap = unpacked(model), recomputed(model), patches_by_matmul(model), lean_activations(model)
         with cheap[0], cheap[1], cheap[2], cheap[3], frozen(model, self.heads):
             yield
 
     def outputs(self, image_features: Tensor, rows: Tensor | None = None) -> Outputs:
-        """What the language side says of h_v (n, T, image_dim), computed when it is asked for."""
+        """The language side's output for h_v (n, T, image_dim), computed on access."""
         return Outputs(self, image_features, rows)
 
     def __call__(self, model_input: Tensor, rows: Tensor | None = None, loss: Loss | None = None) -> Evaluation:
@@ -145,16 +144,16 @@ class Victim(BatchImages):
     def _heads(self) -> ConsistencyHeads:
         if self.heads is None:
             raise ValueError(
-                "there are no consistency heads, and the loss asks for S_c; give Victim heads, or set beta to 0"
+                "the loss uses S_c, but there are no consistency heads; pass heads to Victim, or set beta to 0"
             )
         return self.heads
 
 
 class Outputs:
-    """The language side's outputs for features of `rows`; each is computed once, when it is first asked for.
+    """The language side's outputs for features of `rows`; each is computed once, on first access.
 
-    `losses` (n,) and `right` (n,) come without the logits of all tokens in memory (`Bridge.losses`); a loss that needs
-    them asks for `logits` first, and pays for one full set.
+    `losses` (n,) and `right` (n,) do not need the logits of all tokens in memory (`Bridge.losses`). A loss that needs
+    the logits accesses `logits` first, which stores them all.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The threshold under which an input counts as inconsistent, set on clean inputs held out for it."""
+"""The threshold below which an input counts as inconsistent, set on held-out clean inputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cmai_fast.metrics import threshold_at_fpr
 
 @dataclass(frozen=True)
 class Threshold:
-    """`tau`: an input is rejected if and only if its S_c is below it; and where that number comes from.
+    """`tau`, and how it was set: an input is rejected if and only if its S_c is below it.
 
     Attributes:
         tau: finite.
-        false_rejection_rate: share of clean inputs it was asked to reject at most.
-        samples: how many clean inputs it was set on.
-        split: which split they were; never the test split.
-        generation: how the answers were generated whose S_c it was set on. A pipeline with this threshold generates
-            so, too. None: not known, as of a number that was set by hand.
+        false_rejection_rate: the share of clean inputs that it may reject.
+        samples: the number of clean inputs it was set on.
+        split: their split; never the test split.
+        generation: how the answers were generated on whose S_c it was set. A pipeline with this threshold generates
+            in the same way. None: unknown, for a threshold set by hand.
     """
 
     tau: float

@@ -1,4 +1,4 @@
-"""Heads for a model that stays as it is: CMCV alone, and the starting point of MBAT."""
+"""Fits heads to a frozen model, for CMCV alone and as the starting point of MBAT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fit_heads(
     learning_rate: float = 1e-3,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Trains `heads` by the contrastive loss, `steps` batches, on features of the model, which is not changed.
+    """Trains `heads` for `steps` batches with the contrastive loss, on features of the model, which is not changed.
 
     Args:
         batches: as `VQACollator(processor, negatives=K)` makes them.

@@ -25,10 +25,10 @@ _MAX_LOGIT_SCALE = math.log(100.0)  # CLIP (Radford et al., 2021), section 2.5
 
 
 class ConsistencyHeads(nn.Module):
-    """Two small networks into one shared space of `dim` dimensions, and the temperature that they are trained with.
+    """Two small networks that project into a shared space of `dim` dimensions, and their training temperature.
 
     Each image token passes a hidden layer before the mean is taken (Deep Sets, Zaheer et al., 2017), so that an object
-    that fills one token out of many is not averaged away before it is seen.
+    that fills one token out of many is not averaged away first.
 
     Args:
         image_dim: width of h_v, as `Bridge.image_dim`.
@@ -58,7 +58,7 @@ class ConsistencyHeads(nn.Module):
     def project_image(self, image_features: Tensor, tokens: Tensor | None = None) -> Tensor:
         """h_v (N, T, image_dim), any float dtype -> (N, dim) in the heads' dtype, not normalised.
 
-        `tokens` (N,), as `Bridge.image_tokens`: how many of each row's T count, the others being padding; None: all.
+        `tokens` (N,), as `Bridge.image_tokens`: how many of each row's T tokens are not padding; None: all.
         """
         self._check(image_features, 3, "image_dim", "(N, T, image_dim)")
         hidden = self.image_tokens(image_features.to(self.logit_scale.dtype))
@@ -80,13 +80,13 @@ class ConsistencyHeads(nn.Module):
         if features.dim() != rank or features.shape[-1] != self.settings[width]:
             raise ValueError(
                 f"features of shape {tuple(features.shape)}; these heads expect {shape} with {width} "
-                f"{self.settings[width]}. Heads belong to the model that they were trained with"
+                f"{self.settings[width]}. Use heads with the model that they were trained with"
             )
 
     def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
-        """Writes heads.safetensors and cmcv.json (settings, threshold); each file appears whole or not at all.
+        """Writes heads.safetensors and cmcv.json (settings, threshold); each file is written atomically.
 
-        The record names the digest of its weights, so an interrupted save over older heads cannot be read as either.
+        cmcv.json holds the digest of the weights, so files of two interrupted saves are not mistaken for one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class ConsistencyHeads(nn.Module):
 
 def _threshold(record: dict[str, Any]) -> Threshold | None:
     saved = record["threshold"]
-    if saved and record["format"] == 1:  # which did not hold it: all were set on answers of at most 8 tokens
+    if saved and record["format"] == 1:  # always 8 tokens then, and not stored
         saved = {**saved, "generation": Generation(max_new_tokens=8).to_dict()}
     return Threshold.from_dict(saved) if saved else None
 
@@ -155,7 +155,7 @@ def _write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private to this user
+        os.chmod(name, 0o644)  # mkstemp makes the file private
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

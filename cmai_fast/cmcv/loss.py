@@ -31,18 +31,18 @@ def contrastive_loss(
     *,
     same_text: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE over the batch; with wrong answers, own answer against wrong ones + 0.2 of it. 0-d, differentiable.
+    """InfoNCE over the batch; with wrong answers, right answer against wrong ones + 0.2 * InfoNCE. 0-d, differentiable.
 
-    A wrong answer differs from the right one by a word, most texts of a batch by their whole question, and many of
-    these are true of the image too. In one softmax with them the wrong answer is drowned (on easy-VQA, one among 64,
-    the heads prefer the right answer in 66% of pairs), so it has one of its own (85%).
+    A wrong answer differs from the right one by a word, most texts of a batch differ by their whole question, and many
+    of them are true of the image too. In one softmax with them, the wrong answer hardly counts (on easy-VQA, one among
+    64, the heads prefer the right answer in 66% of pairs), so it has a softmax of its own (85%).
 
     Args:
         heads: whose temperature is used.
         image, text: projections (N, dim) of images and of their own texts, not normalised.
         text_negative: (N * K, dim), row i * K + k is a wrong answer to the question of row i. It is a negative for
-            image i alone: another image may well make it true.
-        same_text: (N, N) bool, true where two rows hold the same text (`cmcv.same_text`). Such a pair is no negative.
+            image i alone, since it may be true of another image.
+        same_text: (N, N) bool, true where two rows hold the same text (`cmcv.same_text`). It is not a negative.
 
     Raises:
         ValueError: shapes that do not fit.

@@ -1,6 +1,6 @@
-"""What is asked: records of many formats as samples, and the collator that feeds them to a model.
+"""Data: samples from records of many formats, and the collator that makes batches of them.
 
-Names load when they are first used, so that data can be checked without loading PyTorch.
+Names load on first use, so that data can be checked without loading PyTorch.
 """
 
 from __future__ import annotations

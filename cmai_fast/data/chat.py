@@ -17,7 +17,7 @@ _ROLES = {
 class Chat:
     """A question with its instructions, the answer (None if the chat ends with the question), and the pictures.
 
-    `images` are those that the messages hold; `places` counts the marks that stand for pictures held elsewhere.
+    `images` are those inside the messages; `places` counts the placeholders of pictures stored elsewhere.
     """
 
     prompt: str
@@ -30,28 +30,28 @@ class Chat:
         """The pictures of the question: those inside its messages, or the record's own.
 
         Raises:
-            ValueError: pictures in both, or another number than there are marks.
+            ValueError: pictures in both, or their number differs from the number of placeholders.
         """
         if inside and (record or self.places):
             raise ValueError(
-                f"{self.name} has pictures of its own, and there are more beside it; expected them in one of the two"
+                f"{self.name} holds pictures, and the record has others beside it; expected them in one place"
             )
         if self.places and self.places != len(record):
             raise ValueError(
-                f"{self.name} has {self.places} places for an image ({PLACEHOLDER} or a part of type image), and the "
+                f"{self.name} has {self.places} image placeholder(s) ({PLACEHOLDER} or a part of type image), and the "
                 f"record has {len(record)} images; expected the same number"
             )
         return inside or record
 
 
 def chat_of(turns: Any, name: str) -> Chat:
-    """One question, system messages before it, and at most one answer.
+    """One question, with system messages before it and at most one answer.
 
-    Pictures come first, wherever their marks stand, as LLaVA's own code has it; system messages stand before the
-    question, each on a line of its own.
+    Pictures come first, wherever their placeholders are, as in LLaVA's own code. System messages are put before the
+    question, each on its own line.
 
     Raises:
-        ValueError: another shape of chat, naming what was found.
+        ValueError: any other form of chat; names what was found.
     """
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(f"{name} is {turns!r:.60}; expected a list of messages")
@@ -70,7 +70,7 @@ def chat_of(turns: Any, name: str) -> Chat:
 
 
 def _turn(turn: Any, name: str) -> tuple[str, str, tuple[Any, ...], int]:
-    """Role, text, pictures, and the number of marks that stand for pictures."""
+    """Role, text, pictures, and the number of image placeholders."""
     if not isinstance(turn, Mapping):
         raise ValueError(f"{name} is {turn!r:.60}; expected a message with role and content (or from and value)")
     keys = ("role", "content") if "role" in turn else ("from", "value")
@@ -90,7 +90,7 @@ def _turn(turn: Any, name: str) -> tuple[str, str, tuple[Any, ...], int]:
     for i, part in enumerate(parts):
         kind, value = _part(part, f"{name}.{keys[1]}[{i}]")
         if kind == "text":
-            # Only a text that is all of the content: in parts, pictures have parts of their own.
+            # Only if the content is one text: otherwise pictures are parts of their own.
             marks = value.count(PLACEHOLDER) if isinstance(content, str) and _ROLES[role] == "user" else 0
             texts.append(value.replace(PLACEHOLDER, "").strip() if marks else value)
             places += marks
@@ -107,7 +107,7 @@ def _turn(turn: Any, name: str) -> tuple[str, str, tuple[Any, ...], int]:
 
 
 def _part(part: Any, name: str) -> tuple[str, Any]:
-    """("text", its text) or ("image", the picture, None if it is held elsewhere)."""
+    """("text", the text) or ("image", the picture, or None if it is stored elsewhere)."""
     if not isinstance(part, Mapping):
         raise ValueError(f"{name} is {part!r:.60}; expected a part with a type")
     kind = part.get("type")

@@ -1,4 +1,4 @@
-"""Pictures and texts as tensors of a dual encoder (CLIP, SigLIP): which of the texts is the picture's own?"""
+"""The collator of dual encoders (CLIP, SigLIP), which choose the text of a picture among several."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cmai_fast.data.sample import Sample, numeric_id
 
 
 def choices_of(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """The texts to choose from, each once: the choices of all samples, and the answer of each that has none.
+    """The distinct texts to choose from: the choices of all samples, or the answer of a sample without choices.
 
-    Class names are choices; a caption is the answer of its picture, and all captions are the set.
+    Class names are choices. A caption is the answer of its picture, and all captions are the texts to choose from.
     """
     return tuple(dict.fromkeys(text for s in samples for text in (s.choices or (s.answer,))))
 
@@ -24,14 +24,14 @@ class ChoiceCollator:
 
     Args:
         processor: the model's own processor.
-        texts: the K texts to choose from, the same for every batch; None: the answers of the batch itself, which is how
-            dual encoders are trained on captions.
+        texts: the K texts to choose from, the same for every batch; None: the answers of the batch, as dual encoders
+            are trained on captions.
 
     A batch of N samples holds `pixel_values` (N, 3, H, W), the texts as `input_ids` and, where the family has it,
-    `attention_mask` (K, L), `labels` (N,), the place of each sample's answer among them, and `sample_ids` (N,).
+    `attention_mask` (K, L), `labels` (N,), the index of each sample's answer among them, and `sample_ids` (N,).
 
     Raises:
-        ValueError: a sample without exactly one picture, or whose answer is none of the texts; names it.
+        ValueError: a sample without exactly one picture, or whose answer is not among the texts; names the sample.
     """
 
     def __init__(self, processor: Any, texts: Sequence[str] | None = None) -> None:
@@ -52,8 +52,8 @@ class ChoiceCollator:
                 raise ValueError(f"sample {s.id!r} has {len(s.images)} images; a dual encoder takes exactly one")
             if s.answer not in places:
                 raise ValueError(
-                    f"the answer {s.answer!r} of sample {s.id!r} is none of the {len(texts)} texts to choose from; add "
-                    "it to the choices"
+                    f"the answer {s.answer!r} of sample {s.id!r} is not among the {len(texts)} texts to choose from; "
+                    "add it to the choices"
                 )
             pictures.append(read_picture(s.images[0], f"the image of sample {s.id!r}"))
         return {

@@ -1,4 +1,4 @@
-"""From question-answer samples to the tensors an image-text model of `transformers` takes."""
+"""The collator: question-answer samples to the tensors that an image-text model of `transformers` takes."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Row = dict[str, np.ndarray]
 class VQACollator:
     """Collates samples (or records, as `Sample.of` takes them) into one batch.
 
-    Pictures are read by `read_picture`. Text and pictures are prepared by the processor's own call, whatever its
-    family; docs/families.md says which are tested. The prompt is that of `format_prompt`.
+    Pictures are read by `read_picture`. Text and pictures are prepared by the processor's own call; docs/families.md
+    lists the tested families. Prompts are formatted by `format_prompt`.
 
     Args:
-        processor: the model's own processor. It is not changed.
+        processor: the model's own processor, which is not changed.
         negatives: how many wrong answers of the sample's `choices` to add for the contrastive loss; 0 adds none.
         max_length: the model's context in tokens; a longer sample raises a ValueError.
-        seed: of the draw of wrong answers; a sample's draw depends on (seed, sample id) alone.
-        control_tokens: what becomes of the tokenizer's control tokens (`</s>`, `<image>`) in a question, an answer or a
-            choice: "text" reads them as text, "refuse" raises a ValueError.
+        seed: for drawing wrong answers; the draw of a sample depends only on (seed, sample id).
+        control_tokens: how the tokenizer's control tokens (`</s>`, `<image>`) in a question, an answer or a choice are
+            treated: "text" reads them as text, "refuse" raises a ValueError.
 
     A batch of N samples holds `input_ids`, `attention_mask`, `labels` (N, L; padded on the left, labels are -100 except
-    on the response and its end token), `sample_ids` (N,), and what else the family's forward takes: `pixel_values`, for
-    LLaVA (images, 3, H, W), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... Samples may have several images or
-    none, where the family can; a batch without any image has no `pixel_values`. With negatives K > 0 it holds
-    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M): the same prompts closed by K wrong
-    answers. `negative_texts` reads them.
+    on the response and its end token), `sample_ids` (N,), and the family's other inputs: `pixel_values` (for LLaVA
+    (images, 3, H, W)), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... Samples may have several images or
+    none if the family supports it; a batch without any image has no `pixel_values`. With negatives K > 0 it holds
+    `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M): the same prompts, each followed by K
+    wrong answers. `negative_texts` flattens them.
 
     Raises:
-        ValueError: a processor without chat template and known form of a prompt, or whose template does not fit. When
-            called: a sample that cannot be collated, by id and key.
+        ValueError: a processor without a chat template or a known prompt form, or with an unusable template. When
+            called: a sample that cannot be collated; names its id and key.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class VQACollator:
             wrong = [(answer, f"{_name(s)}: its choice") for s in asked for answer in self._wrong_answers(s)]
             places = [i for i in range(len(samples)) for _ in range(self.negatives)]
             closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
-            by_sample = (len(asked), self.negatives)  # whoever cuts rows of a batch keeps them with their samples
+            by_sample = (len(asked), self.negatives)  # slicing a batch by sample keeps them with their samples
             batch.update({f"negative_{k}": closed[k].unflatten(0, by_sample) for k in _NEGATIVE})
         return batch
 
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch up to where the model answers, without labels, for `generate`."""
+        """The batch with prompts only, without labels, for `generate`."""
         _, rows, batch = self._encode(_checked(samples))
         return {**batch, **self._padded(rows)}
 
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
-        """Prompts as texts and as tokens, and what the family's forward takes beside the tokens."""
+        """Prompts as texts and as tokens, and the other inputs of the family's forward."""
         texts = []
         for s in samples:
             try:
@@ -90,10 +90,10 @@ class VQACollator:
             for s in samples
         ]
         made = self._call(
-            images=pictures if any(pictures) else None,  # some families want them by sample
+            images=pictures if any(pictures) else None,  # some families need them grouped by sample
             text=list(texts),
-            padding=True,  # PaliGemma's processor cannot do without; it is taken off again
-            padding_side="right",  # positions of InstructBLIP's second text are counted from its first column
+            padding=True,  # PaliGemma's processor needs it; it is removed below
+            padding_side="right",  # InstructBLIP counts positions of its second text from the first column
             add_special_tokens=self._form.add_special_tokens,
         )
         tokens = {k: np.array(made.pop(k)) for k in _BY_TOKEN if k in made}
@@ -105,7 +105,7 @@ class VQACollator:
     def _close(
         self, texts: Sequence[str], rows: Sequence[Row], answers: Sequence[tuple[str, str]]
     ) -> dict[str, torch.Tensor]:
-        """Prompts closed by these answers, each with what errors call it."""
+        """Prompts followed by these answers; each answer comes with its name in errors."""
         closed, kind = [], {"attention_mask": 1, "token_type_ids": int(self._form.takes_suffix)}
         closings = [self._form.closing(answer, name) for answer, name in answers]
         for row, response in zip(rows, self._form.responses(texts, closings), strict=True):
@@ -122,7 +122,7 @@ class VQACollator:
         return self._padded(closed)
 
     def _padded(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        # Left padding: responses end at the same column, so logits are needed for a few columns only.
+        # Left padding: all responses end in the last column, so logits are needed for a few columns only.
         filling = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
         longest = max(len(row["input_ids"]) for row in rows)
         padded = {k: torch.full((len(rows), longest), filling.get(k, 0)) for k in rows[0]}
@@ -143,10 +143,10 @@ class VQACollator:
 
 
 def negative_texts(batch: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Those of `negative_KEY` (N, K, M) that the batch has, as texts (N * K, M): row i * K + k belongs to sample i.
+    """The batch's `negative_KEY` (N, K, M) for each of `keys`, as (N * K, M): row i * K + k belongs to sample i.
 
     Raises:
-        ValueError: they have another shape, so it is not known to which samples they belong.
+        ValueError: another shape, from which it is unknown to which samples they belong.
     """
     found = {}
     for key in keys:
@@ -178,7 +178,7 @@ def _checked(samples: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
             raise ValueError(f"sample {i} has the id {sample.id!r:.80}; expected a text or a number") from None
         if not isinstance(sample.images, (list, tuple)):
             raise ValueError(
-                f"{_name(sample)} has a {type(sample.images).__name__} as images; expected a tuple, of one image too"
+                f"{_name(sample)} has a {type(sample.images).__name__} as images; expected a tuple, also for one image"
             )
     return checked
 

@@ -1,9 +1,9 @@
-"""Control tokens (`</s>`, `<image>`, `<|im_start|>`, ...): what users write must never become one.
+"""Control tokens (`</s>`, `<image>`, `<|im_start|>`, ...): user text must never become one.
 
-A tokenizer reads such a string as one token wherever it stands, in the template or in a user's question. So the two are
-written differently where a text of a user holds one: the user's own characters are kept apart by `BREAK`, and a copy of
-the tokenizer knows control tokens only behind `GENUINE`. The processor in between works on the text as ever. A text
-without such strings is left to the processor's own tokenizer.
+A tokenizer reads such a string as one token wherever it occurs, in the template or in a user's question. If user text
+contains one, the two are therefore written differently: `BREAK` separates the characters of the user text, and a copy
+of the tokenizer recognises control tokens only after `GENUINE`. The processor works on the text as usual. Text without
+such strings goes to the processor's own tokenizer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-# Noncharacters: Unicode reserves them for use inside a program, and no text holds them.
+# Noncharacters: Unicode reserves them for internal use, so no text contains them.
 BREAK, GENUINE = "\ufdd0", "\ufdd1"
 
 
 class ControlTokens:
     """The control tokens of a processor's tokenizers.
 
-    They are the special tokens, those that the processor names (`image_token`, ...) and the added tokens that its chat
-    template writes (`<think>`, `<tool_call>`). White space is none.
+    These are the special tokens, those named by the processor (`image_token`, ...) and the added tokens in its chat
+    template (`<think>`, `<tool_call>`), but never white space.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -45,27 +45,27 @@ class ControlTokens:
         return self._pattern.findall(text)
 
     def tokenizer(self, name: str = "tokenizer") -> ReadAsText:
-        """What reads texts with `kept_apart` parts."""
+        """The tokenizer for texts with `kept_apart` parts."""
         return self._read_as_text[name]
 
     def into(self, processor: Any) -> None:
-        """Gives the processor tokenizers that read such texts."""
+        """Replaces the processor's tokenizers by those for such texts."""
         for name, own in self._read_as_text.items():
             setattr(processor, name, own)
 
 
 def kept_apart(text: str) -> str:
-    """The text with `BREAK` between its characters. White space at its ends stays, for templates that strip it."""
+    """The text with `BREAK` between its characters. White space at its ends is kept, for templates that strip it."""
     core = text.strip()
     start = text.index(core)
     return text[:start] + BREAK.join(core) + text[start + len(core) :]
 
 
 class ReadAsText:
-    """Stands in for a tokenizer: characters that are `kept_apart` are read as text, whatever they spell.
+    """Replaces a tokenizer: characters that are `kept_apart` are read as text, whatever they spell.
 
     Raises (when called):
-        ValueError: a tokenizer that is not of the `tokenizers` library, or that spells a control token from text.
+        ValueError: a tokenizer that is not from the `tokenizers` library, or that makes a control token from text.
     """
 
     def __init__(self, tokenizer: Any, tokens: Iterable[str]) -> None:
@@ -74,12 +74,12 @@ class ReadAsText:
         self._marked: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_own":  # asked for while it is copied or pickled, before it is set up
+        if name.startswith("__") or name == "_own":  # while it is copied or pickled, before __init__ has run
             raise AttributeError(name)
         return getattr(self._own, name)
 
     def __call__(self, text: str | Sequence[str], **kwargs: Any) -> Any:
-        if not any(BREAK in t for t in text):  # texts, or the characters of one
+        if not any(BREAK in t for t in text):  # a list of texts, or the characters of one text
             return self._own(text, **kwargs)
         if isinstance(text, str):
             return BatchEncoding({k: v[0] for k, v in self([text], **kwargs).items()})
@@ -91,8 +91,8 @@ class ReadAsText:
         return made
 
     def _check(self, spelt: Sequence[str], made: Any, adds: bool) -> None:
-        """Each text has the control tokens that were marked, and those that the tokenizer adds, and no other."""
-        unknown = self._own.unk_token  # what characters become that the tokenizer does not know
+        """Each text has exactly the marked control tokens and those that the tokenizer adds."""
+        unknown = self._own.unk_token  # the token of unknown characters
         tokens = {t: i for t in self._tokens if t != unknown and (i := self._own.convert_tokens_to_ids(t)) is not None}
         ids, added = set(tokens.values()), self._own.num_special_tokens_to_add() if adds else 0
         for text, row, mask in zip(spelt, made["input_ids"], made["attention_mask"], strict=True):
@@ -100,7 +100,7 @@ class ReadAsText:
             found = sum(int(i) in ids for i, own in zip(row, mask, strict=True) if own)
             if found != expected:
                 raise ValueError(
-                    f"{type(self._own).__name__} makes {found} control tokens of a text that has {expected} "
+                    f"{type(self._own).__name__} makes {found} control tokens from a text that has {expected} "
                     f"({text.replace(GENUINE, '')[-80:]!r}), so it cannot read them as text; take them out of the text"
                 )
 
@@ -120,12 +120,12 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     longest = sorted(filter(None, tokens), key=len, reverse=True)
     if not longest:
         return re.compile("(?!)")
-    first = re.escape("".join(sorted({t[0] for t in longest})))  # hundreds of tokens are looked at only behind a "<"
+    first = re.escape("".join(sorted({t[0] for t in longest})))  # hundreds of tokens are tried only after a "<"
     return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, longest))})")
 
 
 def _marked(tokenizer: Any, tokens: frozenset[str]) -> Any:
-    """A tokenizer of the same ids that knows these tokens by `GENUINE` and their name."""
+    """A tokenizer with the same ids, in which these tokens are written `GENUINE` + name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(
@@ -133,7 +133,7 @@ def _marked(tokenizer: Any, tokens: frozenset[str]) -> Any:
             "take them out of the text"
         )
     spec = json.loads(backend.to_str())
-    spec["padding"] = spec["truncation"] = None  # they come with each call
+    spec["padding"] = spec["truncation"] = None  # set in each call
     for token in spec["added_tokens"]:
         if token["content"] in tokens:
             token["content"] = GENUINE + token["content"]
@@ -159,5 +159,5 @@ def _marked(tokenizer: Any, tokens: frozenset[str]) -> Any:
         model_max_length=tokenizer.model_max_length,
         **special,
     )
-    marked.backend_tokenizer.post_processor = copy.copy(renamed.post_processor)  # as it was, whatever the class sets
+    marked.backend_tokenizer.post_processor = copy.copy(renamed.post_processor)  # the class may have changed it
     return marked

@@ -1,8 +1,8 @@
 """easy-VQA: 64 x 64 pictures of one coloured shape and questions about it (MIT, victorzhou/easy-VQA).
 
 The package `easy-vqa` ships 4,000 training and 1,000 test pictures. Its training pictures are divided here into
-`train` (95%) and `calibration` (every twentieth picture), so that a detector's threshold is never set on pictures
-the model was fitted to, nor on the test split.
+`train` (95%) and `calibration` (every twentieth picture), so that a detector's threshold is set neither on training
+pictures of the model nor on the test split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def answer_choices(answer: str) -> tuple[str, ...]:
     for choices in (COLORS, SHAPES, YES_NO):
         if answer in choices:
             return choices
-    raise ValueError(f"{answer!r} is no easy-VQA answer; expected one of {COLORS + SHAPES + YES_NO}")
+    raise ValueError(f"{answer!r} is not an easy-VQA answer; expected one of {COLORS + SHAPES + YES_NO}")
 
 
 @lru_cache(maxsize=2)
@@ -48,12 +48,12 @@ class EasyVQA(Sequence[Sample]):
 
     Args:
         split: `train`, `calibration` (both from the package's training part) or `test`.
-        limit: how many questions to keep, drawn with `seed`; None keeps all (38,575 in train and calibration together,
+        limit: number of questions, drawn with `seed`; None keeps all (38,575 in train and calibration together,
             9,673 in test).
-        seed: of the draw; the same seed and limit give the same questions.
+        seed: for drawing; the same seed and limit give the same questions.
 
-    A `Sample` has the `id` of its place in the official question list, so that a result can be traced, one image (uint8
-    array, 64 x 64 x 3), and as `choices` the answers of the same kind.
+    The `id` of a `Sample` is its index in the official question list, so that results can be traced. It has one image
+    (uint8 array, 64 x 64 x 3), and its `choices` are the answers of the same kind.
     """
 
     name = "easyvqa"
@@ -97,9 +97,9 @@ class EasyVQA(Sequence[Sample]):
         )
 
     def picture_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures with the colour and shape that this split's own questions give away.
+        """Pictures with the colour and shape that this split's own questions reveal.
 
-        Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 where no question tells. Only
+        Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 if no question reveals it. Only
         facts stated by an answer are used ("what color ...?" or a "yes" to a question without a negation).
         """
         import torch

@@ -1,4 +1,4 @@
-"""A picture as a record has it: a path, bytes, base64, or a picture in memory. Nothing is decoded here."""
+"""Pictures in records: a path, bytes, base64, or a picture in memory. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-# How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64; JPEG's looks like a path, which would not be so long.
+# How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64. JPEG's looks like a path, but a path is not that long.
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 
 
 def picture_of(value: Any, name: str, folder: Path | None) -> Any:
-    """What `Sample.images` holds: an absolute path, {"bytes", "path"}, or a picture or array as it is.
+    """The value for `Sample.images`: an absolute path, {"bytes", "path"}, or an unchanged picture or array.
 
     Args:
-        name: what errors call it.
-        folder: what a path is relative to; None: a relative path stays as it is.
+        name: its name in errors.
+        folder: the folder that paths are relative to; None leaves a relative path unchanged.
 
     Raises:
         ValueError: a URL, broken base64, or a value that is not a picture.

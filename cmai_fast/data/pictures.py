@@ -1,7 +1,7 @@
-"""The one reader of pictures: whatever people hand in becomes 8-bit RGB as a viewer would show it, or an error says
-why not. Guard, collator, commands and data formats all read with it, so they all see the same pixels.
+"""The reader of pictures: any input becomes 8-bit RGB as a viewer would show it, or an error says why not. Guard,
+collator, commands and data formats all use it, so they all see the same pixels.
 
-Colour profiles (ICC) are not applied, as no data set's own loader does.
+Colour profiles (ICC) are not applied; the loaders of data sets do not apply them either.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-# A PSD opens as its composite, and an MPO (what many phones and cameras call .jpg) as its main photo.
+# A PSD opens as its composite, and an MPO (which many phones and cameras name .jpg) as its main photo.
 _FIRST_FRAME_IS_THE_PICTURE = ("PSD", "MPO")
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode "I" holds 0 to 65535, as Pillow reads them
 _ORIENTATION = 0x0112  # the EXIF tag
-_BITS, _PHOTOMETRIC = 258, 262  # TIFF tags; a photometric interpretation of 0 is one whose zero is white
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF tags; a photometric interpretation of 0 means that zero is white
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,12 +48,11 @@ def read_picture(image: Any, name: str = "image") -> Image.Image:
             - a PIL picture;
             - a NumPy array or PyTorch tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8, uint16
               (0 to 65535), bool, or floats in [0, 1], which are rounded to 8 bits as a saved file would be.
-        name: what errors call it; a path is named with it.
+        name: its name in errors, which also give the path.
 
     Raises:
-        ValueError: not there, empty, not readable or truncated, too large for Pillow (`Image.MAX_IMAGE_PIXELS`),
-            several frames or pages, NaN, values out of range, a depth or a shape that can be read in two ways, or
-            nothing that can be a picture.
+        ValueError: a missing, empty, unreadable or truncated file, too large for Pillow (`Image.MAX_IMAGE_PIXELS`),
+            several frames or pages, NaN, values out of range, an ambiguous depth or shape, or not a picture.
     """
     if isinstance(image, Mapping):
         image, name = _of_dict(image, name)
@@ -80,10 +79,10 @@ def read_picture(image: Any, name: str = "image") -> Image.Image:
 
 
 def expected_size(processor: Any) -> tuple[int, int] | None:
-    """(height, width) that the processor's image processor ends with; None where it takes pictures of any size."""
+    """(height, width) of the image processor's output; None if it does not have a fixed size."""
     images = processor.image_processor
     cut = getattr(processor, "images_kwargs", {}).get("crop_to_patches", getattr(images, "crop_to_patches", False))
-    if cut or getattr(images, "image_grid_pinpoints", None):  # tiles of that size
+    if cut or getattr(images, "image_grid_pinpoints", None):  # the size is that of tiles
         return None
     size = getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
     fixed = dict(size) if size else {}
@@ -128,7 +127,7 @@ def _of_data_url(url: str, name: str) -> bytes:
 
 
 def _of_file(file: Any, name: str) -> bytes:
-    """The whole file, wherever it was read to; its position is given back, so it can be read again."""
+    """The whole file, from its start; the file position is restored, so it can be read again."""
     if hasattr(file, "seekable") and file.seekable():
         place = file.tell()
         file.seek(0)
@@ -138,7 +137,7 @@ def _of_file(file: Any, name: str) -> bytes:
         content = file.read()
     if not isinstance(content, bytes):
         raise ValueError(
-            f"{name} is a file that gives {type(content).__name__}; expected one opened in binary mode, 'rb'"
+            f"{name} is a file that returns {type(content).__name__}; expected one opened in binary mode, 'rb'"
         )
     return content
 
@@ -151,13 +150,13 @@ def _decoded(content: bytes | bytearray | memoryview, name: str) -> Image.Image:
             f"{name} cannot be read as an image ({len(content)} bytes of no known format); expected a whole PNG, JPEG "
             "or another format that Pillow reads"
         ) from None
-    except Exception as error:  # decoders of many formats, each with exceptions of its own; too many pixels
+    except Exception as error:  # each decoder has its own exceptions; also too many pixels
         raise ValueError(f"{name} cannot be read as an image ({error}); expected a whole image file") from error
     return _shown(picture, name)
 
 
 def _shown(picture: Image.Image, name: str) -> Image.Image:
-    """Pixels decoded (a truncated file is found here), upright, on white, in 8-bit RGB; nothing else of the picture."""
+    """The decoded pixels (a truncated file fails here), upright, on white, in 8-bit RGB, without metadata."""
     if 0 in picture.size:
         raise ValueError(f"{name} is {picture.width} x {picture.height} pixels; expected a picture that is not empty")
     if picture.format == "EPS":
@@ -172,7 +171,7 @@ def _shown(picture: Image.Image, name: str) -> Image.Image:
         picture.load()
         tags = getattr(picture, "tag_v2", {})  # of a TIFF
         shown = _eight_bits(_upright(picture), picture.format, 2 ** tags.get(_BITS, (16,))[0] - 1, name)
-        if picture.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0:  # which Pillow does for 8 bits alone
+        if picture.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0:  # Pillow inverts only 8-bit images
             shown = ImageOps.invert(shown)
         return _on_white(shown)
     except _RefusedError:
@@ -182,13 +181,13 @@ def _shown(picture: Image.Image, name: str) -> Image.Image:
 
 
 class _RefusedError(ValueError):
-    """What was said already, and is no failure of a decoder."""
+    """A message that is complete already, as opposed to a decoder's failure."""
 
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a viewer shows a picture whose EXIF is damaged as it is stored
+    except Exception:  # viewers ignore damaged EXIF
         orientation = 1
     how = _UPRIGHT.get(orientation)
     return picture if how is None else picture.transpose(how)
@@ -212,7 +211,7 @@ def _eight_bits(picture: Image.Image, file_format: str | None, white: int, name:
     if mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         shown = ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB")
-        assert shown is not None  # only None where it changes the picture in place
+        assert shown is not None  # None only if it works in place
         return shown
     return picture
 
@@ -224,12 +223,12 @@ def _on_white(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
-    picture.info = {}  # EXIF, transparency: they are applied, and must not be applied again
+    picture.info = {}  # EXIF and transparency have been applied
     return picture
 
 
 def _scaled(levels: np.ndarray, white: int = 65535) -> np.ndarray:
-    """0 to `white` to the nearest of 0 to 255."""
+    """Levels from 0 to `white`, scaled and rounded to 0 to 255."""
     return ((levels.astype(np.int64) * 255 + white // 2) // white).astype(np.uint8)
 
 
@@ -240,8 +239,8 @@ def _of_array(array: np.ndarray, name: str) -> Image.Image:
     elif array.dtype == np.uint16:
         if 0 < array.max() <= 255:
             raise ValueError(
-                f"{name} is uint16 with values up to {array.max()}, which would be black; expected 0 to 65535. Pass "
-                "8-bit levels as uint8"
+                f"{name} is uint16 with values up to {array.max()}, which would look black; expected 0 to 65535. "
+                "Pass 8-bit levels as uint8"
             )
         array = _scaled(array)
     elif np.issubdtype(array.dtype, np.floating):
@@ -265,8 +264,8 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
         )
     if first and last:
         raise ValueError(
-            f"{name} has shape {array.shape}, whose channels can be the first or the last; pass a PIL picture, which "
-            "says"
+            f"{name} has shape {array.shape}, in which the channels may be first or last; pass a PIL picture, which is "
+            "unambiguous"
         )
     return array if last else array.transpose(1, 2, 0)
 
@@ -278,8 +277,8 @@ def _of_floats(array: np.ndarray, name: str) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
     if low < 0 or high > 1:
         raise _RefusedError(
-            f"{name} has floats from {low:g} to {high:g}; expected [0, 1]. Divide 0 to 255 by 255, clip what lies "
-            "barely outside, and undo a processor's normalisation"
+            f"{name} has floats from {low:g} to {high:g}; expected [0, 1]. Divide 0 to 255 by 255, clip values "
+            "slightly outside, and undo a processor's normalisation"
         )
-    exact = array.astype(np.promote_types(array.dtype, np.float32))  # float16 has no room for 255 levels
+    exact = array.astype(np.promote_types(array.dtype, np.float32))  # float16 is too coarse for 255 levels
     return np.round(exact * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""How a processor's family asks a question about an image, and how it closes an answer."""
+"""The prompt format of each processor family, and how an answer ends."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 from cmai_fast.data.control import BREAK, GENUINE, ControlTokens, kept_apart
 
-_PROBE = "zebra"  # a word that no template holds
+_PROBE = "zebra"  # a word that no template contains
 
 
 def format_prompt(processor: Any, question: str, images: int = 1) -> str:
-    """The prompt for a question about so many images, up to where the model answers: what `processor(text=...)` takes.
+    """The prompt for a question about `images` images, up to the answer, as `processor(text=...)` takes it.
 
-    That of the processor's chat template, images first. Without one: `answer en QUESTION` where the processor takes the
-    response as `suffix` (PaliGemma, Beyer et al., 2024, section 3), `Question: QUESTION Answer:` where it puts the
+    It is made by the processor's chat template, images first. Without one: `answer en QUESTION` if the processor takes
+    the response as `suffix` (PaliGemma, Beyer et al., 2024, section 3), `Question: QUESTION Answer:` if it puts the
     image before any text (BLIP-2, Li et al., 2023, appendix; InstructBLIP).
 
     Raises:
-        ValueError: the processor has no chat template and no known form, or its family takes another number of images.
+        ValueError: the processor has no chat template and no known form, or does not take this number of images.
     """
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template([_asked(question, images)], add_generation_prompt=True)
@@ -33,13 +33,13 @@ def format_prompt(processor: Any, question: str, images: int = 1) -> str:
             raise ValueError(f"{type(processor).__name__} takes one image per prompt, not {images}")
         return f"Question: {question} Answer:"
     raise ValueError(
-        f"{type(processor).__name__} has no chat template, so it is not known how to ask; set processor.chat_template "
-        "to that of the model's documentation"
+        f"{type(processor).__name__} has no chat template, so the prompt format is unknown; set "
+        "processor.chat_template to that of the model's documentation"
     )
 
 
 def takes_suffix(processor: Any) -> bool:
-    """Whether the processor is given the response apart from the prompt, which alone is read in both directions."""
+    """Whether the processor takes the response separately; only the prompt is read in both directions."""
     if "suffix" in inspect.signature(processor.__call__).parameters:
         return True
     kinds = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
@@ -50,11 +50,11 @@ class PromptForm:
     """Prompts and responses of one processor.
 
     Args:
-        control_tokens: what becomes of control tokens (`</s>`, `<image>`) in a text of the user's: "text" reads them
-            as text, "refuse" raises a ValueError.
+        control_tokens: how control tokens (`</s>`, `<image>`) in user text are treated: "text" reads them as text,
+            "refuse" raises a ValueError.
 
     Raises:
-        ValueError: a template that does not continue its own prompt with an answer, no end or padding token, or no
+        ValueError: a template whose prompt does not match the text before an answer, or no end token, padding token or
             number of query tokens.
     """
 
@@ -69,18 +69,18 @@ class PromptForm:
                 raise ValueError(f"{type(self.tokenizer).__name__} has no {name}; set it to one that the model knows")
         if getattr(processor, "num_query_tokens", 0) is None:
             raise ValueError(
-                f"{type(processor).__name__}.num_query_tokens is None, so the image has no place in the text; set it "
-                "to the num_query_tokens of the model's config"
+                f"{type(processor).__name__}.num_query_tokens is None, so the text has no placeholder for the image; "
+                "set it to the num_query_tokens of the model's config"
             )
         asked = format_prompt(processor, _PROBE)
         self.lead, self.end = self._closing(asked)
-        # As apply_chat_template does it: templates that write the first token themselves would get it twice.
+        # As in apply_chat_template: a template that writes the first token itself would get it twice.
         bos = self.tokenizer.bos_token
         self.add_special_tokens = not (bos is not None and asked.startswith(bos))
-        self._own_control: dict[Any, list[str]] = {}  # control tokens that the form itself writes
+        self._own_control: dict[Any, list[str]] = {}  # control tokens of the form itself
 
     def _closing(self, prompt: str) -> tuple[str, str]:
-        """What stands between prompt and answer, and the token that ends the answer."""
+        """The text between prompt and answer, and the token that ends the answer."""
         if self.takes_suffix:
             return "", self.tokenizer.eos_token
         if not getattr(self.processor, "chat_template", None):
@@ -90,25 +90,25 @@ class PromptForm:
         before, _, after = whole.rpartition(_PROBE * 2)
         if before.startswith(prompt):
             lead = before[len(prompt) :]
-        elif before.split() == prompt.split():  # LLaVA-OneVision's own template differs from itself by a space
+        elif before.split() == prompt.split():  # LLaVA-OneVision's template differs by a space between the two
             lead = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
         else:
             raise ValueError(
-                f"the chat template asks with {prompt[-40:]!r} and answers after {before[-40:]!r}; these must be the "
-                "same, or a model would be trained on what it is never asked. Set processor.chat_template to another"
+                f"the prompt of the chat template ends with {prompt[-40:]!r}, but its answers follow {before[-40:]!r}; "
+                "expected the same, or training and use would differ. Set processor.chat_template to another"
             )
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         ends = [token for token in special if after.lstrip().startswith(token)]
         return lead, max(ends, key=len, default=self.tokenizer.eos_token)
 
     def prompt(self, question: str, images: int, name: str) -> str:
-        """`format_prompt`, with the control tokens of the question read as text. Errors call the question `name`."""
+        """`format_prompt`, with control tokens in the question read as text. `name`: the question's name in errors."""
         if images not in self._own_control and getattr(self.processor, "chat_template", None):
             self._check_places(images)
         return self._filled(lambda text: format_prompt(self.processor, text, images), images, question, name)
 
     def _check_places(self, images: int) -> None:
-        """The template writes a place for each image (some write one, whatever they are given)."""
+        """Checks that the template writes a placeholder per image (some always write one)."""
         token = str(getattr(self.processor, "image_token", None))
         one, found = (format_prompt(self.processor, _PROBE, n).count(token) for n in (1, images))
         if one == 1 and found != images:
@@ -118,7 +118,7 @@ class PromptForm:
             )
 
     def closing(self, answer: str, name: str) -> str:
-        """What follows a prompt: the answer and its end, with the control tokens of the answer read as text."""
+        """The text after a prompt: answer and end token, with the control tokens of the answer read as text."""
         return self._filled(lambda text: f"{self.lead}{text}{self.end}", "closing", answer, name)
 
     def _filled(self, form: Callable[[str], str], kind: Any, text: Any, name: str) -> str:
@@ -131,13 +131,13 @@ class PromptForm:
         if self._refuse:
             found = ", ".join(self.control.find(text)) or filled
             raise ValueError(
-                f"{name} is {text!r:.200} and makes the control tokens {found}; take them out, or pass "
+                f"{name} is {text!r:.200} and holds the control tokens {found}; remove them, or pass "
                 "control_tokens='text' to have them read as text"
             )
         return form(kept_apart(text))
 
     def responses(self, prompts: Sequence[str], closings: Sequence[str]) -> list[list[int]]:
-        """Tokens of each closing, as they follow the tokens of its prompt.
+        """Tokens of each closing after the tokens of its prompt.
 
         Raises:
             ValueError: the tokens of a prompt change when its answer follows.
@@ -153,8 +153,8 @@ class PromptForm:
             if row[: len(start)] != start:
                 prompt, text = (t.replace(BREAK, "") for t in (prompt, text))
                 raise ValueError(
-                    f"the tokens of the prompt {prompt[-40:]!r} change when {text!r} follows, so it is not what the "
-                    "model goes on from when it is asked; use a template that ends in a token of its own"
+                    f"the tokens of the prompt {prompt[-40:]!r} change when {text!r} follows, so training and use "
+                    "would differ; use a template whose prompt ends in a special token"
                 )
         return [row[len(start) :] for start, row in zip(own, whole, strict=True)]
 
@@ -165,7 +165,7 @@ def _check_text(text: Any, name: str) -> None:
     bad = re.search(f"[\ud800-\udfff{BREAK}{GENUINE}]", text)
     if bad:
         raise ValueError(
-            f"{name} holds U+{ord(bad[0]):04X} at character {bad.start()}, which is no character of a text; take it out"
+            f"{name} holds U+{ord(bad[0]):04X} at character {bad.start()}, which is not a text character; remove it"
         )
 
 

@@ -1,4 +1,4 @@
-"""From one record, by the names people use, to a `Sample`; what is wrong is named with file, line and sample.
+"""Makes a `Sample` from a record with any of the common key names; errors name file, line and sample.
 
 docs/data.md lists the keys. Nothing here decodes a picture or imports PyTorch.
 """
@@ -26,7 +26,7 @@ IDS = ("id", "sample_id", "question_id")
 CHOICES = ("choices",)
 GROUPS = (PICTURES, QUESTIONS, ANSWERS, CHATS, IDS, CHOICES)
 KEYS = tuple(key for group in GROUPS for key in group)
-LISTS = ("images", "file_names", "answers", "captions", "choices", *CHATS)  # what one cell of a table has to spell out
+LISTS = ("images", "file_names", "answers", "captions", "choices", *CHATS)  # written as text in a table cell
 NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -44,13 +44,13 @@ def sample_of(
     Args:
         record: a mapping with keys among `KEYS`; other keys are ignored.
         where: file and line, for errors.
-        place: the id of a record that has none.
-        folder: what paths of pictures are relative to; None: the working directory.
-        fields: our key to theirs, as `--map question=text`; a mapped key takes the place of the others of its group.
-        pictures: False for a record without its pictures, whose text alone is to be checked.
+        place: the id of a record without one.
+        folder: the folder that picture paths are relative to; None: the working directory.
+        fields: our key to theirs, as `--map question=text`; a mapped key replaces the other keys of its group.
+        pictures: False for a record without its pictures, of which only the text is checked.
 
     Raises:
-        ValueError: naming `where`, the sample, the key, what was found and what was expected.
+        ValueError: names `where`, the sample, the key, what was found and what was expected.
     """
     row = _Row(record, where, place, fields)
     chat = row.chat()
@@ -76,10 +76,10 @@ def check_fields(fields: Mapping[str, str]) -> None:
 
 
 def check_unique(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples in a list.
+    """The samples as a list.
 
     Raises:
-        ValueError: two of one id, with the places of both.
+        ValueError: two samples with one id; names both.
     """
     seen: dict[Any, Sample] = {}
     for sample in samples:
@@ -93,7 +93,7 @@ def check_unique(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def listed(cell: str | None, name: str) -> list[Any] | None:
-    """A list from one cell of a table: a JSON list, or texts separated by `|`."""
+    """The list in a table cell: a JSON list, or texts separated by `|`."""
     if cell is None:
         return None
     if not cell.lstrip().startswith("["):
@@ -138,7 +138,7 @@ class _Row:
                 raise self.error(f"no key {theirs!r}, which --map {own}={theirs} names; {self._has()}")
             mapped[own] = record[theirs]
         for group in GROUPS:
-            # A question that was named takes the place of a chat; a chat that of a question and its answer.
+            # A mapped question replaces a chat; a mapped chat replaces question and answer.
             more = CHATS if group == QUESTIONS else (*QUESTIONS, *ANSWERS) if group == CHATS else ()
             rivals = (*group, *more)
             if any(key in mapped for key in group):
@@ -160,7 +160,7 @@ class _Row:
         """The key of the group that has a value."""
         present = [key for key in group if self.values.get(key) is not None]
         if len(present) > 1 and group != IDS:
-            raise self.error(f"both {present[0]} and {present[1]} are there; choose one: --map {present[0]}=KEY")
+            raise self.error(f"found both {present[0]} and {present[1]}; choose one: --map {present[0]}=KEY")
         return present[0] if present else None
 
     def pictures(self) -> list[tuple[str, Any]]:
@@ -176,7 +176,7 @@ class _Row:
         return [(f"{key}[{i}]", v) for i, v in enumerate(value)]
 
     def check_unread(self) -> None:
-        """A picture under a key that nobody reads would turn a question about it into one without."""
+        """Refuses a picture under an unknown key: ignoring it would ask the question without its picture."""
         for key, value in self.rest.items():
             path = isinstance(value, str) and value.lower().endswith(_SUFFIXES)
             data = isinstance(value, Mapping) and {"bytes", "path"} <= set(value)
@@ -193,7 +193,7 @@ class _Row:
             return None
         rival = self._one_of(QUESTIONS)
         if rival is not None:
-            raise self.error(f"both {key} and {rival} are there; choose: --map {key}={key} or --map {rival}={rival}")
+            raise self.error(f"found both {key} and {rival}; choose: --map {key}={key} or --map {rival}={rival}")
         turns: Any = self.values[key]
         if isinstance(turns, str):  # a cell of a table
             turns = listed(turns, self.name(key))
@@ -206,7 +206,7 @@ class _Row:
             if empty is not None:
                 raise self.error(f"{empty} is empty; expected a text")
             if any(self.values.get(key) is not None for key in ("caption", "captions")):
-                return ""  # a picture and its text: what dual encoders take
+                return ""  # a picture and its caption, for dual encoders
             raise self.error(
                 f"no question; expected {', '.join(QUESTIONS + CHATS)} (or caption, for a picture and its text); "
                 f"{self._has()}. Other names: --map question=KEY"
@@ -217,16 +217,16 @@ class _Row:
         return value
 
     def only(self, answer: str) -> tuple[str, ...]:
-        """The answer of a chat, where the record gives no other; one that --map names comes first."""
+        """The answer of a chat, unless the record gives another; one named by --map takes precedence."""
         if self.mapped & set(ANSWERS):
             return self.answers()
         rival = next((key for key in ("answer", "answers", "completion") if self.values.get(key) is not None), None)
         if rival is not None:
-            raise self.error(f"the chat ends with an answer, and {rival} is there too; choose: --map answer={rival}")
+            raise self.error(f"the chat ends with an answer, and there is also {rival}; choose: --map answer={rival}")
         return (answer,)
 
     def answers(self) -> tuple[str, ...]:
-        """Right answers, the one that training uses first; repeated ones are kept, as scorers count them."""
+        """Right answers; training uses the first. Duplicates are kept, since some scorers count them."""
         captions = ("caption", "captions")
         there = [k for k in ANSWERS if k in self.values and k not in captions] or [
             k for k in captions if k in self.values
@@ -237,7 +237,7 @@ class _Row:
         found: list[str] = []
         for key in given:
             texts = self._texts(key, nested="answer")
-            if found and texts.count(found[0]):  # `answer` is one of `answers`: it moves to the front
+            if found and texts.count(found[0]):  # `answer` is also in `answers`: it comes first
                 texts.remove(found[0])
             found += texts
         return tuple(found)
@@ -279,7 +279,7 @@ class _Row:
 
 
 def _shown(value: Any) -> str:
-    """A value as errors show it: short, with its type where that is not plain."""
+    """A value for errors: shortened, with its type if that is not plain."""
     text = repr(value)
     text = text if len(text) <= 60 else text[:57] + "..."
     plain = value is None or isinstance(value, (str, int, float))

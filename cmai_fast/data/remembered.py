@@ -1,4 +1,4 @@
-"""An image processor that remembers small pictures: a data set asks several questions about each."""
+"""An image processor with a cache of small pictures, since a data set asks several questions about each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SMALL, _ROOM = 64 * 64 * 3, 250_000_000
 
 
 class RememberedPictures:
-    """Stands in for the image processor of a processor.
+    """Replaces the image processor of a processor.
 
-    Where each sample has one image, every picture is encoded alone and the results are put one after another, padded
-    behind to one size where they differ (tiles): what the image processor itself makes of them all. Several images per
-    sample, or none, are left to the image processor: families differ in how they put them together.
+    If each sample has one image, every picture is encoded alone and the results are concatenated, padded at the end to
+    one size if they differ (tiles). This equals the image processor's own result for the batch. Several images per
+    sample, or none, go to the image processor itself, since families combine them differently.
     """
 
     def __init__(self, image_processor: Any) -> None:
@@ -27,7 +27,7 @@ class RememberedPictures:
         self._room = _ROOM
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_own":  # asked for while it is copied or pickled, before it is set up
+        if name.startswith("__") or name == "_own":  # while it is copied or pickled, before __init__ has run
             raise AttributeError(name)
         return getattr(self._own, name)
 
@@ -38,7 +38,7 @@ class RememberedPictures:
         return {k: _one_after_another([e[k] for e in encoded]) for k in encoded[0]}
 
     def _encode(self, image: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        # RGB only: of other modes the values are not all (a palette gives them their colours).
+        # RGB only: in other modes the bytes do not define the picture (a palette holds the colours).
         small = isinstance(image, Image.Image) and image.mode == "RGB" and 3 * image.width * image.height <= _SMALL
         key = (image.size, image.tobytes()) if small else None
         value = self._known.get(key)
@@ -52,7 +52,7 @@ class RememberedPictures:
 
 
 def _one_after_another(values: list[Any]) -> Any:
-    """Lists in one list, tensors (n_i, ...) in one (sum of n_i, ...), zeros behind where they are smaller."""
+    """Concatenates lists, or tensors (n_i, ...) into (sum of n_i, ...), zero-padded at the end to the largest size."""
     if not isinstance(values[0], torch.Tensor):
         return [item for value in values for item in value]
     largest = [max(sizes) for sizes in zip(*(v.shape[1:] for v in values), strict=True)]

@@ -1,4 +1,4 @@
-"""One thing that is asked, as every part of the library passes it on."""
+"""`Sample`, the unit of data in every part of the library."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """Images, a prompt about them, and what would be right.
+    """Images, a prompt about them, and the right answers.
 
     Attributes:
-        id: names the sample in results; unique in its data set.
-        images: none, one or several, each anything that `data.pictures` reads (path, PIL picture, array, bytes).
-        prompt: the question or instruction; empty where a model takes none (dual encoders).
-        references: right answers, at least one wherever a model is trained or measured; training uses the first.
-        choices: the answers that were to choose from, right and wrong; empty where the answer is open.
-        where: the file and line that the sample was read from, for errors; empty if it was made in memory.
+        id: the sample's name in results; unique in its data set.
+        images: none, one or several, each anything that `data.pictures` reads (path, PIL image, array, bytes).
+        prompt: the question or instruction; empty for models that take none (dual encoders).
+        references: right answers; training and evaluation need at least one, and training uses the first.
+        choices: the answers to choose from, right and wrong; empty if the question is open.
+        where: file and line of the record, for errors; empty if the sample was made in memory.
     """
 
     id: str | int
@@ -30,13 +30,13 @@ class Sample:
 
     @classmethod
     def of(cls, record: Sample | Mapping[str, Any], place: int = 0) -> Sample:
-        """The sample of a record in any of the forms that docs/data.md lists; a `Sample` is returned as it is.
+        """The sample of a record in any of the forms in docs/data.md; a `Sample` is returned unchanged.
 
         Args:
-            place: the record's number in its batch or data set: its id if it has none, and its name in errors.
+            place: the record's number in its batch or data set: its name in errors, and its id if it has none.
 
         Raises:
-            TypeError, ValueError: naming the sample, the key, what was found and what was expected.
+            TypeError, ValueError: names the sample, the key, what was found and what was expected.
         """
         from cmai_fast.data.records import sample_of
 
@@ -44,7 +44,7 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """What errors call the sample: its id, and the file and line where it has one."""
+        """The sample's name in errors: its id, and its file and line if known."""
         return f"sample {self.id!r}" + (f" ({self.where})" if self.where else "")
 
     @property
@@ -60,7 +60,7 @@ class Sample:
 
 
 def numeric_id(sample_id: Hashable) -> int:
-    """The id as operators take it (int64): itself where it is a whole number, else 63 bits of its hash."""
+    """The id as operators take it (int64): an integer unchanged, anything else as 63 bits of its hash."""
     if isinstance(sample_id, int) and not isinstance(sample_id, bool) and -(2**63) <= sample_id < 2**63:
         return sample_id
     return int.from_bytes(hashlib.blake2b(repr(sample_id).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""Where samples come from: a name, a file, a folder or a hub, one split of it at a time.
+"""Data sources: a named data set, a file, a folder or the hub, read one split at a time.
 
 Nothing here imports PyTorch, so a command refuses bad data before it loads a model.
 """
@@ -29,9 +29,9 @@ class DataSource:
         name: a registered name (`easyvqa`), `FORMAT:PLACE` (`jsonl:questions.txt`, `hf:REPO[:CONFIG]`), a file, or a
             folder: of files `train.jsonl`, `calibration.jsonl` (or `validation`), `test.jsonl`; of such folders; or of
             pictures with `metadata.jsonl` or `.csv`.
-        fields: our key to theirs where the records have other names, as {"question": "text"}.
-        split_seed: divides one set of records into the three splits, which share no picture (`splits.divide`).
-            Without it one set of records is whatever split is asked for, but for `train`.
+        fields: our key to theirs, if the records have other names, such as {"question": "text"}.
+        split_seed: divides one set of records into three splits that share no picture (`splits.divide`).
+            Without it, one set of records serves as any split except `train`.
     """
 
     name: str
@@ -39,17 +39,17 @@ class DataSource:
     split_seed: int | None = None
 
     def check(self, *splits: str, answers: bool = False) -> None:
-        """Refuses what can be refused without decoding a picture, importing PyTorch or using the network.
+        """Checks the data without decoding pictures, importing PyTorch or using the network.
 
-        Every record of a local file or folder is read: broken text, records without a question, empty answers,
-        missing pictures, ids that occur twice.
+        Every record of a local file or folder is read. Errors are broken text, records without a question, empty
+        answers, missing pictures and duplicate ids.
 
         Args:
-            splits: those that will be asked for; without them, all that are there.
+            splits: the splits to check; by default all.
             answers: whether every sample needs an answer.
 
         Raises:
-            ValueError: naming file, line and sample.
+            ValueError: names file, line and sample.
         """
         check_fields(self.fields)
         for split in splits:
@@ -67,15 +67,15 @@ class DataSource:
                 check_answers(samples)
 
     def load(self, split: str, limit: int | None = None, seed: int = 0) -> Sequence[Sample]:
-        """The samples of a split; pictures are read when they are used.
+        """The samples of a split; pictures are read on use.
 
         Args:
             split: train, calibration or test.
-            limit: how many samples to draw; None takes all.
-            seed: of the draw; the same seed and limit give the same samples.
+            limit: number of samples to draw; None takes all.
+            seed: for drawing; the same seed and limit give the same samples.
 
         Raises:
-            ValueError: as `check`, or a split that is not there.
+            ValueError: as `check`, or the split does not exist.
         """
         _check_split(split)
         check_fields(self.fields)
@@ -97,9 +97,9 @@ class DataSource:
         return [samples[i] for i in rows] if isinstance(samples, list) else Rows(samples, rows)
 
     def fingerprint(self) -> str:
-        """A short text that changes when records, fields or division change.
+        """A short text that changes when records, fields or split seed change.
 
-        It covers the files of records and not the pictures beside them.
+        It covers the files of records, not the picture files.
         """
         form, place = self._form()
         own = form.fingerprint or digest_of
@@ -107,10 +107,10 @@ class DataSource:
         return hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
 
     def _form(self) -> tuple[Format, str]:
-        """The format and the place behind the name.
+        """The format and the place of `name`.
 
         Raises:
-            ValueError: nothing has that name.
+            ValueError: an unknown name.
         """
         head, colon, rest = self.name.partition(":")
         path = Path(self.name).expanduser()
@@ -125,7 +125,7 @@ class DataSource:
         return format_of_suffix(path), str(path)
 
     def _read(self, form: Format, place: str, split: str) -> Sequence[Sample]:
-        """What the format gives, as a sequence whose ids are unique and whose pictures exist."""
+        """The samples of a place, after checking that ids are unique and pictures exist."""
         samples = form.read(place, split, self.fields)
         if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
             return samples
@@ -148,7 +148,7 @@ class DataSource:
         return ["test"] if self.split_seed is None else list(SPLITS)
 
     def _own_split(self, form: Format, place: str, split: str) -> str:
-        """The split in the format's own words; empty for one set of records."""
+        """The format's own name of the split; empty for one set of records."""
         theirs = form.splits(place)
         if theirs:
             if self.split_seed is not None:
@@ -169,7 +169,7 @@ class DataSource:
 
 
 class Rows(Sequence[Sample]):
-    """Some samples of a sequence that makes them when they are asked for."""
+    """A selection of a sequence that makes its samples on access."""
 
     def __init__(self, samples: Sequence[Sample], rows: Sequence[int]) -> None:
         self._samples, self._rows = samples, rows
@@ -189,7 +189,7 @@ def load_dataset(name: str, split: str, limit: int | None = None, seed: int = 0)
 
 
 def check_answers(samples: Sequence[Sample]) -> None:
-    """Raises ValueError with the samples that have no answer: how many, and the first few."""
+    """Raises ValueError if samples have no answer, with their number and the first few."""
     without = [sample for sample in samples if not sample.references]
     if without:
         raise ValueError(
@@ -204,7 +204,7 @@ def _check_split(split: str) -> None:
 
 
 def _place(form: Format, place: str) -> str:
-    """A place that was named with its format."""
+    """Checks a place given as FORMAT:PLACE."""
     if form.takes not in ("FILE", "FOLDER"):
         if place and not form.takes:
             raise ValueError(f"{form.name}:{place}: {form.name} is a data set by itself; expected {form.name}")
@@ -226,7 +226,7 @@ def _unknown(name: str) -> str:
 
 
 def check_pictures(samples: Sequence[Sample]) -> None:
-    """Raises ValueError with the picture files that are missing: how many, and the first few."""
+    """Raises ValueError if picture files are missing, with their number and the first few."""
     paths = [(sample, image) for sample in samples for image in sample.images if isinstance(image, (str, os.PathLike))]
     gone = {path for path in {path for _, path in paths} if not os.path.isfile(path)}
     if gone:

@@ -1,4 +1,4 @@
-"""One set of records in train, calibration and test, which never share a picture."""
+"""Divides one set of records into train, calibration and test, which never share a picture."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cmai_fast.data.formats import digest_of
 from cmai_fast.data.sample import Sample
 
 SPLITS = ("train", "calibration", "test")
-SHARE = 0.1  # of the pictures, each for calibration and test
+SHARE = 0.1  # of the pictures for calibration, and the same for test
 
 
 def divide(samples: Sequence[Sample], seed: int) -> dict[str, list[int]]:
-    """The places of the samples of each split, in their order.
+    """The indices of the samples of each split, in order.
 
-    80 / 10 / 10 of the pictures. Samples that share a picture (the same bytes, whatever the file is called) are in the
-    same split, and so are those that are linked by others: a sample of two pictures keeps all samples of both together.
-    Text without a picture is divided by its prompt. The split of a sample depends on the pictures and on `seed`, not on
-    the order of the records or on where the files lie.
+    The pictures are divided 80 / 10 / 10. Samples that share a picture (the same bytes, whatever the file is called)
+    are in the same split, also indirectly: a sample with two pictures keeps all samples of both together. Samples
+    without a picture are divided by their prompt. The split of a sample depends on the pictures and on `seed`, not on
+    the order of the records or the location of the files.
 
     Raises:
         ValueError: fewer than three groups of samples that share no picture.
@@ -31,8 +31,7 @@ def divide(samples: Sequence[Sample], seed: int) -> dict[str, list[int]]:
     if len(groups) < len(SPLITS):
         raise ValueError(
             f"{len(samples)} records have {len(groups)} pictures (or groups linked by a record of several), and each "
-            f"of {', '.join(SPLITS)} needs one that the others do not have; give more pictures, or a folder with a "
-            "file for each split"
+            f"of {', '.join(SPLITS)} needs one of its own; give more pictures, or a folder with a file for each split"
         )
     waiting = sorted(groups, key=lambda group: _digest(f"{seed} {min(group.pictures)}".encode()))
     target = max(1, round(SHARE * sum(len(group.pictures) for group in groups)))
@@ -44,14 +43,14 @@ def divide(samples: Sequence[Sample], seed: int) -> dict[str, list[int]]:
             if len(group.pictures) <= room:
                 taken.append(group)
                 room -= len(group.pictures)
-        taken = taken or [min(waiting, key=lambda group: len(group.pictures))]  # all are larger than a tenth
+        taken = taken or [min(waiting, key=lambda group: len(group.pictures))]  # every group is larger than a tenth
         waiting = [group for group in waiting if group not in taken]
         places[split] = sorted(place for group in taken for place in group.places)
     return {"train": sorted(place for group in waiting for place in group.places), **places}
 
 
 def picture_key(image: Any) -> str:
-    """A digest of the picture's content: of the file or bytes as they are, or of the array's values."""
+    """A digest of the picture's content: of the bytes of a file, or of the values of an array."""
     if isinstance(image, (str, os.PathLike)):
         stat = os.stat(image)
         return _file_digest(os.fspath(image), stat.st_size, stat.st_mtime_ns)
@@ -70,14 +69,14 @@ def picture_key(image: Any) -> str:
 
 
 class _Group:
-    """Samples that share pictures, and these pictures."""
+    """Samples that share pictures, with their pictures."""
 
     def __init__(self, pictures: set[str], places: list[int]) -> None:
         self.pictures, self.places = pictures, places
 
 
 def _pictures(sample: Sample, files: dict[str, str]) -> set[str]:
-    """The digests of a sample's pictures; `files` remembers those of files."""
+    """The digests of a sample's pictures; `files` caches those of files."""
     for image in sample.images:
         if isinstance(image, str) and image not in files:
             files[image] = picture_key(image)
@@ -87,7 +86,7 @@ def _pictures(sample: Sample, files: dict[str, str]) -> set[str]:
 
 
 def _linked(pictures: Sequence[set[str]]) -> list[_Group]:
-    """The connected groups of samples, linked where they have a picture in common."""
+    """The connected groups of samples; two samples are linked if they have a picture in common."""
     group_of: dict[str, _Group] = {}
     groups: dict[int, _Group] = {}
     for place, own in enumerate(pictures):
@@ -116,5 +115,5 @@ def _digest(*parts: bytes) -> str:
 
 @lru_cache(maxsize=1 << 20)
 def _file_digest(path: str, size: int, changed: int) -> str:
-    """Of a file's bytes; read again when its size or time changes."""
+    """The digest of a file's bytes, computed again when its size or time changes."""
     return digest_of(path)

@@ -1,4 +1,4 @@
-"""Metrics by name, one file per metric; accuracy and attack success, detection, intervals by bootstrap."""
+"""Metrics by name, one file per metric; accuracy and attack success, detection, bootstrap intervals."""
 
 from cmai_fast.metrics.accuracy import accuracy, attack_success_rate, rejection_accuracy, worst_case
 from cmai_fast.metrics.detection import auroc, roc_curve, threshold_at_fpr, tpr_at_fpr

@@ -12,7 +12,7 @@ def accuracy(right: ArrayLike) -> float:
 
 
 def worst_case(*right: ArrayLike) -> np.ndarray:
-    """(N,) bool: right on every input tried for the sample, one (N,) bool array for each attack of the suite.
+    """(N,) bool: right on every input tried for the sample, from one (N,) bool array per attack of the suite.
 
     The clean input lies in every ball, so pass its verdicts too: Acc_robust is `accuracy(worst_case(clean, *attacks))`
     and never above Acc_clean.
@@ -27,7 +27,7 @@ def worst_case(*right: ArrayLike) -> np.ndarray:
 def attack_success_rate(right_before: ArrayLike, right_after: ArrayLike) -> float | None:
     """ASR: share of the samples right before the attack that are wrong after it; both (N,) bool.
 
-    None when no sample was right before: there was nothing to break, which is neither a robust nor a broken model.
+    None if no sample was right before: there was nothing to break.
     """
     before, after = _verdicts(right_before, "right_before"), _verdicts(right_after, "right_after")
     _same_length(before, after)

@@ -1,6 +1,6 @@
-"""How well a score tells clean inputs from adversarial ones.
+"""How well a score separates clean from adversarial inputs.
 
-A score is higher for what looks clean, and a detector rejects what scores **below** its threshold. A true positive is
+Clean inputs should score higher, and a detector rejects what scores **below** its threshold. A true positive is
 a rejected adversarial input, a false positive a rejected clean one. Scores are (n,) arrays or CPU tensors; empty
 or non-finite ones raise ValueError.
 """

@@ -1,4 +1,4 @@
-"""Exact match: the share of predictions that equal one of their references, case and space aside."""
+"""Exact match: the share of predictions that equal one of their references, ignoring case and extra spaces."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def exact_match(predictions: Sequence[str], references: Sequence[tuple[str, ...]
 
 
 def folded(text: str) -> str:
-    """The text in one case, with single spaces: what is compared."""
+    """The text case-folded, with single spaces, as it is compared."""
     return " ".join(text.casefold().split())

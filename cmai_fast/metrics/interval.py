@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-_CHUNK = 1 << 22  # drawn indices held at once: 32 MiB
+_CHUNK = 1 << 22  # drawn indices in memory at once: 32 MiB
 
 
 def bootstrap_interval(
@@ -14,8 +14,8 @@ def bootstrap_interval(
     """(low, high) of the mean of one value per sample, by the percentile bootstrap (Efron, 1979).
 
     Args:
-        values: (n,), bool (an accuracy) or float; finite. All equal values give a width of 0, which says that the
-            sample shows no variation and not that the mean is known.
+        values: (n,), bool (an accuracy) or float; finite. If all are equal, the width is 0: the sample shows
+            no variation, which does not mean that the mean is known.
         confidence: share of resampled means inside the interval, between 0 and 1.
         resamples: how many times n samples are drawn with replacement.
         seed: the same seed gives the same interval.

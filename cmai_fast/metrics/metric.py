@@ -16,7 +16,7 @@ METRICS: Registry[Metric] = Registry(
 
 
 def metric(name: str) -> Callable[[M], M]:
-    """Registers `function(predictions, references) -> float`: one text and its right answers per sample."""
+    """Registers `function(predictions, references) -> float`: per sample, one text and its right answers."""
 
     def register(function: M) -> M:
         METRICS.add(name, function)
@@ -31,7 +31,7 @@ def measure(
     """Each metric of these predictions, by name.
 
     Raises:
-        ValueError: an unknown metric, no predictions, another number of references, or a sample without any.
+        ValueError: an unknown metric, no predictions, a different number of references, or a sample without references.
     """
     chosen = {name: METRICS[name] for name in names}
     if not predictions or len(predictions) != len(references):

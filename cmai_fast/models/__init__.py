@@ -1,4 +1,4 @@
-"""The models that come with the library, each an ordinary `transformers` folder, and how a model is named."""
+"""The bundled models, each an ordinary `transformers` folder, and how a model is named."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ BUNDLED = tuple(
 
 
 def resolve(name_or_path: str | Path) -> str | Path:
-    """Where a model is: what `from_pretrained` takes.
+    """The location of a model, as `from_pretrained` takes it.
 
     Args:
         name_or_path: a bundled model's name, the folder of a `transformers` model or of adapters (LoRA), the folder of
-            a run (its `model/` is meant), or a model id of the Hugging Face hub (`owner/name`).
+            a run (its `model/` is used), or a model id of the Hugging Face hub (`owner/name`).
 
     Returns:
-        A folder; or the id, unchanged, where it has the form of one and no such folder exists. Bundled names come
-        before folders of the same name: write `./name` for the folder.
+        A folder; or the id, unchanged, if it has the form of one and no such folder exists. A bundled name takes
+        precedence over a folder of the same name: write `./name` for the folder.
 
     Raises:
-        ValueError: a name that is none of these, or a folder without a model; names what is known. Also adapters
-            without PEFT, which reads them.
+        ValueError: a name that is none of these (the bundled models are listed), a folder without a model, or
+            adapters while PEFT is not installed.
     """
     name = str(name_or_path)
     if name in BUNDLED:
@@ -41,13 +41,13 @@ def resolve(name_or_path: str | Path) -> str | Path:
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
         return name
     raise ValueError(
-        f"unknown model {name!r}: it is no bundled model ({', '.join(BUNDLED) or 'none is installed'}), no folder that "
-        "exists, and no id of the Hugging Face hub (owner/name). Check the spelling, or name a local folder or hub id"
+        f"unknown model {name!r}: it is not a bundled model ({', '.join(BUNDLED) or 'none is installed'}), an existing "
+        "folder or an id of the Hugging Face hub (owner/name). Check the spelling, or name a local folder or hub id"
     )
 
 
 def is_model(folder: Path) -> bool:
-    """Whether the folder holds a model, or adapters that name theirs.
+    """Whether the folder holds a model, or adapters (which name their base model).
 
     Raises:
         ValueError: adapters alone, and PEFT is not installed.

@@ -1,4 +1,4 @@
-"""A model and its processor from where they are, to the device and in the precision that the user names."""
+"""Loads a model and its processor, on the device and in the precision that the user chooses."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def load_model(
     name: str | Path, *, device: str | None = None, dtype: Any = None, attention: str | None = None, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """(model, processor), the model in evaluation mode; by `from_pretrained`, so parameters may have older names and
-    lie in several files.
+    """(model, processor), the model in evaluation mode; by `from_pretrained`, so older parameter names and sharded
+    weights work.
 
     Args:
         name: as for `resolve`.
-        device: None: cuda where torch sees one, else cpu.
+        device: None: cuda if torch finds one, else cpu.
         dtype: None: that of the checkpoint.
-        attention: None: SDPA where the model has it. "flash_attention_2" needs flash-attn, CUDA and 16 bits.
-        kwargs: for the model's `from_pretrained`, such as `device_map` or `quantization_config`, which then place it.
+        attention: None: SDPA if the model supports it. "flash_attention_2" needs flash-attn, CUDA and a 16-bit dtype.
+        kwargs: for the model's `from_pretrained`, such as `device_map` or `quantization_config`, which override
+            `device`.
 
     Raises:
-        ValueError: no such model, one that is no image-text model, weights that are incomplete, damaged or not
-            safetensors, or a device or attention that is unavailable.
+        ValueError: no such model, not an image-text model, weights that are incomplete, damaged or not safetensors, or
+            an unavailable device or attention.
     """
     where = resolve(name)
     try:
@@ -46,7 +47,7 @@ def load_model(
     if kind is None:
         raise ValueError(
             f"cannot load the model {str(name)!r}: its config is a {type(config).__name__} (model_type "
-            f"{config.model_type!r}), which is no image-text model of transformers (expected one of "
+            f"{config.model_type!r}), which is not an image-text model of transformers (expected one of "
             f"{' or '.join(k.__name__ for k in kinds)})"
         )
     target = chosen_device(device)
@@ -60,7 +61,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
-    if report["missing_keys"]:  # which would be random numbers
+    if report["missing_keys"]:  # they would be random numbers
         missing = sorted(report["missing_keys"])
         raise ValueError(
             f"cannot load the model {str(name)!r}: it lacks the weights {missing[:3]}"
@@ -72,15 +73,13 @@ def load_model(
 
 
 def _base(where: str | Path) -> str | Path:
-    """The model that a folder of adapters belongs to; of any other `where` is itself."""
+    """The base model of a folder of adapters; else `where` itself."""
     folder = Path(where)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return where
     base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if not base:
-        raise ValueError(
-            f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the model they are of"
-        )
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path; add the base model")
     return base
 
 
@@ -101,10 +100,10 @@ def find_heads(name: str | Path) -> Path | None:
 
 
 def chosen_device(device: str | None) -> torch.device:
-    """`device`, or cuda where torch sees one, else the CPU.
+    """`device`, or cuda if torch finds one, else the CPU.
 
     Raises:
-        ValueError: no name of a device, or one that is not there.
+        ValueError: not the name of a device, or the device is unavailable.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +136,7 @@ def _check_attention(attention: str, device: torch.device, dtype: Any) -> None:
 
 
 def _reason(where: str | Path, error: BaseException) -> str:
-    """What went wrong, in one sentence where transformers takes several."""
+    """The cause of a failed load in one sentence."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -156,4 +155,4 @@ def _reason(where: str | Path, error: BaseException) -> str:
         )
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({error}); copy or save them again"
-    return " ".join(str(error).split()).partition(". ")[0]  # what follows is advice for other cases
+    return " ".join(str(error).split()).partition(". ")[0]  # the rest is advice for other cases

@@ -1,4 +1,4 @@
-"""Wrong answers for open questions: what other samples of the same kind are answered with."""
+"""Wrong answers for open questions: answers of other samples of the same kind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from cmai_fast.tasks.task import Task
 
 YES_NO = ("yes", "no")
-MOST = 100  # candidates per kind: an answer of many kinds has thousands, and a batch draws a few
+MOST = 100  # candidates per kind: free text has thousands of answers, and a batch draws only a few
 _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?\s*%?")
 
 
 def answer_kind(answer: str) -> str:
-    """`yes/no`, `number` or `text`: answers of one kind can stand in for each other."""
+    """`yes/no`, `number` or `text`. Answers of one kind can serve as wrong answers to each other's questions."""
     text = folded(answer).rstrip(".")
     if text in YES_NO:
         return "yes/no"
@@ -29,9 +29,9 @@ def answer_kind(answer: str) -> str:
 
 
 def other_answers(sample: Sample, others: Iterable[Sample]) -> tuple[str, ...]:
-    """First answers of the others that are no reference of this sample.
+    """First answers of the others that are not a reference of this sample.
 
-    Those of the same kind; any, where no other sample has one. The opposite of yes or no is known without others.
+    Only those of the same kind, or all if there are none. For yes and no the opposite needs no other samples.
     """
     right = {folded(r) for r in sample.references}
     kinds = {answer_kind(r) for r in sample.references}
@@ -42,14 +42,14 @@ def other_answers(sample: Sample, others: Iterable[Sample]) -> tuple[str, ...]:
 
 
 def with_choices(samples: Sequence[Sample], task: Task) -> WithChoices:
-    """The same samples, each with `choices` to draw wrong answers from: what a contrastive loss needs.
+    """The same samples, each with `choices` from which the contrastive loss draws wrong answers.
 
-    A sample that has choices keeps them. Another one gets its first reference and what `task.wrong_answers` makes of
-    it and the rest of the data: one sample for each of the `MOST` most frequent answers of every kind. The rest is read
-    once, when the first sample without choices is asked for, and samples are made when they are asked for.
+    A sample that has choices keeps them. Others get their first reference and the result of `task.wrong_answers`, which
+    receives one sample for each of the `MOST` most frequent answers of every kind. The data are read once for this, at
+    the first sample without choices; samples are made on access.
 
-    Raises (when a sample is asked for):
-        ValueError: a sample without an answer, or for which there is no wrong one.
+    Raises (on access):
+        ValueError: a sample without an answer, or without a possible wrong answer.
     """
     return WithChoices(samples, task)
 
@@ -85,7 +85,7 @@ class WithChoices(Sequence[Sample]):
 
     @cached_property
     def _frequent(self) -> dict[str, list[Sample]]:
-        """By kind of answer, a sample without its pictures for each of the most frequent answers."""
+        """By kind of answer: for each of the most frequent answers one sample, without its pictures."""
         count: Counter[str] = Counter()
         first: dict[str, Sample] = {}
         for i in range(len(self._samples)):
@@ -94,7 +94,7 @@ class WithChoices(Sequence[Sample]):
                 count[folded(answer)] += 1
                 first.setdefault(folded(answer), replace(sample, images=(), references=(answer,)))
         frequent: dict[str, list[Sample]] = {}
-        for answer in sorted(count, key=lambda a: (-count[a], a)):  # not the order of the records
+        for answer in sorted(count, key=lambda a: (-count[a], a)):  # independent of the order of the records
             of_kind = frequent.setdefault(answer_kind(answer), [])
             if len(of_kind) < MOST:
                 of_kind.append(first[answer])

@@ -1,4 +1,4 @@
-"""What a task says: the prompt, the score of an answer, and below what score a sample counts as broken."""
+"""The protocol of a task: the prompt, the score of an answer, and the score below which a sample counts as broken."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Task(Protocol):
 
     Attributes:
         name: as in `--task`.
-        label: what reports call it.
-        metric_names: of `metrics.METRICS`, what is reported of all predictions together.
-        broken_below: a sample whose score is below this counts as broken (wrong), in [0, 1].
+        label: its name in reports.
+        metric_names: names in `metrics.METRICS` of the metrics reported over all predictions.
+        broken_below: in [0, 1]; a sample with a lower score counts as broken (wrong).
     """
 
     name: str
@@ -26,7 +26,7 @@ class Task(Protocol):
     broken_below: float
 
     def prompt(self, sample: Sample) -> str:
-        """The text that the model is asked, before its chat template."""
+        """The text of the question, before the chat template is applied."""
         ...
 
     def score(self, prediction: str, sample: Sample) -> float:
@@ -34,11 +34,11 @@ class Task(Protocol):
         ...
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-        """The metrics of `metric_names`, of all predictions together."""
+        """The metrics of `metric_names`, over all predictions."""
         ...
 
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
-        """Answers that are wrong for this sample: of its choices, else of `others` of the same kind."""
+        """Wrong answers for this sample: from its choices, else from `others` of the same kind."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Question answering where the whole answer has to be one of the references."""
+"""Question answering: the whole answer has to equal one of the references."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cmai_fast.tasks.task import task
 
 @task
 class VQA:
-    """An answer is right if it equals a reference, upper and lower case and space aside."""
+    """An answer is right if it equals a reference, ignoring case and extra spaces."""
 
     name = "vqa"
     label = "Question answering"

@@ -106,7 +106,7 @@ def test_unknown_and_mistyped_settings_are_refused(toy, settings, said):
 
 
 def test_norms_and_budgets_are_refused_with_the_name_of_the_attack(toy):
-    with pytest.raises(ValueError, match="toy is given the norm 'linf'; it takes l2"):
+    with pytest.raises(ValueError, match="toy does not support the norm 'linf'; expected l2"):
         toy[0](None, None, ThreatModel("linf", 0.1))
     for name, steps, restarts, said in (
         ("toy", 0, 1, "toy: steps is 0 and restarts 1; expected at least 1"),

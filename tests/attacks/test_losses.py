@@ -90,7 +90,7 @@ def test_consistency_of_either_sign(case64, heads):
         result = pgd(victim, case64.clean, LINF, steps=3, loss=name, early_stop=False)
         after = victim.score(victim.encode(result.model_input))
         assert (sign * (after - score) > 0).all()
-    with pytest.raises(ValueError, match="there are no consistency heads, and the loss asks for S_c"):
+    with pytest.raises(ValueError, match="the loss uses S_c, but there are no consistency heads"):
         pgd(case64.victim(), case64.clean, LINF, steps=1, loss="raise-consistency")
     with pytest.raises(ValueError, match=r"beta is 0\.5, but there are no consistency heads"):
         pgd(case64.victim(), case64.clean, LINF, steps=1, loss=weighted(beta=0.5))

@@ -218,9 +218,7 @@ def test_what_users_write_never_becomes_control_tokens(family):
         assert torch.equal(evil["pixel_values"], plain["pixel_values"])
         prompts = VQACollator(processor).prompts(rows[:1])
         assert torch.equal(prompts["input_ids"], evil["input_ids"][:, : prompts["input_ids"].shape[1]])
-        with pytest.raises(
-            ValueError, match=r"sample 3: its question is .* control tokens </s>, <image>.*take them out"
-        ):
+        with pytest.raises(ValueError, match=r"sample 3: its question is .* control tokens </s>, <image>.*remove them"):
             VQACollator(processor, control_tokens="refuse")(rows[:1])
         with pytest.raises(ValueError, match=r"sample 3: its answer is .* control tokens </s>, <image>"):
             VQACollator(processor, control_tokens="refuse")([replace(rows[0], prompt="a")])
@@ -254,7 +252,7 @@ def test_a_processor_that_does_not_say_how_to_ask_is_refused():
     with pytest.raises(ValueError, match=r"LlavaProcessor has no chat template.*set processor.chat_template"):
         VQACollator(changed("LLaVA", chat_template=None))
     thinking = processor_of(by_name("Qwen3-VL")).chat_template + "{% if add_generation_prompt %}think{% endif %}"
-    with pytest.raises(ValueError, match=r"asks with '.*think' and answers after '.*assistant"):
+    with pytest.raises(ValueError, match=r"ends with '.*think', but its answers follow '.*assistant"):
         VQACollator(changed("Qwen3-VL", chat_template=thinking))
     with pytest.raises(ValueError, match=r"Blip2Processor\.num_query_tokens is None"):
         VQACollator(changed("BLIP-2", num_query_tokens=None))

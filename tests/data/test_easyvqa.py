@@ -60,7 +60,7 @@ def test_unknown_names_and_limits_are_refused():
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"limit is {limit}"):
             EasyVQA("test", limit)
-    with pytest.raises(ValueError, match="'purple' is no easy-VQA answer"):
+    with pytest.raises(ValueError, match="'purple' is not an easy-VQA answer"):
         answer_choices("purple")
 
 

@@ -152,10 +152,10 @@ def test_choices_hold_the_answer():
         ({"question": None}, "question is empty"),
         ({"question": " "}, "question is ' '; expected a text"),
         ({"prompt": 5}, "prompt is 5"),
-        ({"question": "a", "prompt": "b"}, "both question and prompt are there"),
+        ({"question": "a", "prompt": "b"}, "found both question and prompt"),
         (
             {"image": PICTURE, "images": [PICTURE], **ASKED},
-            "both image and images are there; choose one: --map image=KEY",
+            "found both image and images; choose one: --map image=KEY",
         ),
         ({"id": [1], **ASKED}, r"id is \[1\] \(list\)"),
         ({"id": float("nan"), **ASKED}, "id is nan"),

@@ -70,7 +70,7 @@ def test_a_limit_of_easyvqa_draws_what_it_always_drew():
     assert [s.id for s in samples] == own.sample_ids and len(samples) == 48
     assert [s.id for s in samples[2:4]] == own.sample_ids[2:4]
     assert isinstance(load_dataset("easyvqa", "calibration"), EasyVQA)
-    with pytest.raises(ValueError, match="easyvqa has keys of its own; leave out --map question"):
+    with pytest.raises(ValueError, match="easyvqa has fixed keys; leave out --map question"):
         DataSource("easyvqa", {"question": "text"}).check()
 
 
@@ -102,7 +102,7 @@ def test_a_folder_of_files_is_split_by_their_names(asked):
     assert source.load("test")[0].prompt == "c?"
     before = source.fingerprint()
     lines(folder / "validation.jsonl", [{"question": "b?"}])
-    with pytest.raises(ValueError, match=r"val\.ndjson and .*validation\.jsonl are both the split calibration"):
+    with pytest.raises(ValueError, match=r"val\.ndjson and .*validation\.jsonl both belong to the split calibration"):
         source.check()
     (folder / "validation.jsonl").unlink()
     assert source.fingerprint() == before
@@ -138,7 +138,7 @@ def test_a_misspelt_file_and_an_unknown_suffix(asked):
     with pytest.raises(ValueError, match=r"did you mean .*asked\.jsonl\?"):
         DataSource(str(asked.with_name("askd.jsonl"))).check()
     text = asked.rename(asked.with_name("asked.txt"))
-    with pytest.raises(ValueError, match=r"ends in \.txt; expected .*\.csv, \.json, \.jsonl, .* as jsonl:"):
+    with pytest.raises(ValueError, match=r"ends in \.txt; expected .*\.csv, \.json, \.jsonl, .* as in jsonl:"):
         DataSource(str(text)).check()
     assert len(DataSource(f"jsonl:{text}").load("test")) == 20
 

@@ -1,4 +1,4 @@
-"""Formats of data, one file per format, found by name: files, folders, named sets and hubs."""
+"""Data formats, one file per format, found by name: files, folders, named data sets and the hub."""
 
 from cmai_fast.data.formats.format import FORMATS, Format, data_format, digest_of, format_of_suffix, read_text
 

@@ -1,4 +1,4 @@
-"""CSV with a header line; `.tsv` is separated by tabs. An empty cell is no value."""
+"""CSV with a header line; `.tsv` is separated by tabs. An empty cell counts as missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cmai_fast.data.formats.format import data_format, read_text
 from cmai_fast.data.records import LISTS, listed, sample_of
 from cmai_fast.data.sample import Sample
 
-_CELL = 2**31 - 1  # characters; the module's own limit of 131,072 is less than a picture in base64
+_CELL = 2**31 - 1  # characters; a picture in base64 exceeds the module's default of 131,072
 
 
 @data_format("csv", suffixes=(".csv", ".tsv"))
@@ -25,10 +25,10 @@ def read_csv(path: str, split: str, fields: Mapping[str, str]) -> Iterator[Sampl
 
 
 def rows_of(path: str) -> list[tuple[int, dict[str, Any]]]:
-    """Line number and cells by column of each row."""
+    """(line number, {column: cell}) of each row."""
     text = read_text(path)
     separator = "\t" if path.lower().endswith(".tsv") else ","
-    before = csv.field_size_limit(_CELL)  # the module's only setting is the process's: it is given back
+    before = csv.field_size_limit(_CELL)  # a process-wide setting, which is restored
     try:
         return list(_rows(path, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), separator))
     finally:
@@ -40,7 +40,7 @@ def _rows(path: str, reader: Any, separator: str) -> Iterator[tuple[int, dict[st
     line = 1
     try:
         for cells in reader:
-            start, line = line, reader.line_num + 1  # a cell in quotes may hold line breaks
+            start, line = line, reader.line_num + 1  # a quoted cell may contain line breaks
             if not cells:
                 continue
             if header is None:

@@ -14,5 +14,5 @@ from cmai_fast.data.formats.format import data_format
 )
 def read_easyvqa(place: str, split: str, fields: Mapping[str, str]) -> EasyVQA:
     if fields:
-        raise ValueError(f"easyvqa has keys of its own; leave out --map {next(iter(fields))}=...")
+        raise ValueError(f"easyvqa has fixed keys; leave out --map {next(iter(fields))}=...")
     return EasyVQA(split)

@@ -1,4 +1,4 @@
-"""A folder with a file of records for each split (`train.jsonl`, `test.csv`, ...), or an imagefolder each."""
+"""A folder with a file of records for each split (`train.jsonl`, `test.csv`, ...), or with an imagefolder for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cmai_fast.data.formats.format import FORMATS, data_format, digest_of, forma
 from cmai_fast.data.formats.imagefolder import metadata_of
 from cmai_fast.data.sample import Sample
 
-# Our split, and what it is called elsewhere.
+# Our split, and its names elsewhere.
 ALIASES = {
     "train": ("train", "training"),
     "calibration": ("calibration", "validation", "valid", "val", "dev"),
@@ -18,7 +18,7 @@ ALIASES = {
 
 
 def split_named(split: str, names: Sequence[str]) -> str | None:
-    """Our split by its name among `names`."""
+    """The name of our split among `names`, or None."""
     return next((name for name in ALIASES[split] if name in names), None)
 
 
@@ -39,10 +39,10 @@ def read_folder(folder: str, split: str, fields: Mapping[str, str]) -> Iterable[
 
 
 def _files(folder: str) -> dict[str, Path]:
-    """Our split to its file of records.
+    """The file of records of each of our splits.
 
     Raises:
-        ValueError: none, or two for one split.
+        ValueError: no file, or two for one split.
     """
     suffixes = {suffix for _, form in FORMATS.items() for suffix in form.suffixes}
     found: dict[str, Path] = {}
@@ -52,7 +52,7 @@ def _files(folder: str) -> dict[str, Path]:
         if split is None or file is None:
             continue
         if split in found:
-            raise ValueError(f"{found[split]} and {file} are both the split {split}; keep one")
+            raise ValueError(f"{found[split]} and {file} both belong to the split {split}; keep one")
         found[split] = file
     if not found:
         there = sorted(entry.name for entry in Path(folder).iterdir())

@@ -1,4 +1,4 @@
-"""What a format says of itself, and the registry of formats."""
+"""The description of a format, and the registry of formats."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Format:
 
     Attributes:
         name: as in `--data NAME:PLACE`.
-        read: `read(place, split, fields)` gives the samples. An iterable is read to its end and checked (unique ids,
-            pictures that exist); a `Sequence` that is no list or tuple is used as it is, so its pictures may be loaded
-            when a sample is asked for. Errors name file and line. `split` is one of `splits`, or empty where a place
-            is one set of records; `fields` maps our names of keys to those of the records.
-        takes: what follows the colon, as help shows it: FILE, FOLDER, another word, or nothing for a named set. FILE
-            and FOLDER are checked before the format is asked.
-        suffixes: of the files that are of this format.
-        splits: the splits of a place, in their own names; empty where it is one set of records.
-        check: refuses what can be refused before anything is read, such as a package that is not installed.
-        fingerprint: changes when the records of a place change; by default a digest of the file, or of the files of
-            records in the folder.
+        read: `read(place, split, fields)` returns the samples. An iterable is read to its end and checked (unique ids,
+            existing pictures). A `Sequence` other than a list or tuple is used unchanged, so it may load pictures on
+            access. Errors name file and line. `split` is one of `splits`, or empty if a place is one set of records;
+            `fields` maps our key names to those of the records.
+        takes: the word after the colon in help: FILE, FOLDER, another word, or empty for a named data set. The
+            existence of a FILE or FOLDER is checked before `read` is called.
+        suffixes: the file suffixes of this format.
+        splits: returns the splits of a place, by their own names; empty if it is one set of records.
+        check: raises ValueError before anything is read, for example if a package is not installed.
+        fingerprint: returns a text that changes when the records of a place change; by default a digest of the file,
+            or of the files of records in the folder.
     """
 
     name: str
@@ -55,7 +55,7 @@ def data_format(
     check: Callable[[str], None] = lambda place: None,
     fingerprint: Callable[[str], str] | None = None,
 ) -> Callable[[R], R]:
-    """Registers the function below as the `read` of a format; the arguments are those of `Format`."""
+    """Decorator: registers a function as the `read` of a format; the arguments are those of `Format`."""
 
     def register(read: R) -> R:
         FORMATS.add(name, Format(name, read, takes, suffixes, splits, check, fingerprint))
@@ -65,10 +65,10 @@ def data_format(
 
 
 def read_text(path: str) -> str:
-    """A file of UTF-8 text, without the byte order mark that some editors put first.
+    """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        ValueError: other bytes, with the line of the first.
+        ValueError: not UTF-8; names the line of the first invalid byte.
     """
     data = Path(path).read_bytes()
     try:
@@ -81,7 +81,7 @@ def read_text(path: str) -> str:
 
 
 def format_of_suffix(path: Path) -> Format:
-    """The format of a file by how its name ends.
+    """The format of a file by its suffix.
 
     Raises:
         ValueError: no format has that suffix.
@@ -92,8 +92,8 @@ def format_of_suffix(path: Path) -> Format:
             return form
     known = ", ".join(sorted(suffix for form in forms for suffix in form.suffixes))
     raise ValueError(
-        f"{path} ends in {path.suffix or 'no suffix'}; expected a file that ends in one of {known}, or its format "
-        f"before it, as jsonl:{path}"
+        f"{path} ends in {path.suffix or 'no suffix'}; expected a file that ends in one of {known}, or the format "
+        f"before the name, as in jsonl:{path}"
     )
 
 

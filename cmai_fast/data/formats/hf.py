@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face hub (or a folder that `datasets` reads), where `datasets` is installed."""
+"""Data sets of the Hugging Face hub, or folders that `datasets` reads (needs `datasets`)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cmai_fast.data.sample import Sample
 
 def check(place: str) -> None:
     if not place or place.startswith(":") or place.count(":") > 1:
-        raise ValueError(f"hf:{place} names no data set; expected hf:REPO or hf:REPO:CONFIG, as hf:user/questions:en")
+        raise ValueError(f"hf:{place} has no name; expected hf:REPO or hf:REPO:CONFIG, as in hf:user/questions:en")
     if "datasets" not in sys.modules and find_spec("datasets") is None:
-        raise ValueError(f"hf:{place} is read by the package datasets: pip install datasets")
+        raise ValueError(f"hf:{place} needs the package datasets: pip install datasets")
 
 
 def splits_of(place: str) -> tuple[str, ...]:
-    """Its splits; none if there is only one, which is then one set of records."""
+    """The names of the splits; empty if there is only one, which then is one set of records."""
     check(place)
     import datasets
 
     repo, _, config = place.partition(":")
     try:
         names = tuple(datasets.get_dataset_split_names(repo, config or None))
-    except Exception as error:  # of the network, the hub or the loading code
+    except Exception as error:  # from the network, the hub or the loading code
         raise ValueError(f"hf:{place} cannot be read: {error}") from error
     return names if len(names) > 1 else ()
 
@@ -50,16 +50,16 @@ def _load(place: str, split: str) -> Any:
     repo, _, config = place.partition(":")
     try:
         data = datasets.load_dataset(repo, config or None, split=split or None)
-    except Exception as error:  # of the network, the hub or the loading code
+    except Exception as error:  # from the network, the hub or the loading code
         raise ValueError(f"hf:{place} cannot be read: {error}") from error
-    # Without a split asked for it is a dict of splits, here of one.
+    # Without a split it is a dict of splits, here with one entry.
     return data if split else next(iter(data.values()))
 
 
 class HubSamples(Sequence[Sample]):
-    """The rows of a `datasets.Dataset`; pictures stay encoded, and are read when a sample is asked for.
+    """The rows of a `datasets.Dataset`; pictures stay encoded until a sample is accessed.
 
-    What can be found without its pictures (questions, answers, ids) is checked at once.
+    Everything but the pictures (questions, answers, ids) is checked at once.
     """
 
     def __init__(self, data: Any, name: str, fields: Mapping[str, str]) -> None:
@@ -85,7 +85,7 @@ class HubSamples(Sequence[Sample]):
         self._data = data
         self._check(data.remove_columns(pictures))
         if len(self):
-            self[0]  # a picture under a name that nobody knows is found here
+            self[0]  # finds pictures under an unknown key
 
     def _check(self, texts: Any) -> None:
         fields = {own: theirs for own, theirs in self._fields.items() if own not in PICTURES}
@@ -97,7 +97,7 @@ class HubSamples(Sequence[Sample]):
         return f"{self._name} row {index + 1}"
 
     def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Class labels by their names; -1, as test splits have it, is none."""
+        """The row with names in place of class labels; -1, as in some test splits, becomes None."""
         known = {k: v for k, v in row.items() if k in self._labels}
         return dict(row) | {k: None if v is None or v < 0 else self._labels[k].int2str(v) for k, v in known.items()}
 

@@ -1,4 +1,4 @@
-"""A folder of pictures with `metadata.jsonl` or `metadata.csv`, as the imagefolder of `datasets` has it.
+"""A folder of pictures with `metadata.jsonl` or `metadata.csv`, in the imagefolder layout of `datasets`.
 
 Each record names its picture by `file_name` (`file_names` for several), relative to the folder.
 """
@@ -17,7 +17,7 @@ METADATA = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv}
 
 
 def metadata_of(folder: str | Path) -> Path | None:
-    """The file of records of such a folder."""
+    """The file of records of such a folder, or None."""
     return next((Path(folder, name) for name in METADATA if Path(folder, name).is_file()), None)
 
 

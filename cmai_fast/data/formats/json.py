@@ -1,4 +1,4 @@
-"""JSON: a list of records, or an object that has them under `data`."""
+"""JSON: a list of records, or an object with the list under `data`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def read_json(path: str, split: str, fields: Mapping[str, str]) -> Iterator[Samp
     except json.JSONDecodeError as error:
         hint = ""
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            hint = "; a file with one record per line is called .jsonl"
+            hint = "; a file with one record per line has the suffix .jsonl"
         empty = "it is empty" if not text.strip() else error.msg
-        raise ValueError(f"{path} line {error.lineno} is not whole JSON ({empty}){hint}") from None
+        raise ValueError(f"{path} line {error.lineno} is not complete JSON ({empty}){hint}") from None
     line, last = 1, 0
     for place, (start, record) in enumerate(_items(text, _start_of_list(text, path))):
         line, last = line + text.count("\n", last, start), start
@@ -34,7 +34,7 @@ def read_json(path: str, split: str, fields: Mapping[str, str]) -> Iterator[Samp
 
 
 def _start_of_list(text: str, path: str) -> int:
-    """Where the first item of the list of records would stand."""
+    """The position of the first item of the list of records."""
     at = _skip(text, 0)
     if text[at] == "{":
         at = _skip(text, at + 1)
@@ -46,12 +46,12 @@ def _start_of_list(text: str, path: str) -> int:
             at = _skip(text, _DECODER.raw_decode(text, value)[1])
             at = _skip(text, at + 1) if text[at] == "," else at
     if text[at] != "[":
-        raise ValueError(f'{path} holds no list of records; expected [{{...}}, ...] or {{"data": [{{...}}, ...]}}')
+        raise ValueError(f'{path} has no list of records; expected [{{...}}, ...] or {{"data": [{{...}}, ...]}}')
     return _skip(text, at + 1)
 
 
 def _items(text: str, at: int) -> Iterator[tuple[int, Any]]:
-    """The items of a list that is known to be whole, each with the place where it starts."""
+    """The items of a valid list, each with its start position."""
     while text[at] != "]":
         item, end = _DECODER.raw_decode(text, at)
         yield at, item

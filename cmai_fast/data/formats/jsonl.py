@@ -21,7 +21,7 @@ def read_jsonl(path: str, split: str, fields: Mapping[str, str]) -> Iterator[Sam
         try:
             record = json.loads(line)
         except ValueError as error:
-            hint = "; a file that is one JSON list is called .json" if line.strip() in "[{" else ""
-            raise ValueError(f"{where} is not a whole JSON object ({error}){hint}") from None
+            hint = "; a file with one JSON list has the suffix .json" if line.strip() in "[{" else ""
+            raise ValueError(f"{where} is not a complete JSON object ({error}){hint}") from None
         yield sample_of(record, where, place, folder, fields)
         place += 1

@@ -1,4 +1,4 @@
-"""Parquet, where pyarrow is installed; pictures as `datasets` stores them ({"bytes", "path"}) or as paths."""
+"""Parquet (needs pyarrow); pictures as `datasets` stores them ({"bytes", "path"}) or as paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cmai_fast.data.sample import Sample
 
 def check(path: str) -> None:
     if "pyarrow" not in sys.modules and find_spec("pyarrow") is None:
-        raise ValueError(f"{path} is a parquet file, which pyarrow reads: pip install 'cmai-fast[parquet]'")
+        raise ValueError(f"{path} is a parquet file, which needs pyarrow: pip install 'cmai-fast[parquet]'")
 
 
 @data_format("parquet", suffixes=(".parquet", ".pq"), check=check)
@@ -30,4 +30,4 @@ def read_parquet(path: str, split: str, fields: Mapping[str, str]) -> Iterator[S
                 yield sample_of(record, f"{path} row {place + 1}", place, folder, fields)
                 place += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({error}); expected a whole parquet file") from error
+        raise ValueError(f"{path} cannot be read as parquet ({error}); expected a complete parquet file") from error
