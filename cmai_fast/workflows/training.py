@@ -15,6 +15,7 @@ from transformers import PrinterCallback
 
 from cmai_fast.cmcv.fit import fit_threshold
 from cmai_fast.data import Sample
+from cmai_fast.defences import DEFENCES
 from cmai_fast.evaluation.progress import Overall, Silent, TrainingProgress
 from cmai_fast.evaluation.protocol import own_scores
 from cmai_fast.files import write_folder
@@ -43,10 +44,6 @@ def load(settings: ImmunizeSettings, name: str) -> Pipeline:
 
 def defence_values(settings: ImmunizeSettings) -> dict[str, Any]:
     """The values of `MBATConfig` that the defence sets, but where a setting was moved from its default."""
-    if settings.defence == "mbat":  # which the defaults are
-        return {}
-    from cmai_fast.defences import DEFENCES
-
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
     return {
         name: value
