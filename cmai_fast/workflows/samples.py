@@ -1,4 +1,4 @@
-"""The samples of a run: a data source asked as the task asks, with wrong answers where training needs them."""
+"""The samples of a run, with the task's prompts and, for training, wrong answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def asked(source: DataSource, split: str, task: str, limit: int | None = None, s
     """The samples of a split, each with the prompt that the task gives it.
 
     Raises:
-        ValueError: there is no such split, or a sample without an answer: nothing would be right.
+        ValueError: there is no such split, or a sample has no answer.
     """
     found = list(_Asked(source.load(split, limit, seed), TASKS[task]))
     check_answers(found)
@@ -33,7 +33,7 @@ def training_samples(source: DataSource, task: str, split: str = "train") -> Seq
 
 
 class _Asked(Sequence[Sample]):
-    """Samples with the prompt that the task gives them, made when they are asked for."""
+    """Samples with the task's prompts, made on access."""
 
     def __init__(self, samples: Sequence[Sample], task: Task) -> None:
         self.samples, self.task = samples, task
