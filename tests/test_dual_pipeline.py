@@ -120,7 +120,7 @@ def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, t
             file.write(json.dumps(record) + "\n")
     clip, mine = str(tmp_path / "clip"), str(tmp_path / "my.jsonl")
     record = attack.attack(
-        clip, DataSource(mine), "pgd", ThreatModel("linf", 16 / 255), steps=10, restarts=1, settings={}, task="vqa",
+        clip, DataSource(mine), "pgd", ThreatModel("linf", 64 / 255), steps=10, restarts=1, settings={}, task="vqa",
         metrics=(), limit=16, seed=0, batch_size=16, max_new_tokens=None, out=tmp_path / "a.json", save_images=None,
         resume=False, device="cpu", dtype=None, attention=None, progress=False, command="",
     )  # fmt: skip

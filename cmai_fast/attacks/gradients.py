@@ -105,7 +105,7 @@ class Exact:
 
 
 def refresh_steps(steps: int, refreshes: int) -> set[int]:
-    """The steps at which p is refreshed: R points that cut K steps into R + 1 equal parts; with R = K, every step."""
+    """Steps at which p is refreshed: R points that divide K steps into R + 1 equal parts; with R = K, every step."""
     if not 0 <= refreshes <= steps:
         raise ValueError(f"refreshes is {refreshes}; expected 0 to {steps}, the number of steps")
     return {i * steps // (refreshes + 1) for i in range(1, refreshes + 1)} if refreshes < steps else set(range(steps))

@@ -156,6 +156,7 @@ class Runner:
         self.task = TASKS[task] if isinstance(task, str) else task
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
+        pipeline.choose_from(samples)
 
     def resized(self, batch_size: int) -> Runner:
         """The same runner with another batch size and the same clean answers."""

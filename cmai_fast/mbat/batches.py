@@ -11,6 +11,7 @@ from transformers import default_data_collator
 
 from cmai_fast.bridge import BatchImages, DualBridge, ModelBridge
 from cmai_fast.data import Sample, VQACollator
+from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.sample import numeric_id
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
@@ -20,8 +21,8 @@ _NEGATIVE = "negative_"
 
 
 class RecordCollator:
-    """The default collator of a trainer: `VQACollator` for records, `default_data_collator` for rows that already hold
-    the model's inputs.
+    """The default collator of a trainer: `VQACollator` for records, `ChoiceCollator` for dual encoders,
+    `default_data_collator` for rows that already hold the model's inputs.
 
     Wrong answers are added if every record of a batch has some and gamma is above 0.
     """
@@ -34,10 +35,7 @@ class RecordCollator:
         if isinstance(records[0], Mapping) and "labels" in records[0]:
             return default_data_collator(list(records))
         if "input_ids" not in self.needs:
-            raise ValueError(
-                f"data_collator is None and a record is {_found(records[0])}; this model takes no questions, so give a "
-                f"data_collator that makes pixel_values, {', '.join(self.needs)} (docs/trainer.md)"
-            )
+            return ChoiceCollator(self.processor)(records)
         samples = [Sample.of(record, place) for place, record in enumerate(records)]
         wrong = all(any(c not in s.references for c in s.choices) for s in samples)
         return self._with_negatives(int(wrong and self.args.gamma > 0))(samples)

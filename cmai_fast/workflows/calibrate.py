@@ -25,7 +25,7 @@ from cmai_fast.workflows.samples import asked, training_batches, training_sample
 
 RECORD = "calibration.json"
 _FILES = {"heads.safetensors", "cmcv.json", RECORD}
-_HEADS, _OWN, _WRONG = "consistency heads", "own answers", "wrong answers"
+HEADS, _OWN, _WRONG = "consistency heads", "own answers", "wrong answers"
 
 
 def calibrate(
@@ -76,13 +76,14 @@ def calibrate(
     held_out = asked(data, "calibration", task, limit, seed)
     pipeline = Pipeline.load(model, heads=heads, device=device, dtype=dtype, attention=attention)
     pipeline.threshold = None  # it is set below
+    pipeline.choose_from(held_out)
     if max_new_tokens is not None:
         pipeline.generation = Generation(max_new_tokens)
     fitted = refit or pipeline.heads is None
-    stages = {_HEADS: 3.0 * head_steps * batch_size} if fitted else {}
+    stages = {HEADS: 3.0 * head_steps * batch_size} if fitted else {}
     with Overall(stages | {_OWN: 6.0 * len(held_out), _WRONG: 2.0 * len(held_out)}, progress) as overall:
         if fitted:
-            train = training_samples(data, task)
+            train = training_samples(data, task, pipeline)
             pipeline.heads = new_heads(pipeline, train, head_steps, batch_size, seed, overall)
         scores = _own_scores(pipeline, held_out, batch_size, overall)
         threshold = fit_threshold(torch.tensor(scores), "calibration", false_rejection_rate, pipeline.generation)
@@ -110,7 +111,7 @@ def new_heads(
         torch.manual_seed(seed)
         heads = ConsistencyHeads(pipeline.bridge.image_dim, pipeline.bridge.text_dim).to(pipeline.model.device)
     stream = training_batches(pipeline, train, batch_size, seed)
-    progress.start(_HEADS, steps)
+    progress.start(HEADS, steps)
     fit_heads(pipeline.bridge, heads, stream, steps=steps, on_step=lambda *_: progress.advance())
     return heads
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,8 @@ def evaluate(
     if (finished := check_folder(out, settings, resume)) is not None:
         return finished
     samples = asked(data, "test", task, limit, seed)
-    generation = None if max_new_tokens is None else Generation(max_new_tokens)
-    roles = [UNDEFENDED if i == 0 else BASELINE for i in range(len(against))]
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "generation": generation}
-    entries = [
-        Entry(name, role, name, partial(Pipeline.load, name, **how))
-        for name, role in zip(names, [*roles, IMMUNISED], strict=True)
-    ]
+    how = {"device": device, "dtype": dtype, "attention": attention}
+    entries = _entries(names, max_new_tokens, how)
     stages = comparison.stages(entries, len(samples), threat, suite)
     with running(out / STATE, settings, out) as state, Overall(stages, progress) as overall:
         if not (out / RESULTS).is_file():  # interrupted before the report
@@ -103,6 +98,16 @@ def evaluate(
             results["sample_ids"] = [s.id for s in samples]
             write_results(results, out / RESULTS)
         return report(out)
+
+
+def _entries(names: Sequence[str], max_new_tokens: int | None, how: Mapping[str, Any]) -> list[Entry]:
+    """The models, of which the last is the one that is evaluated."""
+    generation = None if max_new_tokens is None else Generation(max_new_tokens)
+    roles = [UNDEFENDED, *[BASELINE] * len(names)][: len(names) - 1]
+    return [
+        Entry(name, role, name, partial(Pipeline.load, name, generation=generation, **how))
+        for name, role in zip(names, [*roles, IMMUNISED], strict=True)
+    ]
 
 
 def data_settings(data: DataSource) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from cmai_fast.mbat.adapters import has_adapters
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS
 from cmai_fast.workflows import training
+from cmai_fast.workflows.calibrate import HEADS
 from cmai_fast.workflows.evaluate import SCHEMA, data_settings
 from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
 from cmai_fast.workflows.samples import asked, training_batches, training_samples
@@ -96,7 +97,7 @@ def _immunised(
         entries, samples, args.threat, suite, task=settings.task, seed=settings.seed, state=state, progress=overall
     )
     overall.start(_OVERHEAD, 1)
-    data = training_samples(settings.source, settings.task)
+    data = training_samples(settings.source, settings.task, before)
     batch = next(training_batches(before, data, settings.batch_size, settings.seed))
     return {
         "schema": SCHEMA,
@@ -111,7 +112,7 @@ def _immunised(
 
 def _training_stages(settings: ImmunizeSettings, before: Pipeline) -> dict[str, float]:
     """Stages up to the first attack, with the approximate number of forward passes per sample of each."""
-    found = {training.HEADS: 3.0 * training.HEAD_STEPS * settings.batch_size} if before.heads is None else {}
+    found = {HEADS: 3.0 * training.HEAD_STEPS * settings.batch_size} if before.heads is None else {}
     a_step = 9 + settings.inner_steps * (3 if settings.inner == "pgd" else 1)
     found[training.TRAINING] = float(a_step * settings.max_steps * settings.batch_size)
     return found | {training.CALIBRATION: 6.0 * settings.calibration_samples}

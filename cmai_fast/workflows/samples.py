@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast.data import Sample, VQACollator
+from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.sources import DataSource, check_answers
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, Task, with_choices
@@ -26,10 +27,21 @@ def asked(source: DataSource, split: str, task: str, limit: int | None = None, s
     return found
 
 
-def training_samples(source: DataSource, task: str, split: str = "train") -> Sequence[Sample]:
+def training_samples(
+    source: DataSource, task: str, pipeline: Pipeline | None = None, split: str = "train"
+) -> Sequence[Sample]:
     """The training split, each sample with choices, from which the contrastive loss draws wrong answers: its own, else
-    its answer and those of other samples."""
-    return with_choices(_Asked(source.load(split), TASKS[task]), TASKS[task])
+    its answer and those of other samples. For a dual encoder the samples stay as they are."""
+    samples = _Asked(source.load(split), TASKS[task])
+    chooses = pipeline is not None and isinstance(pipeline.collate, ChoiceCollator)
+    return samples if chooses else with_choices(samples, TASKS[task])
+
+
+def training_collator(pipeline: Pipeline, seed: int) -> VQACollator | ChoiceCollator:
+    """With a wrong answer per sample, drawn by `seed`; of a dual encoder with the texts of the batch to choose from."""
+    if isinstance(pipeline.collate, ChoiceCollator):
+        return ChoiceCollator(pipeline.processor)
+    return VQACollator(pipeline.processor, negatives=1, max_length=pipeline.bridge.context, seed=seed)
 
 
 class _Asked(Sequence[Sample]):
@@ -54,7 +66,7 @@ def training_batches(
     pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Endless training batches with wrong answers, in an order that depends on `seed` alone."""
-    collate = VQACollator(pipeline.processor, negatives=1, seed=seed)
+    collate = training_collator(pipeline, seed)
     generator = torch.Generator().manual_seed(seed)
     while True:
         rows = torch.randint(len(samples), (batch_size,), generator=generator).tolist()

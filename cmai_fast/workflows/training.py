@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback
 
-from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.cmcv.fit import fit_heads, fit_threshold
-from cmai_fast.data import Sample, VQACollator
+from cmai_fast.cmcv.fit import fit_threshold
+from cmai_fast.data import Sample
+from cmai_fast.defences import DEFENCES
 from cmai_fast.evaluation.progress import Overall, Silent, TrainingProgress
 from cmai_fast.evaluation.protocol import own_scores
 from cmai_fast.files import write_folder
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
-from cmai_fast.workflows.samples import asked, training_batches, training_samples
+from cmai_fast.workflows.calibrate import new_heads
+from cmai_fast.workflows.samples import asked, training_collator, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 
 HEAD_STEPS = 300
-HEADS, TRAINING, CALIBRATION = "consistency heads", "training", "calibration"
+TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
     "eps inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps seed save_steps "
@@ -43,10 +44,6 @@ def load(settings: ImmunizeSettings, name: str) -> Pipeline:
 
 def defence_values(settings: ImmunizeSettings) -> dict[str, Any]:
     """The `MBATConfig` values of the defence, except for settings changed from their defaults."""
-    if settings.defence == "mbat":  # the defaults
-        return {}
-    from cmai_fast.defences import DEFENCES
-
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
     return {
         name: value
@@ -108,10 +105,8 @@ def train(
         subject.model,
         args,
         heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is evaluated later
-        train_dataset=training_samples(settings.source, settings.task),
-        data_collator=VQACollator(
-            subject.processor, negatives=1, max_length=subject.bridge.context, seed=settings.seed
-        ),
+        train_dataset=training_samples(settings.source, settings.task, subject),
+        data_collator=training_collator(subject, settings.seed),
         processing_class=subject.processor,
     )
     checkpoint = last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
@@ -148,18 +143,13 @@ def calibration_scores(pipeline: Pipeline, samples: Sequence[Sample], progress: 
 def add_heads(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall | None = None) -> None:
     """Fits heads and a threshold for a model without them, on its own features, before MBAT uses S_c."""
     progress = progress or Silent()
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)  # a resumed run needs the same heads
-        heads = ConsistencyHeads(pipeline.bridge.image_dim, pipeline.bridge.text_dim).to(pipeline.model.device)
-    samples = training_samples(settings.source, settings.task)
-    stream = training_batches(pipeline, samples, settings.batch_size, settings.seed)
-    progress.start(HEADS, HEAD_STEPS)
-    fit_heads(pipeline.bridge, heads, stream, steps=HEAD_STEPS, on_step=lambda *_: progress.advance())
-    pipeline.heads = heads
+    samples = training_samples(settings.source, settings.task, pipeline)
+    pipeline.heads = new_heads(pipeline, samples, HEAD_STEPS, settings.batch_size, settings.seed, progress)
     pipeline.threshold = _threshold(pipeline, settings, progress)
 
 
 def _threshold(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall) -> Any:
     samples = asked(settings.source, "calibration", settings.task, settings.calibration_samples, settings.seed)
+    pipeline.choose_from(samples)
     scores = calibration_scores(pipeline, samples, progress)
     return fit_threshold(scores, "calibration", generation=pipeline.generation)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +19,6 @@ def run(tmp_path, monkeypatch) -> Callable[..., Result]:
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the command sets these where they are not set
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    if find_spec("cmai_fast.defences") is None:  # until that package is there
-        registry = SimpleNamespace(check=lambda name: None)
-        monkeypatch.setitem(sys.modules, "cmai_fast.defences", SimpleNamespace(DEFENCES=registry))
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 

@@ -78,7 +78,7 @@ def test_a_chat_that_ends_with_the_question_and_system_messages():
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "http://x.org/a.png"}}, TEXT])]},
          "image is the URL 'http://x.org/a.png'"),
         ({"messages": [user([{"type": "image"}, TEXT])]}, "1 image placeholder\\(s\\) .* record has 0 images"),
-        ({"messages": [user("<image>what?")], "images": ["a.png", "b.png"]}, r"1 image placeholder\(s\) .* has 2 images"),
+        ({"messages": [user("<image>what?")], "images": ["a.png", "b.png"]}, "1 image placeholder.* has 2 images"),
         ({"messages": [user([{"type": "image", "path": "a.png"}, TEXT])], "image": "b.png"}, "holds pictures, and"),
         ({"messages": [user("a"), assistant([{"type": "image"}, TEXT])]}, r"\(assistant\) has an image"),
         ({"messages": [user("a"), assistant("b")], "answer": "c"}, "ends with an answer, and there is also answer"),

@@ -98,15 +98,15 @@ class FullDisk:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def write(self, text: str) -> int:
-        self.file.write(text[: len(text) // 2])
+    def write(self, data: bytes) -> int:
+        self.file.write(data[: len(data) // 2])
         self.file.flush()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_on_full_disk(path: Path, mode: str, encoding: str) -> FullDisk:
-        return FullDisk(path.open(mode, encoding=encoding))
+    def open_on_full_disk(path: Path, mode: str) -> FullDisk:
+        return FullDisk(path.open(mode))
 
     monkeypatch.setattr("cmai_fast.files.open", open_on_full_disk, raising=False)
 
