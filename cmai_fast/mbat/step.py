@@ -116,8 +116,8 @@ class StepTrainer(CheckpointedTrainer):
         return (weights.to(losses) * losses).sum()
 
     def _language_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
-        """The clean branch, the attack and the adversarial branch. Gradients stay at the language model and the leaves of
-        the views. `keep`: keep the vision side's graph."""
+        """The clean branch, the attack and the adversarial branch. Gradients stay at the language model and the leaves
+        of the views. `keep`: keep the vision side's graph."""
         args, (image, text), weights = self.args, self.bridge.inputs(inputs), inputs[WEIGHTS]
         if "pixel_values" not in inputs:
             return self._text_side(text, weights)

@@ -31,14 +31,15 @@ def training_samples(
     source: DataSource, task: str, pipeline: Pipeline | None = None, split: str = "train"
 ) -> Sequence[Sample]:
     """The training split, each sample with choices, from which the contrastive loss draws wrong answers: its own, else
-    its answer and those of other samples. For a dual encoder the samples stay as they are."""
+    its answer and those of other samples. For a dual encoder the samples are unchanged."""
     samples = _Asked(source.load(split), TASKS[task])
     chooses = pipeline is not None and isinstance(pipeline.collate, ChoiceCollator)
     return samples if chooses else with_choices(samples, TASKS[task])
 
 
 def training_collator(pipeline: Pipeline, seed: int) -> VQACollator | ChoiceCollator:
-    """With a wrong answer per sample, drawn by `seed`; of a dual encoder with the texts of the batch to choose from."""
+    """The collator of training: with one wrong answer per sample, drawn with `seed`; for a dual encoder, with the texts
+    of the batch to choose from."""
     if isinstance(pipeline.collate, ChoiceCollator):
         return ChoiceCollator(pipeline.processor)
     return VQACollator(pipeline.processor, negatives=1, max_length=pipeline.bridge.context, seed=seed)
@@ -65,7 +66,7 @@ class _Asked(Sequence[Sample]):
 def training_batches(
     pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless training batches with wrong answers, in an order that depends on `seed` alone."""
+    """Endless training batches with wrong answers, in an order that depends only on `seed`."""
     collate = training_collator(pipeline, seed)
     generator = torch.Generator().manual_seed(seed)
     while True:
