@@ -1,4 +1,4 @@
-"""What a policy is given, and what it gives back. Importing this does not load PyTorch, so names are checked early."""
+"""The input and output of a policy, and the registry. Importing it does not load PyTorch: names are checked early."""
 
 from __future__ import annotations
 
