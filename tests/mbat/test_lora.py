@@ -178,7 +178,7 @@ def test_what_is_saved_is_loaded_by_peft_and_transformers(load, train, batch, tm
     grown.load_adapter(str(out))
     torch.testing.assert_close(logits(grown, batch), expected)
     torch.testing.assert_close(logits(AutoModelForImageTextToText.from_pretrained(out), batch), expected)
-    torch.testing.assert_close(logits(Guard.from_pretrained(out, threshold=0.0).model, batch), expected)
+    torch.testing.assert_close(logits(Guard.from_pretrained(out, threshold=0.0).pipeline.model, batch), expected)
 
 
 class Interrupt(TrainerCallback):
