@@ -145,18 +145,21 @@ class Pipeline:
         """S_c (N,) of each image with its prompt and this answer; `images` as for `generate`.
 
         Raises:
-            ValueError: there are no heads.
+            ValueError: there are no heads, or a sample has no image.
         """
         if self.heads is None:
             raise ValueError(f"{self.name} has no consistency heads; train them (cmai-fast calibrate)")
         if not samples:
             return torch.zeros(0)
+        for i, sample in enumerate(samples):
+            if not (found := Sample.of(sample, i)).images:
+                raise ValueError(
+                    f"{found.name} has no image, and S_c says how well image and answer agree; expected at least one"
+                )
         with self._in_use():
             batch = self._closed(samples, answers)
             if images is not None:
                 batch = self._with(images, batch, batch)
-            if "pixel_values" not in batch:
-                raise ValueError("the samples have no image, but S_c compares image and text; add an image to each")
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
             image_inputs, text = self.bridge.inputs(batch)
             image = self.bridge.encode_image(batch["pixel_values"], **image_inputs)

@@ -85,6 +85,9 @@ def test_texts_are_choices_or_else_captions(samples):
     captions = [replace(s, choices=(), references=(f"caption {i}", "another")) for i, s in enumerate(samples)]
     assert choices_of(samples) == tuple(f"a {c} shape" for c in COLORS)
     assert choices_of(captions[:3]) == ("caption 0", "caption 1", "caption 2")
+    collate = ChoiceCollator(processor(), ("Red", "blue", "red"))
+    asked = [replace(samples[0], references=r) for r in (("RED",), ("red",), ("scarlet", "Blue"))]
+    assert collate(asked)["labels"].tolist() == [0, 2, 1]
     with pytest.raises(ValueError, match=r"'a pink shape' of sample 7 is not among the 8 texts"):
         ChoiceCollator(processor(), choices_of(samples))([replace(samples[0], id=7, references=("a pink shape",))])
     with pytest.raises(ValueError, match="sample 7 has 2 images"):

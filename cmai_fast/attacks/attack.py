@@ -41,6 +41,7 @@ class Attack:
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
         gradients: whether it follows gradients, and so takes `loss` and `gradient`.
+        refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
 
@@ -54,6 +55,7 @@ class Attack:
     settings: Mapping[str, Any]
     kinds: Mapping[str, tuple[type, ...]]
     gradients: bool
+    refuse: Callable[..., None] | None
     run: Callable[..., AttackResult]
 
     def __call__(
@@ -101,19 +103,21 @@ class Attack:
             raise ValueError(f"{self.name} does not support the norm {norm!r}; expected {' or '.join(self.threats)}")
         if self.single and (steps, restarts) != (self.steps, self.restarts):
             raise ValueError(
-                f"{self.name} takes one step from the clean image; steps is {steps}, restarts {restarts}. Use pgd for "
-                "more"
+                f"{self.name} takes one step from the clean image; steps is {steps} and restarts is {restarts}. Use "
+                "pgd for more"
             )
         if steps < self.least or restarts < 1:
             raise ValueError(
-                f"{self.name}: steps is {steps} and restarts {restarts}; expected at least {self.least} and at least 1"
+                f"{self.name}: steps is {steps} and restarts is {restarts}; expected at least {self.least} and at "
+                "least 1"
             )
 
     def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The attack's own settings (and `loss` and `gradient`, by name), converted to their types from values or text.
 
         Raises:
-            ValueError: an unknown setting, or a value that cannot be read; the message lists the settings.
+            ValueError: an unknown setting, or a value that cannot be read (the message lists the settings) or that the
+                attack does not take.
         """
         found: dict[str, Any] = {}
         for key, value in settings.items():
@@ -124,6 +128,8 @@ class Attack:
                 raise ValueError(f"{self.name} has no setting {key!r}; {self._listed()}")
             else:
                 found[key] = self._typed(key, value)
+        if self.refuse is not None:
+            self.refuse(**{key: found[key] for key in found if key in self.settings})
         return found
 
     def describe(self) -> dict[str, str]:
@@ -165,11 +171,13 @@ def attack(
     least: int = 1,
     single: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
+    refuse: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
     """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
-    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`.
+    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`. `refuse` gets the
+    settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:
@@ -191,6 +199,7 @@ def attack(
             settings={p.name: p.default for p in own},
             kinds={p.name: _kinds(p.annotation, function) for p in own},
             gradients=set(_BY_NAME) <= set(taken),
+            refuse=refuse,
             run=function,
         )
         return ATTACKS.add(name, made)

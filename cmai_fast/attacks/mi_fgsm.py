@@ -14,7 +14,12 @@ from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 
-@attack("mi-fgsm", label="MI-FGSM", steps=10, least=0)
+def _refuse(decay: float = 1.0) -> None:
+    if not 0 < decay < float("inf"):
+        raise ValueError(f"mi-fgsm: decay is {decay}; expected a finite number above 0 (for 0 use pgd)")
+
+
+@attack("mi-fgsm", label="MI-FGSM", steps=10, least=0, refuse=_refuse)
 def mi_fgsm(
     victim: Victim,
     clean: Tensor,
@@ -34,8 +39,6 @@ def mi_fgsm(
     Args:
         decay: mu, the decay factor of the accumulated gradient per step.
     """
-    if not 0 < decay < float("inf"):
-        raise ValueError(f"mi-fgsm: decay is {decay}; expected a finite number above 0 (for 0 use pgd)")
     sizes = step_sizes(threat.eps, steps, threat.eps / max(steps, 1))
     return restarted(
         lambda run: ascend_restart(run, sizes, noise=run.number > 0, decay=decay, early_stop=True),

@@ -14,7 +14,13 @@ from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 
-@attack("pgd", label="PGD", steps=10, least=0)
+def _refuse(step_size: float | None = None, decay: float = 0.0, **others: object) -> None:
+    for name, value in (("step_size", step_size), ("decay", decay)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"pgd: {name} is {value}; expected a finite number of at least 0")
+
+
+@attack("pgd", label="PGD", steps=10, least=0, refuse=_refuse)
 def pgd(
     victim: Victim,
     clean: Tensor,
@@ -43,9 +49,6 @@ def pgd(
         early_stop: fooled samples are dropped from the batch, and the best point seen is returned; False takes all
             steps and returns the last iterate (of the best restart), as adversarial training uses it.
     """
-    for name, value in (("step_size", step_size), ("decay", decay)):
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"pgd: {name} is {value}; expected a finite number of at least 0")
     sizes = step_sizes(threat.eps, steps, step_size)
     return restarted(
         lambda run: ascend_restart(run, sizes, noise=random_start, decay=decay, early_stop=early_stop),

@@ -57,7 +57,8 @@ class FaultyGroup(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are not errors here
             raise
         except KeyboardInterrupt as error:
-            _say(f"interrupted{f'; {error}' if str(error) else ''}")
+            how = str(error) or _resumption(ctx.obj, self.commands.get(ctx.invoked_subcommand or ""))
+            _say(f"interrupted{how and f'; {how}'}")
             raise typer.Exit(INTERRUPTED) from error
         except _EXPECTED as error:
             if os.environ.get("CMAI_FAST_TRACEBACK") == "1":
@@ -74,18 +75,28 @@ def _misused(error: Any) -> typer.Exit:
     return typer.Exit(BAD_INPUT)
 
 
+def _resumption(typed: str, command: Any) -> str:
+    """How to continue a run of a command that can; empty for others."""
+    given = shlex.split(typed)
+    if "resume" not in {p.name for p in getattr(command, "params", ())} or "-" in given or "--out=-" in given:
+        return ""
+    return f"resume with: {typed if '--resume' in given else f'{typed} --resume'}"
+
+
 def _with_options(text: str, command: Any) -> str:
     """A library message with the command's options in place of the function's arguments.
 
-    A name without an underscore may be an ordinary word; it counts as an argument only in `NAME is` at the start.
+    A name without an underscore may be an ordinary word; it counts as an argument only where the message, or a part
+    of it, begins with `NAME is`.
     """
     for parameter in getattr(command, "params", ()):
         name, option = parameter.name or "", next((o for o in parameter.opts if o.startswith("--")), None)
         if option is None:
             continue
+        text = re.sub(rf"({option}(?: [A-Z]+)?) \({name}\)", r"\1", text)  # the library named both
         if "_" in name:
             text = re.sub(rf"(?<![\w.=/-]){name}(?![\w/])(?!\.\w)", option, text)
-        text = re.sub(rf"^{name} is\b", f"{option} is", text)
+        text = re.sub(rf"(^|; | and ){name} is\b", rf"\g<1>{option} is", text)
     return text
 
 

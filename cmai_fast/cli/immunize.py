@@ -98,9 +98,5 @@ def immunize(
         restarts=restarts, limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device,
         dtype=dtype, attention=attention, command=ctx.obj,
     )  # fmt: skip
-    try:
-        results = workflow.immunize(settings, out, resume=resume, progress=progress)
-    except KeyboardInterrupt:
-        again = ctx.obj if resume else f"{ctx.obj} --resume"
-        raise KeyboardInterrupt(f"resume with: {again}") from None
+    results = workflow.immunize(settings, out, resume=resume, progress=progress)
     print_summary(results, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,15 +52,25 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Length of an answer in tokens.", show_default="as the model was calibrated, else 16"),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+# NumPy's own generator, which training seeds too, takes no larger seed.
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 Heads = Annotated[
     Path | None,
     typer.Option(help="Folder of consistency heads.", show_default="cmcv/ in the model's folder or beside it"),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run with the same settings.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress, on standard error.")]
+
+
+def _read_device(device: str | None) -> str | None:
+    if device is not None and re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise typer.BadParameter(f"{device!r} is not cpu, cuda or cuda:1")
+    return device
+
+
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, or cuda:1.", show_default="cuda if torch finds one, else cpu")
+    str | None,
+    typer.Option(help="cpu, cuda, or cuda:1.", show_default="cuda if torch finds one, else cpu", callback=_read_device),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -140,7 +151,7 @@ def check(
 
         METRICS.check(metric)
     if data is not None:
-        data.check(*splits, answers=answers)
+        data.check(*splits, answers=answers, images="train" not in splits)
 
 
 def is_stdout(out: Path | None, folder: str = "") -> bool:

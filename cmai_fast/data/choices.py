@@ -9,6 +9,7 @@ import torch
 
 from cmai_fast.data.pictures import read_picture
 from cmai_fast.data.sample import Sample, numeric_id
+from cmai_fast.metrics.exact_match import folded
 
 
 def choices_of(samples: Sequence[Sample]) -> tuple[str, ...]:
@@ -28,7 +29,8 @@ class ChoiceCollator:
             are trained on captions.
 
     A batch of N samples holds `pixel_values` (N, 3, H, W), the texts as `input_ids` and, where the family has it,
-    `attention_mask` (K, L), `labels` (N,), the index of each sample's answer among them, and `sample_ids` (N,).
+    `attention_mask` (K, L), `labels` (N,), the index of each sample's answer among them (or of
+    another of its references), and `sample_ids` (N,).
 
     Raises:
         ValueError: a sample without exactly one picture, or whose answer is not among the texts; names the sample.
@@ -45,21 +47,25 @@ class ChoiceCollator:
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
         asked = [Sample.of(s, i) for i, s in enumerate(samples)]
         texts = self.texts if self.texts is not None else choices_of(asked)
-        places = {text: i for i, text in enumerate(texts)}
-        pictures = []
+        places: dict[str, int] = {}
+        for i, text in enumerate(texts):
+            places.setdefault(folded(text), i)
+        pictures, labels = [], []
         for s in asked:
             if len(s.images) != 1:
                 raise ValueError(f"sample {s.id!r} has {len(s.images)} images; a dual encoder takes exactly one")
-            if s.answer not in places:
+            known = [places[folded(r)] for r in s.references if folded(r) in places]
+            if not known:
                 raise ValueError(
                     f"the answer {s.answer!r} of sample {s.id!r} is not among the {len(texts)} texts to choose from; "
                     "add it to the choices"
                 )
+            labels.append(texts.index(s.answer) if s.answer in texts else known[0])
             pictures.append(read_picture(s.images[0], f"the image of sample {s.id!r}"))
         return {
             **dict(self.processor.image_processor(images=pictures, return_tensors="pt")),
             **(self._tokens if self._tokens is not None else self._read(texts)),
-            "labels": torch.tensor([places[s.answer] for s in asked]),
+            "labels": torch.tensor(labels),
             "sample_ids": torch.tensor([numeric_id(s.id) for s in asked]),
         }
 

@@ -132,7 +132,7 @@ class VQACollator:
         return padded
 
     def _wrong_answers(self, sample: Sample) -> list[str]:
-        others = [c for c in sample.choices if c != sample.answer]
+        others = sample.wrong_choices
         if not others:
             raise ValueError(
                 f"{_name(sample)} has no wrong answers in its 'choices'; the contrastive loss needs at least one. Add "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from cmai_fast.metrics.exact_match import folded
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,26 @@ class Sample:
         if not self.references:
             raise ValueError(f"{self.name} has no answer; expected at least one right answer (key 'answer')")
         return self.references[0]
+
+    @property
+    def wrong_choices(self) -> tuple[str, ...]:
+        """The choices that no reference says, each once."""
+        return differing(self.choices, self.references)
+
+
+def differing(answers: Iterable[str], references: Iterable[str]) -> tuple[str, ...]:
+    """The answers that say something else than the references, each once: `Yes.` and `yes` say the same."""
+    right = {said(r) for r in references}
+    first: dict[str, str] = {}
+    for answer in answers:
+        first.setdefault(said(answer), answer)
+    return tuple(answer for key, answer in first.items() if key not in right)
+
+
+def said(answer: str) -> str:
+    """What an answer says, to compare it with others: without case, extra spaces and the mark at its end."""
+    text = folded(answer)
+    return text.rstrip(" .!?") or text
 
 
 def numeric_id(sample_id: Hashable) -> int:

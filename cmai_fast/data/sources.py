@@ -38,7 +38,7 @@ class DataSource:
     fields: Mapping[str, str] = field(default_factory=dict)
     split_seed: int | None = None
 
-    def check(self, *splits: str, answers: bool = False) -> None:
+    def check(self, *splits: str, answers: bool = False, images: bool = False) -> None:
         """Checks the data without decoding pictures, importing PyTorch or using the network.
 
         Every record of a local file or folder is read. Errors are broken text, records without a question, empty
@@ -46,7 +46,7 @@ class DataSource:
 
         Args:
             splits: the splits to check; by default all.
-            answers: whether every sample needs an answer.
+            answers, images: whether every sample needs an answer, and an image.
 
         Raises:
             ValueError: names file, line and sample.
@@ -65,6 +65,8 @@ class DataSource:
                 self._divided(samples, self.split_seed)
             if answers and isinstance(samples, list):
                 check_answers(samples)
+            if images and isinstance(samples, list):
+                check_images(samples)
 
     def load(self, split: str, limit: int | None = None, seed: int = 0) -> Sequence[Sample]:
         """The samples of a split; pictures are read on use.
@@ -195,6 +197,16 @@ def check_answers(samples: Sequence[Sample]) -> None:
         raise ValueError(
             f"{len(without)} of {len(samples)} samples have no answer: {_first(s.name for s in without)}; expected a "
             "key answer (or answers), or --map answer=KEY"
+        )
+
+
+def check_images(samples: Sequence[Sample]) -> None:
+    """Raises ValueError if samples have no image, with their number and the first few."""
+    without = [sample for sample in samples if not sample.images]
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(samples)} samples have no image: {_first(s.name for s in without)}; expected a "
+            "key image (or images), or --map image=KEY"
         )
 
 

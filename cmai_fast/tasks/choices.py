@@ -9,8 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cmai_fast.data.sample import Sample
-from cmai_fast.metrics.exact_match import folded
+from cmai_fast.data.sample import Sample, differing, said
 
 if TYPE_CHECKING:
     from cmai_fast.tasks.task import Task
@@ -22,23 +21,22 @@ _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?\s*%?")
 
 def answer_kind(answer: str) -> str:
     """`yes/no`, `number` or `text`. Answers of one kind can serve as wrong answers to each other's questions."""
-    text = folded(answer).rstrip(".")
+    text = said(answer)
     if text in YES_NO:
         return "yes/no"
     return "number" if _NUMBER.fullmatch(text) else "text"
 
 
 def other_answers(sample: Sample, others: Iterable[Sample]) -> tuple[str, ...]:
-    """First answers of the others that are not a reference of this sample.
+    """First answers of the others that say something else than the references of this sample.
 
     Only those of the same kind, or all if there are none. For yes and no the opposite needs no other samples.
     """
-    right = {folded(r) for r in sample.references}
     kinds = {answer_kind(r) for r in sample.references}
     known = YES_NO if kinds == {"yes/no"} else ()
-    answers = dict.fromkeys((*known, *(o.references[0] for o in others if o.references)))
-    wrong = list({folded(a): a for a in reversed(answers) if folded(a) not in right}.values())[::-1]
-    return tuple(a for a in wrong if answer_kind(a) in kinds) or tuple(wrong)
+    answers = (*known, *(o.references[0] for o in others if o.references))
+    wrong = differing(answers, sample.references)
+    return tuple(a for a in wrong if answer_kind(a) in kinds) or wrong
 
 
 def with_choices(samples: Sequence[Sample], task: Task) -> WithChoices:
@@ -91,8 +89,8 @@ class WithChoices(Sequence[Sample]):
         for i in range(len(self._samples)):
             sample = Sample.of(self._samples[i], i)
             for answer in sample.references[:1]:
-                count[folded(answer)] += 1
-                first.setdefault(folded(answer), replace(sample, images=(), references=(answer,)))
+                count[said(answer)] += 1
+                first.setdefault(said(answer), replace(sample, images=(), references=(answer,)))
         frequent: dict[str, list[Sample]] = {}
         for answer in sorted(count, key=lambda a: (-count[a], a)):  # independent of the order of the records
             of_kind = frequent.setdefault(answer_kind(answer), [])

@@ -32,5 +32,4 @@ class VQA:
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
         if not sample.choices:
             return other_answers(sample, others)
-        right = {folded(r) for r in sample.references}
-        return tuple(c for c in sample.choices if folded(c) not in right)
+        return sample.wrong_choices

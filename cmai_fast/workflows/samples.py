@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator
-from cmai_fast.data.sources import DataSource, check_answers
+from cmai_fast.data.sources import DataSource, check_answers, check_images
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, Task, with_choices
 
@@ -20,10 +20,11 @@ def asked(source: DataSource, split: str, task: str, limit: int | None = None, s
     """The samples of a split, each with the prompt that the task gives it.
 
     Raises:
-        ValueError: there is no such split, or a sample has no answer.
+        ValueError: there is no such split, or a sample has no answer or no image (there would be nothing to attack).
     """
     found = list(_Asked(source.load(split, limit, seed), TASKS[task]))
     check_answers(found)
+    check_images(found)
     return found
 
 

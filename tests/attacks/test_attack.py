@@ -12,6 +12,7 @@ import torch
 
 from cmai_fast.attacks import ATTACKS, GRADIENTS, LOSSES, attack, weighted
 from cmai_fast.attacks.attack import Attack
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.threat import ThreatModel
 
 PAGE = Path(__file__).parents[2] / "docs" / "attacks.md"
@@ -105,12 +106,26 @@ def test_unknown_and_mistyped_settings_are_refused(toy, settings, said):
     assert not toy[1]
 
 
+@pytest.mark.parametrize(
+    "name, settings, said",
+    [
+        ("pgd", {"step_size": "-1"}, "pgd: step_size is -1.0; expected a finite number of at least 0"),
+        ("pgd", {"step_size": "nan"}, "pgd: step_size is nan"),
+        ("pgd", {"decay": "inf"}, "pgd: decay is inf"),
+        ("mi-fgsm", {"decay": "0"}, "mi-fgsm: decay is 0.0; expected a finite number above 0"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_without_a_model(name, settings, said):
+    with pytest.raises(ValueError, match=said):
+        AttackSpec(name, settings=settings)
+
+
 def test_norms_and_budgets_are_refused_with_the_name_of_the_attack(toy):
     with pytest.raises(ValueError, match="toy does not support the norm 'linf'; expected l2"):
         toy[0](None, None, ThreatModel("linf", 0.1))
     for name, steps, restarts, said in (
-        ("toy", 0, 1, "toy: steps is 0 and restarts 1; expected at least 1"),
-        ("apgd", 5, 0, "apgd: steps is 5 and restarts 0"),
+        ("toy", 0, 1, "toy: steps is 0 and restarts is 1; expected at least 1"),
+        ("apgd", 5, 0, "apgd: steps is 5 and restarts is 0"),
         ("pgd", -1, 1, "pgd: steps is -1 .*at least 0"),
         ("fgsm", 3, 1, "fgsm takes one step"),
     ):

@@ -131,12 +131,12 @@ def test_settings_that_mean_nothing_are_refused(case64):
     victim, threat = case64.victim(), ThreatModel()
     for attack, settings, said in (
         (pgd, {"steps": -1}, "steps is -1"),
-        (pgd, {"restarts": 0}, "restarts 0"),
+        (pgd, {"restarts": 0}, "restarts is 0"),
         (pgd, {"step_size": -0.1}, "step_size is -0.1"),
         (pgd, {"step_size": float("nan")}, "step_size is nan"),
         (mi_fgsm, {"steps": -1}, "steps is -1"),
         (apgd, {"steps": 0}, "steps is 0"),
-        (apgd, {"restarts": 0}, "restarts 0"),
+        (apgd, {"restarts": 0}, "restarts is 0"),
         (fgsm, {"steps": 2}, "Use pgd"),
         (fgsm, {"restarts": 2}, "Use pgd"),
     ):

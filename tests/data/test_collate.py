@@ -81,6 +81,15 @@ def test_negatives_are_wrong_answers_of_the_same_kind_to_the_same_question(tiny_
             assert (labels[:-2] == -100).all() and torch.equal(labels[-2:], ids[-2:])
 
 
+def test_no_reference_is_a_negative(tiny_processor, samples):
+    sample = replace(samples[0], references=("red", "blue"), choices=("Red", "red.", "blue", "green"))
+    batch = VQACollator(tiny_processor, negatives=20)([sample])
+    labels = batch["negative_labels"][0]
+    assert (labels == labels[0]).all()
+    green = VQACollator(tiny_processor)([replace(sample, references=("green",))])["labels"][0]
+    assert labels[0][labels[0] != -100].tolist() == green[green != -100].tolist()
+
+
 def test_negatives_depend_on_seed_and_sample_id_alone(tiny_processor, samples):
     colours = next(s for s in samples if len(s.choices) == 8)
 

@@ -160,6 +160,8 @@ def test_ids_answers_and_fields_are_checked(tmp_path):
     DataSource(str(file)).check()
     with pytest.raises(ValueError, match=r"1 of 2 samples have no answer: sample 1 \(.*line 2\)"):
         DataSource(str(file)).check(answers=True)
+    with pytest.raises(ValueError, match=r"2 of 2 samples have no image: sample 0 \(.*line 1\), sample 1"):
+        DataSource(str(file)).check(images=True)
     with pytest.raises(ValueError, match="--map ask=q: unknown key 'ask'; expected one of image"):
         DataSource(str(file), {"ask": "q"}).check()
 

@@ -35,6 +35,17 @@ def test_wrong_answers_are_of_the_same_kind():
     assert VQA.wrong_answers(Sample(0, (), "q?", ("red", "BLUE")), samples) == ("yes", "3", "4")
 
 
+def test_an_answer_in_other_spelling_is_not_a_wrong_one():
+    samples = samples_of("Two dogs.", "two  dogs", "Yes.", "a cat.", "A cat")
+    assert VQA.wrong_answers(samples[0], samples) == ("a cat.",)
+    assert VQA.wrong_answers(samples[2], samples) == ("no",)
+    filled = [s.choices for s in with_choices(samples, VQA)]
+    assert filled[:3] == [("Two dogs.", "a cat."), ("two  dogs", "a cat."), ("Yes.", "no")]
+    assert filled[3:] == [("a cat.", "Two dogs."), ("A cat", "Two dogs.")]
+    several = Sample(0, (), "q?", ("red", "crimson"), ("Red.", "blue", "crimson", "Blue", "?"))
+    assert VQA.wrong_answers(several) == several.wrong_choices == ("blue", "?")
+
+
 def test_choices_come_first():
     sample = Sample(0, (), "q?", ("red",), ("Red", "blue"))
     assert VQA.wrong_answers(sample, samples_of("green")) == ("blue",)

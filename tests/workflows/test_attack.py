@@ -90,7 +90,7 @@ def test_refused(model_folder, tmp_path):
         ({"model": "no-such"}, "unknown model 'no-such'"),
         ({"task": "vqaa"}, "unknown task 'vqaa'"),
         ({"steps": -1}, "steps is -1"),
-        ({"restarts": -1}, "restarts -1"),
+        ({"restarts": -1}, "restarts is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"save_images": tmp_path / "full"}, "full exists and is not empty; name a new folder with --save-images"),
     ):
