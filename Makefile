@@ -44,7 +44,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests: pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	@echo "== style: ruff"
@@ -57,7 +57,7 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@if command -v clang-format >/dev/null; then clang-format -i csrc/*.cpp csrc/*.h csrc/*.cu; \
-	  else echo "clang-format is not installed: csrc/ is left as it is"; fi
+	  else echo "clang-format is not installed: csrc/ is not formatted"; fi
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only

@@ -203,7 +203,7 @@ class build_ext(pybind11_build_ext):
             self.compiler.compile = plain
 
     def _build_with_cuda(self, extension: Pybind11Extension) -> str | None:
-        """None, or why that was not possible, with the extension as it was."""
+        """None, or the reason why CUDA cannot be built; the extension is then unchanged."""
         try:
             nvcc = Nvcc()
         except (SetupError, OSError, subprocess.CalledProcessError) as error:

@@ -1,4 +1,4 @@
-"""How answers are generated: by our settings alone, whatever a checkpoint's generation config asks for."""
+"""Generation settings: ours alone, regardless of the checkpoint's generation config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"
 class Generation:
     """Greedy answers of at most `max_new_tokens` tokens.
 
-    Of the checkpoint's own generation config only the token ids count; several ids of end tokens are all used.
+    From the checkpoint's generation config only the token ids are used, including several end-of-sequence ids.
     """
 
     max_new_tokens: int = 16
@@ -32,7 +32,7 @@ class Generation:
         """The reverse of `to_dict`.
 
         Raises:
-            ValueError: a setting that this version does not know.
+            ValueError: an unknown setting.
         """
         if set(record) != {"max_new_tokens"}:
             raise ValueError(f"generation settings are {dict(record)}; expected max_new_tokens alone")
@@ -42,7 +42,7 @@ class Generation:
         return asdict(self)
 
     def config(self) -> GenerationConfig:
-        """For `model.generate` inside `own_settings`, which keeps the checkpoint's settings out."""
+        """For `model.generate` inside `own_settings`, which hides the checkpoint's settings."""
         from transformers import GenerationConfig
 
         return GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
@@ -50,10 +50,10 @@ class Generation:
 
 @contextmanager
 def own_settings(model: Any) -> Iterator[None]:
-    """Inside, the generation config of the model, and of every model in it, holds its token ids and nothing else.
+    """Inside, the generation configs of the model and of its submodels hold their token ids and nothing else.
 
-    Giving `generate` a config is not enough: it fills what that config leaves open (penalties, lengths, suppressed
-    tokens, stop strings) from the model's own, and BLIP-2 hands on to its language model, which has one more.
+    Passing a config to `generate` is not enough: it fills unset values (penalties, lengths, suppressed tokens, stop
+    strings) from the model's own config, and the language model inside BLIP-2 has another.
     """
     from transformers import GenerationConfig
 

@@ -1,7 +1,6 @@
-"""A model with all that belongs to it: processor, bridge, pixel space, collator, heads, threshold, generation settings.
+"""A model with its processor, bridge, pixel space, collator, heads, threshold and generation settings.
 
-Training, evaluation and guard ask the same prompt, generate by the same settings and compute the same S_c, because each
-has it from here.
+Training, evaluation and guard use the same prompts, generation settings and S_c, because all use this class.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ _making = threading.Lock()
 
 
 class Pipeline:
-    """A model that is asked about images. Several threads may ask it; they take turns.
+    """A model that answers questions about images. Threads may share it; they take turns.
 
     Args:
-        name: what errors and progress call it.
-        model: an image-text model of `transformers`. It is used in evaluation mode and given back as it was.
+        name: its name in errors and progress.
+        model: an image-text model of `transformers`. It is used in evaluation mode and restored afterwards.
         processor: its processor, one that `VQACollator` takes.
         heads: trained with this model.
         threshold: of these heads.
-        generation: None: what the threshold was calibrated under, else 16 tokens.
+        generation: None: that of the threshold's calibration, else 16 tokens.
 
     Raises:
         ValueError: a model that cannot be bridged, a processor that the collator refuses, heads of another model's
-            width, or a threshold that was calibrated on answers generated otherwise.
+            width, or a threshold that was calibrated with other generation settings.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Pipeline:
         Args:
             heads: a folder of heads; None: `cmcv/` in the model's folder or beside it, if there is one.
             generation: see the class.
-            how: `device`, `dtype`, `attention` and what else `load_model` takes.
+            how: `device`, `dtype`, `attention` and other arguments of `load_model`.
         """
         from cmai_fast.models.loading import find_heads, load_model
 
@@ -108,9 +107,9 @@ class Pipeline:
         return cls(str(name), model, processor, found, saved, generation)
 
     def choose_from(self, samples: Sequence[Sample]) -> None:
-        """Sets the texts that a dual encoder chooses its answers from to those of these samples (`choices_of`).
+        """Sets the texts from which a dual encoder chooses its answers to those of these samples (`choices_of`).
 
-        A model that generates its answers takes no notice.
+        Has no effect on a model that generates its answers.
         """
         if isinstance(self.collate, ChoiceCollator):
             self.collate = ChoiceCollator(self.processor, choices_of(samples))
@@ -120,10 +119,10 @@ class Pipeline:
         return BatchImages(self.bridge, self.space, self.on_device(self.collate(samples)))
 
     def generate(self, samples: Sequence[Sample], images: Sequence[Tensor] | None = None) -> list[str]:
-        """Greedy answers, one per sample; of a dual encoder the text that is nearest to the image (`choose_from`).
+        """Greedy answers, one per sample; for a dual encoder, the text nearest to the image (`choose_from`).
 
         Args:
-            images: in place of the samples' own, one tensor in [0, 1] per sample, as `BatchImages.split` gives them.
+            images: instead of the samples' own, one tensor in [0, 1] per sample, as `BatchImages.split` returns them.
         """
         if not samples:
             return []
@@ -170,7 +169,7 @@ class Pipeline:
     def answer(
         self, samples: Sequence[Sample], images: Sequence[Tensor] | None = None
     ) -> tuple[list[str], list[float]]:
-        """Greedy answers and the S_c of each; images are encoded once for both where the model's family allows it.
+        """Greedy answers and the S_c of each; images are encoded once for both if the model's family allows it.
 
         Samples that do not fit into memory at once are answered in halves.
         """
@@ -189,9 +188,9 @@ class Pipeline:
     ) -> list[str]:
         texts = collate.texts
         if texts is None:
-            raise ValueError(f"{self.name} chooses among texts, and there are none so far; call choose_from(samples)")
+            raise ValueError(f"{self.name} has no texts to choose from yet; call choose_from(samples)")
         with self._in_use():
-            # Any of the texts: what is right plays no part in the choice.
+            # Any text will do: labels do not affect the choice.
             batch = self._closed(samples, [texts[0]] * len(samples))
             if images is not None:
                 batch = self._with(images, batch, batch)
@@ -205,9 +204,9 @@ class Pipeline:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside, this thread alone uses model and tokenizer, the model in evaluation mode, without gradients.
+        """Inside, only this thread uses model and tokenizer; the model is in evaluation mode, without gradients.
 
-        The heads have no mode and need no lending: nothing is differentiated.
+        The heads have no mode, and nothing is differentiated, so they need no restoring.
         """
         with alone(self.model, self.processor.tokenizer), frozen(self.model), torch.no_grad():
             yield
@@ -219,7 +218,7 @@ class Pipeline:
     def _with(
         self, images: Sequence[Tensor], batch: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """`inputs` with these images in place of the batch's own."""
+        """`inputs` with these images instead of the batch's own."""
         own = BatchImages(self.bridge, self.space, batch)
         return {**inputs, "pixel_values": own.inputs(own.join(images))["pixel_values"]}
 
@@ -238,15 +237,15 @@ class Pipeline:
 
 @contextmanager
 def alone(*things: Any) -> Iterator[None]:
-    """Inside, no other thread is inside with one of these objects.
+    """Locks these objects: inside, no other thread holds any of them.
 
-    A model in use has its mode, `requires_grad` and settings changed for a while, and a tokenizer of Rust refuses to be
+    A model in use has its mode, `requires_grad` and settings changed temporarily, and a Rust tokenizer cannot be
     borrowed twice. The lock belongs to the object, so all guards of a model share it.
     """
     with _making:
         locks = [_locks.setdefault(thing, threading.RLock()) for thing in things]
     with ExitStack() as stack:
-        for lock in sorted(locks, key=id):  # one order for all threads, so that none waits for another in a circle
+        for lock in sorted(locks, key=id):  # the same order in all threads, so that they cannot deadlock
             stack.enter_context(lock)
         yield
 

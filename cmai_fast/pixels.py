@@ -1,4 +1,4 @@
-"""How pixels in [0, 1] become a model's own input, and the 8-bit pictures that people receive."""
+"""Pixels in [0, 1] as a model's input, and as 8-bit images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PixelSpace:
     """The affine map between pixels in [0, 1] and a model's normalised `pixel_values`, channel by channel.
 
     Args:
-        mean, std: the processor's, one value a channel, in the [0, 1] range.
-        patches: how the processor flattens images, where it does (Qwen-VL).
+        mean, std: the processor's, one value per channel, in the [0, 1] range.
+        patches: how the processor flattens images, if it does (Qwen-VL).
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], patches: Patches | None = None) -> None:
@@ -59,7 +59,7 @@ class PixelSpace:
     def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised `pixel_values` (N, C, H, W), or units of a `Layout`, back to [0, 1]; at least float32.
 
-        8-bit images come back on the k/255 grid exactly as float32 gives it, so that "untouched" means equal.
+        8-bit images come back exactly on the float32 grid k/255, so that unchanged pixels compare equal.
 
         Raises:
             ValueError: a value that is not finite, or pixels outside [0, 1] (not normalised by this mean and std).
@@ -88,7 +88,7 @@ def check_pixels(
     slack: float = 1e-6,
     hint: str = "Normalised pixel_values go through PixelSpace.to_pixels first",
 ) -> None:
-    """Raises ValueError where a pixel is not finite or not in [0, 1] (give or take `slack`), naming the first row."""
+    """Raises ValueError if a pixel is not finite or not in [0, 1] (within `slack`); names the first such row."""
     if pixels.numel() == 0:
         return
     flat = pixels.detach().flatten(1)
@@ -107,21 +107,19 @@ def check_pixels(
 def round_to_8bit(adv: torch.Tensor, clean: torch.Tensor, threat: ThreatModel) -> torch.Tensor:
     """The 8-bit image a user would receive: `adv` on the k/255 grid, still inside the ball and the box.
 
-    Each pixel is rounded to the nearest level; where that leaves the ball it is rounded toward `clean` instead (l2: no
-    more pixels than need be, those nearest to it first). `adv` and `clean` have shape (N, ...) in [0, 1]; `clean` must
+    Each pixel is rounded to the nearest level, or toward `clean` if the nearest is outside the ball (l2: as few pixels
+    as possible, those closest to the lower level first). `adv` and `clean` have shape (N, ...) in [0, 1]; `clean` must
     lie on the grid itself, and `adv` in the ball.
 
     Raises:
-        ValueError: `clean` is no 8-bit image.
+        ValueError: `clean` is not an 8-bit image.
     """
     levels = torch.round(clean.double() * 255)
     if not torch.allclose(levels / 255, clean.double(), atol=1e-4, rtol=0):
-        raise ValueError(
-            "the clean image is not on the 8-bit grid k/255, so no 8-bit neighbour is sure to be in the ball"
-        )
+        raise ValueError("the clean image is not on the 8-bit grid k/255, so the ball may contain no 8-bit image")
     steps = (adv.double() - levels / 255) * 255
     if threat.norm == "linf":
-        # 8/255 is not exact in binary: the small slack lets it mean eight whole levels.
+        # 8/255 is not exact in binary: the slack makes it eight whole levels.
         most = int(threat.eps * 255 + 1e-6)
         steps = steps.round().clamp(-most, most)
     else:

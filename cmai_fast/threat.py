@@ -1,5 +1,4 @@
-"""What the attacker may do. Importing this module does not load PyTorch, so that a command can refuse a wrong radius at
-once."""
+"""The threat model. Importing it does not load PyTorch, so that a command can refuse a wrong radius at once."""
 
 from __future__ import annotations
 
@@ -56,11 +55,11 @@ class ThreatModel:
 
     @classmethod
     def parse(cls, norm: Literal["linf", "l2"], eps: str | float | None = None) -> ThreatModel:
-        """From a norm and a radius as people write them; without one, 8/255 for `linf`.
+        """From a norm and a radius as text or number; by default 8/255 for `linf`.
 
         Raises:
-            ValueError: `l2` without a radius. What changes a picture visibly depends on its size, so no default fits:
-                8/255 would be one channel of one pixel.
+            ValueError: `l2` without a radius. A visible change depends on the image size, so there is no good default:
+                8/255 would be a small change of a single pixel.
         """
         if eps is None and norm == "l2":
             raise ValueError(

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from cmai_fast.attacks import pgd
+from cmai_fast.attacks import ATTACKS
 from cmai_fast.data import load_dataset
+from cmai_fast.evaluation.runner import victim_of
 from cmai_fast.models import BUNDLED, resolve
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
@@ -51,24 +52,24 @@ def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> No
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 8 * 2**20
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    subject = Pipeline.load(name)
-    assert 1e6 <= sum(p.numel() for p in subject.model.parameters()) <= 3e6
-    assert subject.threshold is not None
-    assert subject.threshold.split == "calibration"
+    pipeline = Pipeline.load(name)
+    assert 1e6 <= sum(p.numel() for p in pipeline.model.parameters()) <= 3e6
+    assert pipeline.threshold is not None
+    assert pipeline.threshold.split == "calibration"
 
 
 def test_the_undefended_model_breaks_and_the_immunised_one_stands() -> None:
     eps, data, robust = 16 / 255, load_dataset("easyvqa", "test", 48), {}
     for name in ("easyvqa-llava", "easyvqa-llava-immune"):
-        subject = Pipeline.load(name)
-        batch = subject.collate([data[i] for i in range(len(data))])
-        objective = subject.objective(batch)
-        clean = objective.pixels()
-        result = pgd(objective, clean, ThreatModel("linf", eps), steps=20, sample_ids=batch["sample_ids"])
-        right = subject.right(clean, objective)
+        pipeline = Pipeline.load(name)
+        batch = pipeline.collate([data[i] for i in range(len(data))])
+        victim = victim_of(pipeline, batch)
+        clean = victim.pixels()
+        result = ATTACKS["pgd"](victim, clean, ThreatModel("linf", eps), steps=20, sample_ids=batch["sample_ids"])
+        right = victim.right(clean)
         assert right.float().mean() > 0.9
         robust[name] = (right & ~result.fooled).float().mean()
         noise = clean + torch.empty_like(clean).uniform_(-eps, eps, generator=torch.Generator().manual_seed(0))
-        assert subject.right(noise.clamp(0, 1), objective).float().mean() > 0.8
+        assert victim.right(noise.clamp(0, 1)).float().mean() > 0.8
     assert robust["easyvqa-llava"] < 0.5
     assert robust["easyvqa-llava-immune"] > 0.8

@@ -219,5 +219,5 @@ def test_a_black_tile_is_attacked_where_the_processors_mean_is_0():
     result = maximise(black, black.pixels(), LINF, "pgd", steps=1)
     assert (result.adv[0][black.layout.real[0]] != 0).any()
     del batch["pixel_attention_mask"]
-    with pytest.raises(ValueError, match="mean is 0, so a black tile looks like the zeros"):
+    with pytest.raises(ValueError, match="mean is 0, so a black tile looks like zero padding"):
         Victim(bridge_of(family.model()), PixelSpace([0.0] * 3, [1.0] * 3), batch).pixels()

@@ -11,11 +11,11 @@ from cmai_fast.mbat.refused import ARGUMENTS, FIELDS, METHODS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "trainer.md"
 
-_LR = "of the model; the heads follow it from `heads_learning_rate`"
-# Field: what it does. "own" is the code of `Trainer`, which a step does not touch.
+_LR = "for the model; the heads follow the schedule from `heads_learning_rate`"
+# Field: its effect. "own" is the code of `Trainer`, which MBATTrainer does not change.
 WORKS = {
     "output_dir": "works; checkpoints, `cmcv/` and `mbat.json` go there",
-    "per_device_train_batch_size": "works; a step that does not fit into memory is done in parts",
+    "per_device_train_batch_size": "works; a step that does not fit into memory runs in parts",
     "num_train_epochs": "works",
     "max_steps": "works",
     "learning_rate": f"works, {_LR}",
@@ -24,14 +24,14 @@ WORKS = {
     "warmup_steps": f"works, {_LR}",
     "optim_args": "own; optimizers of other packages read it",
     "weight_decay": "works; the heads have none",
-    "adam_beta1": "works, of the heads too",
-    "adam_beta2": "works, of the heads too",
-    "adam_epsilon": "works, of the heads too",
+    "adam_beta1": "works, also for the heads",
+    "adam_beta2": "works, also for the heads",
+    "adam_epsilon": "works, also for the heads",
     "gradient_accumulation_steps": "works; the loss is that of the whole optimizer step",
     "average_tokens_across_devices": "works",
     "max_grad_norm": "works; the heads are not clipped. A norm that is not finite stops the run",
-    "label_smoothing_factor": "works, of both branches, with labels shifted as the model shifts them. Attacks "
-    "maximise L_task without it, so `bridge` costs one full pass more. `eval_loss` is without it",
+    "label_smoothing_factor": "works, in both branches, with labels shifted as in the model. Attacks "
+    "maximise L_task without it, so `bridge` takes one more full pass. `eval_loss` is without it",
     "bf16": "works",
     "tf32": "own",
     "activation_checkpointing": "works, in attacks too; not beside `recompute`",
@@ -43,9 +43,9 @@ WORKS = {
     "use_cache": "works",
     "neftune_noise_alpha": "works, in the clean and the adversarial branch; attacks run without noise",
     "torch_empty_cache_steps": "works",
-    "auto_find_batch_size": "works, and is hardly needed: a step that does not fit is done in parts",
+    "auto_find_batch_size": "works, but is hardly needed: a step that does not fit runs in parts",
     "logging_strategy": "works",
-    "logging_steps": "works; the parts of the loss are logged beside it",
+    "logging_steps": "works; the parts of the loss are logged too",
     "logging_first_step": "works",
     "log_on_each_node": "own",
     "logging_nan_inf_filter": "never needed: a loss that is not finite stops the run",
@@ -74,13 +74,13 @@ WORKS = {
     "save_strategy": "works",
     "save_steps": "works",
     "save_on_each_node": "own",
-    "save_total_limit": "works; an old checkpoint goes when the new one is whole",
+    "save_total_limit": "works; an old checkpoint is deleted when the new one is complete",
     "enable_jit_checkpoint": "own; it saves by the same method",
-    "push_to_hub": "works; the heads go along",
+    "push_to_hub": "works, including the heads",
     "hub_token": "own",
     "hub_private_repo": "own",
     "hub_model_id": "works",
-    "hub_strategy": "works; the heads go along",
+    "hub_strategy": "works, including the heads",
     "hub_always_push": "works",
     "hub_revision": "own",
     "load_best_model_at_end": "works; the heads are loaded too",
@@ -89,7 +89,7 @@ WORKS = {
     "ignore_data_skip": "own",
     "restore_callback_states_from_checkpoint": "own",
     "full_determinism": "own",
-    "seed": "works, of new heads and of the random starts of attacks too",
+    "seed": "works, also for new heads and the random starts of attacks",
     "data_seed": "own",
     "use_cpu": "works",
     "accelerator_config": "works; `dispatch_batches` is off in a single process unless it is set",
@@ -122,12 +122,12 @@ IN_PART = {  # refused for some values, and works for others
 GIVEN = {
     "model": "works; one that `bridge_of` supports",
     "args": "an `MBATConfig`",
-    "data_collator": "works; None makes `VQACollator` of the processor, or stacks rows that have `labels` already",
+    "data_collator": "works; None uses `VQACollator` with the processor, or stacks rows that already have `labels`",
     "train_dataset": "works: records, `Sample`s, a stream, rows of tensors",
     "eval_dataset": "works, a dictionary of data sets too",
-    "processing_class": "the model's processor; it is needed",
-    "compute_loss_func": "works, of both branches, with the outputs of the model at their image features. Attacks "
-    "maximise L_task all the same, so `bridge` costs one full pass more. Not for dual encoders",
+    "processing_class": "the model's processor; required",
+    "compute_loss_func": "works, for both branches, with the outputs of the model at their image features. Attacks "
+    "still maximise L_task, so `bridge` takes one more full pass. Not for dual encoders",
     "compute_metrics": "works",
     "callbacks": "works",
     "optimizers": "works, with a scheduler or without; the heads have an optimizer of their own",
@@ -137,7 +137,7 @@ GIVEN = {
 OVERRIDDEN = {  # methods that MBATTrainer overrides; a subclass may do so again, and call super()
     "training_step": "the adversarial step",
     "create_optimizer": "with Muon; a subclass need not call it",
-    "evaluation_loop": "adds robust metrics; leaves model and random state as they were",
+    "evaluation_loop": "adds robust metrics; restores model and random state",
     "prediction_step": "adds robust metrics",
     "log": "adds the parts of the loss",
     "save_model": "saves the heads too",
@@ -147,19 +147,20 @@ OVERRIDDEN = {  # methods that MBATTrainer overrides; a subclass may do so again
 
 INTRODUCTION = """# MBATTrainer and Trainer
 
-`MBATTrainer` takes what `transformers.Trainer` takes. What it cannot do is refused by name when it is made; nothing is
-dropped silently. "own" is code of `Trainer` that no step touches: it works as there, and is not tested here.
+`MBATTrainer` takes the arguments of `transformers.Trainer`. Unsupported options are refused by name at construction;
+none is dropped silently. "own" marks options handled by code of `Trainer` that MBATTrainer does not change; these are
+not tested here.
 This page is written by `python tests/trainer_table.py`, and a test compares it with the installed `transformers`.
 
-The loss is reduced as `Trainer` reduces it: the sum over the answer tokens of an optimizer step, its micro-batches and
-processes together, over their number (`num_items_in_batch`). For a model whose forward takes no such number it is the
-mean over micro-batches of each one's mean over tokens. `loss_reduction="samples"` takes the mean over samples of each
-sample's own mean. `eval_loss` is a mean over samples.
+The loss is reduced as in `Trainer`: the mean over all answer tokens of an optimizer step, over all micro-batches and
+processes (`num_items_in_batch`). If the model's forward does not take this number, it is the mean over micro-batches of
+each one's mean over tokens. `loss_reduction="samples"` takes the mean over samples of each sample's mean over its
+tokens. `eval_loss` is a mean over samples.
 
 A sample without image tokens is trained on its text: there is no image to perturb, so its loss counts once, in full.
 """
-CHANGED = """A field that is changed after the trainer was made counts from then on, in training and evaluation alike.
-`trainable` and `recompute` are refused then.
+CHANGED = """A field changed after construction takes effect at once, in training and evaluation. Later changes of
+`trainable` and `recompute` are refused.
 """
 
 

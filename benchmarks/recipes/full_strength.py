@@ -100,7 +100,7 @@ def claim(work: Path, settings: ImmunizeSettings) -> None:
     if not path.exists():
         write_results(mine, path)
     elif json.loads(path.read_text()) != mine:
-        raise ValueError(f"{work} was begun with other settings than {mine}; name another folder with --work")
+        raise ValueError(f"{work} was started with other settings than {mine}; name another folder with --work")
 
 
 def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adaptive robustness: the schedule of beta in training, the guard in use. Names load when they are first used."""
+"""Adaptive robustness: the schedule of beta in training, the guard in use. Names load on first use."""
 
 from __future__ import annotations
 

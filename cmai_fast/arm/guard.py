@@ -1,4 +1,4 @@
-"""ARM in use: answer what looks consistent, and hand what does not to a chain of policies."""
+"""The guard: answers if image and answer are consistent, else passes the case to a chain of policies."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Guard:
 
     Args:
         pipeline: a model with heads.
-        policies: names of `POLICIES`, or functions of a `Case`, in the order in which they are asked. What none of
-            them decides is rejected.
-        threshold: below which a score goes to the policies; None: that of the pipeline.
+        policies: names of `POLICIES`, or functions of a `Case`, tried in this order. A case that none decides is
+            rejected.
+        threshold: lower scores go to the policies; None: that of the pipeline.
 
     Raises:
         ValueError: no heads, no threshold or one that is not finite, or an unknown policy.
@@ -40,7 +40,7 @@ class Guard:
         if threshold is None:
             if pipeline.threshold is None:
                 raise ValueError(
-                    f"{pipeline.name} has heads and no threshold; calibrate it (cmai-fast calibrate) or set threshold"
+                    f"{pipeline.name} has heads but no threshold; calibrate it (cmai-fast calibrate) or set threshold"
                 )
             threshold = pipeline.threshold.tau
         if not math.isfinite(threshold):
@@ -68,8 +68,8 @@ class Guard:
                 of the Hugging Face hub.
             heads: a folder written by `cmai-fast calibrate`; None: `cmcv/` in the model's folder or beside it.
             policies: as for the class.
-            threshold: in place of the saved one.
-            max_new_tokens: length of an answer; None: that under which the threshold was calibrated.
+            threshold: overrides the saved one.
+            max_new_tokens: length of an answer; None: that of the threshold's calibration.
             how: for `cmai_fast.models.loading.load_model`: `device`, `dtype`, `attention`, and what the model's
                 `from_pretrained` takes.
 
@@ -89,7 +89,7 @@ class Guard:
         if saved is None and threshold is None:
             raise ValueError(f"the heads in {place} were saved without a threshold; calibrate them or set threshold")
         generation = None if max_new_tokens is None else Generation(max_new_tokens)
-        if threshold is not None and saved is not None:  # the user's own number, for the answers that they ask for
+        if threshold is not None and saved is not None:  # the user's own threshold, for answers of any length
             generation, saved = generation or saved.generation, None
         model, processor = load_model(name, **how)
         pipeline = Pipeline(str(name), model, processor, found.to(model.device), saved, generation)
@@ -99,8 +99,8 @@ class Guard:
         """The decision for one image and one question.
 
         Args:
-            image: what `read_picture` reads, of any size: a path, a PIL picture, an array, ... The model's processor
-                resizes it. A list or tuple of them is several images of one question.
+            image: anything that `read_picture` takes, of any size: a path, a PIL image, an array, ... The model's
+                processor resizes it. A list or tuple is several images of one question.
 
         Raises:
             ValueError: an image that cannot be read; a question that is empty or too long.
@@ -108,7 +108,7 @@ class Guard:
         return self.decide_batch([image], [question])[0]
 
     def decide_batch(self, images: Sequence[Any], questions: Sequence[str]) -> list[Decision]:
-        """As `decide`, for images and questions of the same number; each decision is the one it would get alone."""
+        """As `decide`, for equally many images and questions; a decision does not depend on the batch."""
         if isinstance(questions, str) or len(images) != len(questions):
             raise ValueError(f"{len(images)} images for questions {questions!r:.80}; expected one question per image")
         asked = []
@@ -119,7 +119,7 @@ class Guard:
         return [replace(decision, id=None) for decision in self._decide(asked)]
 
     def decide_samples(self, samples: Sequence[Sample]) -> list[Decision]:
-        """As `decide_batch`, for samples: with their ids, and as many images each as the model takes."""
+        """As `decide_batch`, for samples with ids and any number of images that the model takes."""
         asked = []
         for sample in samples:
             self._check_question(sample.prompt, f"the question of sample {sample.id!r}")

@@ -1,4 +1,4 @@
-"""ARM in training: beta follows how consistent the adversarial batches still look."""
+"""ARM in training: adapts beta to the consistency score of adversarial batches."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _STATE = ("beta", "mean", "variance", "rising", "held", "count", "mean_sum", "va
 
 
 class ARMSchedule:
-    """Raises beta while S_c of adversarial batches is low, and always lets it come back.
+    """Raises beta while S_c of adversarial batches is low, and always returns it to its base.
 
-    The proposal's rule (beta <- min(beta + step, beta_max) while avg(S_c) < tau_c) feeds on itself: a higher beta makes
-    the attack push S_c down, which raises beta again, and it stays at beta_max although S_c would be healthy at the
-    beta it began with. Here beta goes through a cycle:
+    The proposal's rule (beta <- min(beta + step, beta_max) while avg(S_c) < tau_c) reinforces itself: a higher beta
+    makes the attack push S_c down, which raises beta again, so it stays at beta_max although S_c would be high enough
+    at the initial beta. Here beta goes through a cycle:
 
     - **rest**: beta is at its base. Once the averages have seen enough batches *at this beta* (about
       1 / (1 - momentum)), a mean below `tau_train` or a variance above `variance_max` starts a rise.
-    - **rise**: one `beta_step` an update, up to `beta_max`, held there for `hold` further updates. It ends early when
+    - **rise**: one `beta_step` per update, up to `beta_max`, held there for `hold` further updates. It ends early when
       the mean is back at `tau_train + hysteresis` and the variance in bounds.
-    - **decay**: the distance to the base shrinks by the factor `decay` an update, whatever S_c says; at the base (last
-      5% of the range) the averages start afresh. So only S_c as measured at the base can start the next rise.
+    - **decay**: the distance to the base shrinks by the factor `decay` per update, regardless of S_c; at the base (last
+      5% of the range) the averages are reset. So only S_c as measured at the base can start the next rise.
 
     Args:
-        tau_train: S_c under which an adversarial batch counts as inconsistent, in [-1, 1].
+        tau_train: S_c below which an adversarial batch counts as inconsistent, in [-1, 1].
         beta: base value, where it starts and returns to.
         beta_max: never exceeded; at least `beta`.
         beta_step: rise in one update, above 0.
@@ -89,10 +89,10 @@ class ARMSchedule:
         self.beta = self.base if at_rest else min(max(self.beta, self.base), self.beta_max)
 
     def update(self, s_c: Tensor) -> None:
-        """Takes S_c (N,) of one adversarial batch, made with the present beta, and sets beta for the next.
+        """Takes S_c (N,) of one adversarial batch, made with the current beta, and sets beta for the next.
 
         Raises:
-            ValueError: an empty batch, or NaN or infinite scores; the state is then as before.
+            ValueError: an empty batch, or NaN or infinite scores; the state is then unchanged.
         """
         mean, variance = self._average(s_c)
         if self.rising:
@@ -129,11 +129,11 @@ class ARMSchedule:
         return self.mean, self.variance
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain numbers fit for JSON; the settings are the constructor's."""
+        """The mutable state as plain numbers for JSON, without the constructor's settings."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state_dict` was taken, with a schedule of the same settings.
+        """Restores a `state_dict` of a schedule with the same settings.
 
         Raises:
             ValueError: keys missing or unknown, or a beta outside [base, beta_max] of this schedule.

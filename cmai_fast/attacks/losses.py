@@ -57,7 +57,7 @@ def margin(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | No
     """
     logits, targets = outputs.logits, outputs.targets
     if logits.shape[-1] < 2:
-        raise ValueError("the margin compares the target with other tokens, but the vocabulary has only one")
+        raise ValueError("the margin compares the target with other tokens, but there is only one to choose from")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     here = targets != _NO_TARGET
     place = targets.masked_fill(~here, 0).unsqueeze(-1)

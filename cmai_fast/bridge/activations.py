@@ -1,9 +1,8 @@
-"""MLPs that keep less for their backward pass.
+"""MLPs that store less for the backward pass.
 
-A gated MLP computes act(gate) * up, and autograd keeps gate, act(gate) and up: where weights are frozen, half of all
-that a layer of a language model keeps. act(gate) is one pass over memory away from gate, so it is computed again.
-CLIP's x * sigmoid(1.702 x) is kept as x alone. The arithmetic is the module's own, so results and gradients are the
-same bits.
+A gated MLP computes act(gate) * up, and autograd stores gate, act(gate) and up: with frozen weights, half of what a
+language model's layer stores. Computing act(gate) from gate takes one pass over memory, so it is recomputed. For CLIP's
+x * sigmoid(1.702 x) only x is stored. The arithmetic is the module's own, so results and gradients are bit-identical.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from cmai_fast.bridge.replaced import replaced
 
-_WASTEFUL = (NewGELUActivation, QuickGELUActivation)  # of several operations, each of which keeps something
+_WASTEFUL = (NewGELUActivation, QuickGELUActivation)  # of several operations, each of which stores something
 
 
 def _code(forward: Callable[..., Any]) -> tuple[Any, ...]:
@@ -30,16 +29,16 @@ def _code(forward: Callable[..., Any]) -> tuple[Any, ...]:
     return code.co_code, code.co_names, code.co_consts[1:]  # the first is the docstring
 
 
-# down_proj(act_fn(gate_proj(x)) * up_proj(x)), which some 140 classes of transformers repeat word for word.
+# down_proj(act_fn(gate_proj(x)) * up_proj(x)), which some 140 classes of transformers contain verbatim.
 _GATED = {_code(cls.forward) for cls in (LlamaMLP, Qwen2_5_VLMLP)}
 
 
 @contextmanager
 def lean_activations(model: nn.Module) -> Iterator[None]:
-    """Inside, MLPs of `model` keep gate and up, or the input of their activation function, and no more; on leaving,
-    also by an exception, they are as before.
+    """Inside, MLPs of `model` store only gate and up, or the input of their activation function. They are restored
+    afterwards, also after an exception.
 
-    MLPs of another form stay as they are, and so does one whose `forward` was replaced in the instance.
+    Other MLPs are not changed, nor are those whose `forward` was replaced in the instance.
     """
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for module in model.modules():
@@ -73,12 +72,12 @@ def _activate(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class _Activation(torch.autograd.Function):
-    """act(x) * other, or act(x); keeps x and other."""
+    """act(x) * other, or act(x); stores x and other."""
 
     @staticmethod
     def forward(ctx: Any, act: Callable[[Tensor], Tensor], x: Tensor, other: Tensor | None) -> Tensor:
         ctx.act, device = act, x.device.type
-        # Autocast is on around forward passes alone; CUDA's takes powers in float32, as the first pass did.
+        # Autocast is active only in forward passes; CUDA's computes powers in float32, as the first pass did.
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.save_for_backward(x, other)
         return act(x) if other is None else act(x) * other

@@ -1,7 +1,7 @@
-"""One adapter for image-text models that speak the protocol of `transformers`: E_v, E_t and F of the same weights.
+"""The adapter for image-text models with the protocol of `transformers`: E_v, E_t and F of the same weights.
 
-`get_image_features(pixel_values, ...)` computes what the vision side hands over (h_v, for LLaVA the projector's output)
-and `forward(mm_encoder_outputs={"image": ...})` takes it back in place of `pixel_values`.
+`get_image_features(pixel_values, ...)` computes the output of the vision side (h_v, for LLaVA the projector's output),
+and `forward(mm_encoder_outputs={"image": ...})` takes it instead of `pixel_values`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.layout import runs
 
 _PER_IMAGE = ("image_sizes", "image_grid_thw")
-# What `fuse` decides itself, or what stands for the same as something else in the batch.
+# Set by `fuse` itself, or redundant with other keys of the batch.
 _NOT_FROM_BATCH = {
     "pixel_values",
     "mm_encoder_outputs",
@@ -35,14 +35,14 @@ _NOT_FROM_BATCH = {
 
 
 class Bridge:
-    """The three-part view of a generative model; it holds no weights of its own and changes none.
+    """The three-part view of a generative model; it has no weights of its own and changes none.
 
-    `bridge_of` chooses between this one and those of dual encoders and encoder-decoders. A batch is what the model's
-    own forward takes. h_v is (N, T, image_dim), one row per sample: the features of all its images, one after another,
-    and zeros where it has fewer than the others.
+    `bridge_of` chooses between this class and those of dual encoders and encoder-decoders. A batch is what the model's
+    own forward takes. h_v is (N, T, image_dim), one row per sample: the features of all its images, concatenated and
+    padded with zeros.
 
     Args:
-        model: an image-text model of `transformers` (docs/families.md says which are tested).
+        model: an image-text model of `transformers` (docs/families.md lists the tested ones).
 
     Raises:
         ValueError: the model lacks a piece of the protocol; the message names it.
@@ -68,14 +68,14 @@ class Bridge:
         if not getattr(config, "use_decoder_only_language_model", True):
             raise ValueError(
                 f"{type(model).__name__} cannot be bridged: its language model is an encoder-decoder, whose labels "
-                "have another length than input_ids. Use a checkpoint with a decoder-only one (OPT, Vicuna)"
+                "differ in length from input_ids. Use a checkpoint with a decoder-only one (OPT, Vicuna)"
             )
         self.model: Any = model
         text = config.get_text_config()
         self._output = OutputLayer(text.vocab_size)
         vision = getattr(config, "vision_config", None)
-        # What crosses the bridge is scattered into the text embeddings, so both sides have the text model's width.
-        # Qwen3-VL adds features of earlier layers to the first layers of the language model: they cross, too.
+        # h_v is scattered into the text embeddings, so both sides have the text model's width. Qwen3-VL also adds
+        # features of earlier layers to the first layers of the language model: they are part of h_v.
         self._deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
         self.image_dim: int = text.hidden_size * (1 + self._deep)
         self.text_dim: int = text.hidden_size
@@ -103,13 +103,13 @@ class Bridge:
 
     @property
     def vision_side(self) -> list[nn.Module]:
-        """The modules that E_v runs through, such as the vision tower and the projector."""
+        """The modules of E_v, such as the vision tower and the projector."""
         text = self.text_model
         return [m for m in self._body.children() if all(part is not text for part in m.modules())]
 
     @property
     def vision_parameters(self) -> list[nn.Parameter]:
-        """Those of `vision_side`, and what stands between modules, such as queries and separators of rows."""
+        """The parameters of `vision_side`, and those outside of modules, such as queries and row separators."""
         modules = [p for m in self.vision_side for p in m.parameters()]
         return [*modules, *self._body.parameters(recurse=False)]
 
@@ -118,30 +118,30 @@ class Bridge:
         return getattr(self.model, "model", self.model)
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `encode_image` takes of a batch beside `pixel_values`, and what `fuse` and `encode_text` take."""
+        """The inputs of `encode_image` in a batch, apart from `pixel_values`, and those of `fuse` and `encode_text`."""
         return {k: batch[k] for k in self.image_keys if k in batch}, {k: batch[k] for k in self.text_keys if k in batch}
 
     def select(
         self, inputs: Mapping[str, torch.Tensor], rows: torch.Tensor, images_per_row: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Of these inputs, what belongs to `rows` (n,) of the batch. `images_per_row` (N,); None: one each."""
+        """The part of these inputs that belongs to `rows` (n,) of the batch. `images_per_row` (N,); None: one each."""
         images = rows if images_per_row is None else runs(images_per_row, rows)
         return {k: v[images if k in _PER_IMAGE else rows] for k, v in inputs.items()}
 
     def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What tells the texts of two rows apart: tokens (N, L), and which of them count."""
+        """The texts for comparing rows: tokens (N, L), and a mask of those that count."""
         return batch["input_ids"], batch["attention_mask"]
 
     def image_tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """How many tokens of h_v belong to each row (N,), the others being padding; None where all have the same."""
+        """The number of tokens of h_v of each row (N,), the rest being padding; None if all have the same number."""
         counts = (batch["input_ids"] == self.model.config.image_token_id).sum(1)
         return None if bool((counts == counts[:1]).all()) else counts
 
     def images_per_row(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, **image_inputs: Any) -> torch.Tensor:
-        """How many images each sample has (N,), by its image tokens.
+        """The number of images of each sample (N,), from its image tokens.
 
         Raises:
-            ValueError: the tokens cannot be shared out among the images.
+            ValueError: the tokens cannot be assigned to the images.
         """
         tokens = (input_ids == self.model.config.image_token_id).sum(1)
         images = next((len(image_inputs[k]) for k in _PER_IMAGE if k in image_inputs), len(pixel_values))
@@ -150,7 +150,7 @@ class Bridge:
         if images == len(pixel_values) and pixel_values.dim() == 4:
             lengths = torch.full((images,), int(tokens.sum()) // max(images, 1), device=tokens.device)
         else:
-            # How an image becomes tokens is the model's own affair: sizes, tiles, merged patches.
+            # The number of tokens of an image depends on the model: sizes, tiles, merged patches.
             with torch.no_grad():
                 features = self._encode(pixel_values, **image_inputs)
             lengths = torch.tensor([len(f) for f in features], device=tokens.device)
@@ -159,7 +159,7 @@ class Bridge:
         if not torch.equal(torch.zeros_like(tokens).index_add(0, row, lengths), tokens):
             raise ValueError(
                 f"{self._name}: the samples have {tokens.tolist()} image tokens and the images "
-                f"{lengths.tolist()}; these cannot be shared out in order. Make text and images in one call of the "
+                f"{lengths.tolist()}; these cannot be assigned in order. Make text and images in one call of the "
                 "model's own processor"
             )
         return torch.bincount(row, minlength=len(tokens))
@@ -170,8 +170,8 @@ class Bridge:
         """E_v: normalised `pixel_values`, laid out as the model takes them, to h_v (N, T, image_dim), differentiable.
 
         Args:
-            input_ids: (N, L), whose image tokens say which features belong to which sample; None: one image per sample.
-            image_inputs: what else the family's `get_image_features` takes: `image_sizes`, `image_grid_thw`,
+            input_ids: (N, L), whose image tokens assign features to samples; None: one image per sample.
+            image_inputs: other inputs of the family's `get_image_features`: `image_sizes`, `image_grid_thw`,
                 `pixel_attention_mask`, `qformer_input_ids`, ...
 
         Raises:
@@ -185,7 +185,7 @@ class Bridge:
             if len(lengths) > 1:
                 raise ValueError(
                     f"{self._name}: the images take {sorted(lengths)} tokens; pass input_ids, whose image tokens "
-                    "say which image belongs to which sample"
+                    "assign images to samples"
                 )
             return torch.stack(features)
         here = input_ids == self.model.config.image_token_id
@@ -205,7 +205,7 @@ class Bridge:
         if missing := [k for k in required if k != "pixel_values" and image_inputs.get(k) is None]:
             raise ValueError(
                 f"the batch has no {', no '.join(missing)}, which {self._name} needs to read images; "
-                "pass on all that its processor makes"
+                "pass everything that its processor makes"
             )
         output = self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **image_inputs)
         deep = getattr(output, "deepstack_features", None) or ()
@@ -218,19 +218,19 @@ class Bridge:
 
         The language model reads the text alone (image tokens are dropped), and its last hidden state is averaged over
         the response (`labels` != -100), which has attended to the prompt before it. `input_ids`, `attention_mask`,
-        `labels`: (N, L); what else a batch holds is not read.
+        `labels`: (N, L); other keys of a batch are ignored.
 
         Raises:
             ValueError: a row without any response token.
         """
         check_labels(labels)
         keep = (input_ids != self.model.config.image_token_id) & attention_mask.bool()
-        # Pack the kept tokens to the right, so that rows with images and rows without have the same form.
+        # Pack the kept tokens to the right, so that rows with and without images look the same.
         length = int(keep.sum(1).max())
         order = keep.to(torch.int8).sort(dim=1, stable=True).indices[:, -length:]
         ids, mask, targets = (t.gather(1, order) for t in (input_ids, keep, labels))
         if self._reads_both_ways:
-            # A column of padding: without any, its attention leaves the causal mask out and reads the answer ahead.
+            # A column of padding: without any, its attention drops the causal mask and sees the answer.
             ids, mask, targets = (F.pad(t, (1, 0)) for t in (ids, mask, targets))
         hidden = self.text_model(
             input_ids=ids, attention_mask=mask.long(), position_ids=_positions(mask), use_cache=False
@@ -246,11 +246,11 @@ class Bridge:
         labels: torch.Tensor,
         **text_inputs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """F: h_v and the text to next-token logits where there are labels.
+        """F: h_v and the text to next-token logits at the labels.
 
-        `text_inputs` is what else the family's forward takes: `token_type_ids`, `mm_token_type_ids`, `image_grid_thw`,
-        ... Returns logits (N, L', vocabulary) and targets (N, L'), -100 where a row has no target. L' counts the
-        columns in which any row has a label: logits of the others are never computed.
+        `text_inputs` are other inputs of the family's forward: `token_type_ids`, `mm_token_type_ids`, `image_grid_thw`,
+        ... Returns logits (N, L', vocabulary) and targets (N, L'), -100 where a row has no target. L' is the number of
+        columns in which any row has a label; logits of other columns are never computed.
 
         Raises:
             ValueError: a row without labels, a sequence longer than the model's context, or not as many image tokens as
@@ -262,8 +262,8 @@ class Bridge:
             if kinds is None or bool((kinds[labels != IGNORE] == 0).any()):
                 what = "has no token_type_ids" if kinds is None else "has labels where token_type_ids is 0"
                 raise ValueError(
-                    f"the batch {what}; {self._name} reads ahead where they are 0 (prompt and image), "
-                    "and must not in the response, where they are 1. Give the response to its processor as suffix"
+                    f"the batch {what}; {self._name} attends in both directions where they are 0 (prompt and "
+                    "image), so they must be 1 in the response. Pass the response to its processor as suffix"
                 )
         if self.context is not None and input_ids.shape[1] > self.context:
             raise ValueError(
@@ -271,7 +271,7 @@ class Bridge:
                 f"{self.context}; shorten the text or use a model with a longer context"
             )
         body: Any = self._body
-        rotary = hasattr(body, "get_rope_index")  # positions in time, height and width, which the model counts itself
+        rotary = hasattr(body, "get_rope_index")  # positions in time, height and width, which the model computes itself
         deltas = getattr(body, "rope_deltas", None)
         columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
         try:
@@ -287,14 +287,14 @@ class Bridge:
             )
         finally:
             if rotary:
-                body.rope_deltas = deltas  # a generation that is under way needs its own
+                body.rope_deltas = deltas  # a generation in progress needs its own
         return output.logits, labels[:, 1:].index_select(1, columns)
 
     def losses(self, image_features: torch.Tensor, **text_inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`task_loss` (N,), differentiable, and `is_right` (N,) of what `fuse` gives for the same arguments.
+        """`task_loss` (N,), differentiable, and `is_right` (N,) of the result of `fuse` for the same arguments.
 
-        Where the logits would be large, they are made and used in chunks of tokens (`token_losses`), equal to rounding:
-        that takes an output layer whose output is the logits themselves, in a model that is not sharded.
+        Large logits are computed and used in chunks of tokens (`token_losses`), with equal results up to rounding. This
+        needs an output layer whose output is the logits themselves, in a model that is not sharded.
         """
         chunked = self._output.losses(self, image_features, text_inputs)
         if chunked is not None:
@@ -303,12 +303,12 @@ class Bridge:
         return task_loss(logits, targets), is_right(logits.detach(), targets)
 
     def _crossing(self, image_features: torch.Tensor, input_ids: torch.Tensor) -> _Crossing:
-        """What `get_image_features` gave, made again from h_v."""
+        """The output of `get_image_features`, rebuilt from h_v."""
         counts = (input_ids == self.model.config.image_token_id).sum(1)
         place = torch.arange(image_features.shape[1], device=counts.device)
         real = place < counts[:, None]
-        # Padding is zero and features are not, so a token too many shows in a row with padding, too. A row without any
-        # may hold zeros, and so may a whole sample: a caller may blank them.
+        # Padding is zero and features are not, so a surplus token shows in a row with padding too. A row without
+        # padding may hold zeros, and so may a whole sample: a caller may blank them.
         used = (image_features.detach().any(-1) * (place + 1)).amax(1) if len(place) else counts * 0
         wrong = (used > counts) | (counts > len(place)) | ((used > 0) & (used < counts) & (counts < len(place)))
         if len(counts) != len(image_features) or bool(wrong.any()):
@@ -324,7 +324,7 @@ class Bridge:
 
 @dataclass
 class _Crossing(ModelOutput):
-    """What forward reads of an encoded image, in any family."""
+    """The fields of an encoded image that forward reads, in any family."""
 
     pooler_output: Any = None
     deepstack_features: Any = None
@@ -340,7 +340,7 @@ class _Packed(list):
 
 
 def _pad_runs(packed: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """(sum of counts, ...) to (N, longest, ...), zero behind each row's own."""
+    """(sum of counts, ...) to (N, longest, ...), zero-padded at the end of each row."""
     longest = int(counts.max()) if len(counts) else 0
     if bool((counts == longest).all()):
         return packed.reshape(len(counts), longest, *packed.shape[1:])
@@ -350,7 +350,7 @@ def _pad_runs(packed: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _several(values: Any) -> str:
-    """A list, or `4 x 16` where all are the same."""
+    """A list, or `4 x 16` if all are equal."""
     values = list(values)
     return f"{len(values)} x {values[0]}" if len(set(values)) == 1 else str(values)
 

@@ -1,4 +1,4 @@
-"""Which of the three adapters a model needs, by what it offers and not by its name."""
+"""Chooses the adapter of a model by the methods that it has, not by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cmai_fast.bridge.encoder_decoder import EncoderDecoderBridge
 from cmai_fast.bridge.protocol import ModelBridge
 from cmai_fast.versions import TESTED
 
-# Those that every test of bridges runs over; others that offer the same pieces are taken, too.
+# Those that every test of bridges covers; other models with the same methods work too.
 SUPPORTED = (
     "LLaVA",
     "LLaVA-NeXT",
@@ -38,9 +38,9 @@ def bridge_of(model: nn.Module, *, empty: bool = False) -> ModelBridge:
     """The three-part view of any model of `transformers` that has one, in a `PeftModel` or not.
 
     Raises:
-        ValueError: it has none, and the message names the missing pieces and the supported families; or an adapter
-            that changes the whole model's forward pass, such as prompt tuning; or weights on the meta device, unless
-            `empty`: a caller who reads names and widths alone needs no values.
+        ValueError: it has none (the message names the missing methods and the supported families), it has an adapter
+            that changes the whole model's forward pass, such as prompt tuning, or it has weights on the meta device.
+            The last is allowed with `empty`, for callers that only read names and widths.
     """
     bare = without_wrapper(model)
     try:

@@ -17,13 +17,12 @@ class DualBridge(OneImageBridge):
 
     Such a model has no language-model loss. L_task is that of zero-shot classification and of attacks on CLIP (TeCoA,
     Mao et al. 2023; Robust CLIP, Schlarmann et al. 2024): the cross-entropy of each image against a fixed set of K
-    texts, `labels` (N,) being the place of the right one. Class prompts and the captions of the batch itself
-    (`labels = arange(N)`, the image-to-text half of CLIP's own loss) are the two usual sets; of several processes each
-    takes its own batch's captions. SigLIP's bias cancels in
-    it, and its verdict is that of the highest score.
+    texts, `labels` (N,) being the index of the right one. The usual sets are class prompts, or the captions of the
+    batch (`labels = arange(N)`, the image-to-text half of CLIP's loss); in distributed runs each process uses the
+    captions of its own batch. SigLIP's bias cancels, and the text with the highest score is the answer.
 
     A batch holds `pixel_values` (N, 3, H, W), `labels` (N,), and the texts: `input_ids` and `attention_mask` (K, L), or
-    `text_embeds` (K, text_dim) from `encode_texts`, so that a fixed set is read once and not at every step of an
+    `text_embeds` (K, text_dim) from `encode_texts`, so that a fixed set is encoded once and not at every step of an
     attack. h_v is (N, 1, image_dim), before normalisation.
     """
 
@@ -57,12 +56,12 @@ class DualBridge(OneImageBridge):
     def select(
         self, inputs: Mapping[str, torch.Tensor], rows: torch.Tensor, images_per_row: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The labels of `rows`; the texts belong to all of them."""
+        """The labels of `rows`; the texts are shared by all rows."""
         return {k: v[rows] if k == "labels" else v for k, v in inputs.items()}
 
     def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         places = batch["labels"]
-        if "input_ids" not in batch:  # a fixed set, which all batches share
+        if "input_ids" not in batch:  # a fixed set, shared by all batches
             return places[:, None], torch.ones_like(places[:, None])
         ids = batch["input_ids"][places]
         mask = batch.get("attention_mask")
@@ -84,7 +83,7 @@ class DualBridge(OneImageBridge):
         labels: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """E_t: h_t (N, text_dim) of each image's own text, `labels` (N,) being its place in the set."""
+        """E_t: h_t (N, text_dim) of each image's own text, `labels` (N,) being its index in the set."""
         texts = self._texts(input_ids, attention_mask, text_embeds)
         return texts[_places(labels, len(texts))]
 
@@ -99,7 +98,7 @@ class DualBridge(OneImageBridge):
         """F: h_v (N, 1, image_dim) and the texts to logits (N, 1, K), `logits_per_image` of the model, and (N, 1).
 
         Raises:
-            ValueError: no texts, or a label that is no place in the set.
+            ValueError: no texts, or a label outside the set.
         """
         texts = self._texts(input_ids, attention_mask, text_embeds)
         places = _places(labels, len(texts))
@@ -125,9 +124,9 @@ class DualBridge(OneImageBridge):
 def _places(labels: torch.Tensor | None, texts: int) -> torch.Tensor:
     if labels is None or labels.dim() != 1:
         shape = None if labels is None else tuple(labels.shape)
-        raise ValueError(f"labels have shape {shape}; a dual encoder needs (N,), the place of each image's own text")
+        raise ValueError(f"labels have shape {shape}; a dual encoder needs (N,), the index of each image's own text")
     outside = (labels < 0) | (labels >= texts)
     if outside.any():
         row = int(outside.nonzero()[0])
-        raise ValueError(f"row {row} of labels is {int(labels[row])}; expected a place among the {texts} texts")
+        raise ValueError(f"row {row} of labels is {int(labels[row])}; expected an index of one of the {texts} texts")
     return labels

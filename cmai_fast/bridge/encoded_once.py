@@ -1,4 +1,4 @@
-"""Encodes the images of a batch once where two passes in a row need them."""
+"""Encodes the images of a batch once if two consecutive passes need them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 @contextmanager
 def images_encoded_once(model: Any) -> Iterator[None]:
-    """Inside, `get_image_features` for the same tensors as in the call before gives the same output again.
+    """Inside, `get_image_features` returns its last output again if called with the same tensors.
 
-    For passes without gradients. A model whose `generate` goes around `get_image_features` (BLIP-2) encodes twice.
+    For passes without gradients. A model whose `generate` bypasses `get_image_features` (BLIP-2) encodes twice.
     """
     body = getattr(model, "model", model)
     if not hasattr(body, "get_image_features") or "get_image_features" in vars(body):
@@ -25,7 +25,7 @@ def images_encoded_once(model: Any) -> Iterator[None]:
 
     @functools.wraps(plain)
     def once(*args: Any, **kwargs: Any) -> Any:
-        # Callers differ in what they leave out and what they state as None.
+        # Callers differ in whether they omit arguments or pass None.
         asked = {k: v for k, v in kwargs.items() if v is not None and k != "return_dict"}
         key = (*args, *(part for k in sorted(asked) for part in (k, asked[k])))
         if not last or not _same(last[0], key):

@@ -1,4 +1,4 @@
-"""Encoder-decoders (ViT-GPT2, TrOCR): the decoder looks across at h_v, and the whole text is the response."""
+"""Encoder-decoders (ViT-GPT2, TrOCR): the decoder attends to h_v, and the whole text is the response."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class EncoderDecoderBridge(OneImageBridge):
         return output.logits, targets
 
     def _packed(self, labels: torch.Tensor) -> torch.Tensor:
-        """Each row's own labels first: the decoder is causal, so what stands behind them cannot reach them."""
+        """Moves each row's own labels to the front: the decoder is causal, so padding after them has no effect."""
         check_labels(labels, first=0)
         own = labels != IGNORE
         longest = int(own.sum(1).max())

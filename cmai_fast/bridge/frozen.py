@@ -1,4 +1,4 @@
-"""Lend a model to an attack and get it back as it was."""
+"""Freezes a model for an attack and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
     """Inside: every module in evaluation mode, no parameter requires a gradient, autograd on.
 
-    On leaving, also by an exception, the mode of every single module and `requires_grad` of every parameter are what
-    they were; `.grad` is never touched. Autograd is switched on inside, because attacks differentiate with respect to
-    pixels and callers may sit under `no_grad`.
+    Afterwards, also after an exception, the mode of every module and `requires_grad` of every parameter are restored;
+    `.grad` is never changed. Autograd is enabled inside, since attacks differentiate with respect to pixels and callers
+    may be under `no_grad`.
     """
     parts = [m for root in modules if root is not None for m in root.modules()]
     parameters = [p for root in modules if root is not None for p in root.parameters()]
     modes = [m.training for m in parts]
     trainable = [p.requires_grad for p in parameters]
     try:
-        # Attribute by attribute: `.eval()` and `.train()` recurse, and models override them.
+        # Set directly: `.eval()` and `.train()` recurse, and models override them.
         for m in parts:
             m.training = False
         for p in parameters:

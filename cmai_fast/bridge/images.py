@@ -1,4 +1,4 @@
-"""The images of one batch: as attacks move them, as the model takes them, as people see them."""
+"""The images of one batch in three forms: for attacks, for the model, and as 8-bit pictures."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ TEXT_KEYS = ("input_ids", "attention_mask", "labels")
 
 
 class BatchImages:
-    """Images of a batch as an attack moves them, and the batch with others in their place.
+    """The images of a batch for attacks, and the batch with other images in their place.
 
-    Images come as (N, C, H, W) where a sample is one image, or as units (N, U, C, h, w) of `layout` where it is
-    several, tiles or patches. `pixels` gives those of the batch, and `inputs` turns others into what the model's own
-    forward takes.
+    Images are (N, C, H, W) if a sample is one image, or units (N, U, C, h, w) of `layout` if it has several images,
+    tiles or patches. `pixels` returns those of the batch, and `inputs` turns others into the inputs of the model's own
+    forward.
 
     Args:
         bridge: of the model, from `bridge_of`.
         space: pixels in [0, 1] to the model's input.
         batch: what the model's own forward takes; at least `bridge.needs` (for a generative model `input_ids`,
-            `attention_mask`, `labels`, each (N, L)). Keys that it does not take are ignored.
+            `attention_mask`, `labels`, each (N, L)). Other keys are ignored.
 
     Raises:
         ValueError: a key of the batch is missing or has another shape.
@@ -55,17 +55,17 @@ class BatchImages:
         if values is None:
             return None
         if values.dim() not in (2, 4, 5):
-            return Layout(values)  # which says what is wrong
+            return Layout(values)  # raises the error
         images = None
-        if values.dim() != 5 or "image_sizes" in self.bridge.image_keys:  # else (N, images, ...), by sample already
+        if values.dim() != 5 or "image_sizes" in self.bridge.image_keys:  # else grouped by sample already
             images = self.bridge.images_per_row(values, **self._image)
             if values.dim() == 4 and bool((images == 1).all()):
                 return None
         mask = self._image.get("pixel_attention_mask")
         if values.dim() == 5 and mask is None and not self.space.mean.any():
             raise ValueError(
-                "the processor's mean is 0, so a black tile looks like the zeros that fill up a sample, and would not "
-                "be attacked; expected a mean above 0, or a batch with pixel_attention_mask"
+                "the processor's mean is 0, so a black tile looks like zero padding, and would not be attacked; "
+                "expected a mean above 0, or a batch with pixel_attention_mask"
             )
         return Layout(
             values,
@@ -88,7 +88,7 @@ class BatchImages:
         return {**self._image, **self.batch, "pixel_values": self._pack(self.space.to_model(pixels))}
 
     def pictures(self, pixels: Tensor) -> list[list[np.ndarray]]:
-        """Images in [0, 1] as 8-bit pictures (H, W, C), for each sample those of its images (or their tiles)."""
+        """Images in [0, 1] as 8-bit pictures (H, W, C): for each sample, its images (or their tiles)."""
         layout = Layout(pixels) if self.layout is None else self.layout
         return layout.images(pixels.unsqueeze(1) if self.layout is None else pixels)
 
@@ -99,14 +99,14 @@ class BatchImages:
         return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for (p,) in pictures])
 
     def split(self, pixels: Tensor) -> list[Tensor]:
-        """Images as attacks take them to one tensor a sample: its own images, tiles or patches (u, C, h, w)."""
+        """Images as attacks take them, as one tensor per sample: its own images, tiles or patches (u, C, h, w)."""
         return list(pixels.unsqueeze(1)) if self.layout is None else self.layout.split(pixels)
 
     def join(self, images: Sequence[Tensor]) -> Tensor:
         """The reverse of `split`, for images of this batch's samples; they may come from batches of other samples.
 
         Raises:
-            ValueError: images that this batch's model does not read so.
+            ValueError: images of other shapes than this batch's model takes.
         """
         if self._pixel_values is None:
             raise ValueError("the batch has no pixel_values; expected those that the model's processor made")
@@ -116,8 +116,8 @@ class BatchImages:
         if given != expected:
             raise ValueError(
                 f"{len(given)} samples have images of shapes {sorted(set(given))}, and this model reads "
-                f"{len(expected)} of {sorted(set(expected))}; images that were made on one model fit another only if "
-                "it reads them alike"
+                f"{len(expected)} of {sorted(set(expected))}; images made on one model fit another only if both "
+                "read images in the same way"
             )
         return torch.cat(list(images)).to(self._pixel_values.device)
 
@@ -132,5 +132,5 @@ class BatchImages:
     def encode(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
         """h_v of images in the model's input space that belong to `rows` (n,) of the batch (None: all)."""
         if self.layout is None and set(self._image) <= {"input_ids"}:
-            return self.bridge.encode_image(model_input)  # one image a sample: nothing to share out
+            return self.bridge.encode_image(model_input)  # one image per sample: nothing to assign
         return self.bridge.encode_image(self._pack(model_input, rows), **self.rows(self._image, rows))

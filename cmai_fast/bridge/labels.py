@@ -1,4 +1,4 @@
-"""Labels and what is read off the logits at them: L_task, and whether a response is the one the model would give."""
+"""Labels, the loss L_task at them, and whether a response is the model's greedy answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IGNORE = -100
 
 
 def check_labels(labels: Tensor, first: int = 1) -> None:
-    """Raises ValueError for a row of `labels` (N, L) without any target from column `first` on."""
+    """Raises ValueError if a row of `labels` (N, L) has no target from column `first` on."""
     empty = ~(labels[:, first:] != IGNORE).any(1)
     if empty.any():
         after = " after its first token" if first else ""
@@ -33,7 +33,7 @@ def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def is_right(logits: Tensor, targets: Tensor) -> Tensor:
     """Whether every target token is the most likely one, (N,) bool.
 
-    Equal to "greedy generation gives exactly this response": with a right prefix, the next token is generated from the
-    same logits.
+    True if and only if greedy generation gives exactly this response: with a right prefix, the next token comes from
+    the same logits.
     """
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1)

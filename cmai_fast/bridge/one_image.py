@@ -1,4 +1,4 @@
-"""What bridges share whose model reads exactly one image per sample, as dual encoders and encoder-decoders do."""
+"""The base class of bridges to models with exactly one image per sample: dual encoders and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class OneImageBridge(ABC):
         return self._encode(pixel_values)
 
     def losses(self, image_features: Tensor, **text_inputs: Any) -> tuple[Tensor, Tensor]:
-        """`task_loss` (N,), differentiable, and `is_right` (N,) of what `fuse` gives for the same arguments."""
+        """`task_loss` (N,), differentiable, and `is_right` (N,) of the result of `fuse` for the same arguments."""
         logits, targets = self.fuse(image_features, **text_inputs)
         return task_loss(logits, targets), is_right(logits.detach(), targets)
 
 
 def check_size(model: Any, pixel_values: Tensor, size: int | None) -> None:
-    """Raises ValueError for images that are not (N, 3, size, size); a model without one size takes any."""
+    """Raises ValueError for images that are not (N, 3, size, size); a model without a fixed size takes any."""
     if isinstance(size, int) and (pixel_values.dim() != 4 or tuple(pixel_values.shape[-2:]) != (size, size)):
         raise ValueError(
             f"pixel_values have shape {tuple(pixel_values.shape)}; {type(model).__name__} reads (N, 3, {size}, "

@@ -1,6 +1,6 @@
-"""The losses of a batch through the output layer in chunks of tokens, where its logits would be large.
+"""The losses of a batch through the output layer in chunks of tokens, if its logits would be large.
 
-`token_loss.py` has the computation; here is where it may and where it should take the place of the model's own logits.
+`token_loss.py` has the computation; this file decides when it can and should replace the model's own logits.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class OutputLayer:
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
-        self._last: tuple[nn.Module, bool] | None = None  # the layer, and whether it gives the model's logits
+        self._last: tuple[nn.Module, bool] | None = None  # the layer, and whether its output is the model's logits
 
     def losses(
         self, bridge: ModelBridge, image_features: Tensor, text_inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
-        """`task_loss` and `is_right` (N,) of what `bridge.fuse` gives, equal to rounding; None where the model's own
-        logits are to be taken: they are small, or not what the layer gives, or the model is sharded."""
+        """`task_loss` and `is_right` (N,) of the result of `bridge.fuse`, equal up to rounding. None if the model's own
+        logits have to be used: they are small, they are not the layer's output, or the model is sharded."""
         head = self._in_chunks(bridge, image_features, text_inputs)
         if head is None:
             return None
         read: list[Tensor] = []
 
-        def hand_on(hidden: Tensor) -> Tensor:
+        def pass_through(hidden: Tensor) -> Tensor:
             read.append(hidden)
             return hidden
 
-        with replaced({head: hand_on}):
+        with replaced({head: pass_through}):
             _, targets = bridge.fuse(image_features, **text_inputs)
         here = targets != IGNORE
         loss, right = token_losses(head, read[0][here], targets[here])
@@ -52,11 +52,11 @@ class OutputLayer:
         return by_row.sum(1) / here.sum(1), ~wrong.any(1)
 
     def _in_chunks(self, bridge: ModelBridge, image_features: Tensor, text_inputs: dict[str, Any]) -> nn.Module | None:
-        """The layer, where its logits are large and nothing stands between them and those of the model."""
+        """The layer, if its logits are large and identical to the model's; else None."""
         head: Any = bridge.model.get_output_embeddings()
         if head is None or not self._pays(head, int((text_inputs["labels"][:, 1:] != IGNORE).sum())):
             return None
-        # Processes that share a model must run it equally often, and each would look at its layer when it needs to.
+        # Processes that share a model must run it equally often, but each would test its layer at a different time.
         sharded = any(isinstance(m, FSDPModule) for m in bridge.model.modules())
         random = any(isinstance(m, nn.Dropout) and m.p and m.training for m in head.modules())
         if sharded or random:
@@ -66,24 +66,24 @@ class OutputLayer:
         return head if self._last[1] else None
 
     def _pays(self, head: nn.Module, tokens: int) -> bool:
-        """Whether the losses of so many tokens are worth chunks.
+        """Whether chunks are worth it for this number of tokens.
 
         Forward and backward of 1,024 tokens through a layer of 896 to 151,936 (one thread of a CPU, float32): 7.0 s and
-        380 MiB against 6.6 s and 1,790 MiB where it is frozen, 13.5 s and 970 MiB against 8.9 s and 1,790 MiB where it
-        is trained. There the gradient of its weights has the same size either way, and chunks pay beyond that.
+        380 MiB against 6.6 s and 1,790 MiB if it is frozen, 13.5 s and 970 MiB against 8.9 s and 1,790 MiB if it is
+        trained. Then the gradient of its weights has the same size either way, and chunks are worth it only beyond.
         """
         trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
         return tokens * self._vocabulary >= max(_LARGE, trained)
 
 
 def _gives_the_logits(bridge: ModelBridge, head: Any, image_features: Tensor, text_inputs: dict[str, Any]) -> bool:
-    """Whether the model passes on what its output layer gives, unscaled, uncapped, whole: tested by one forward pass,
-    in which the layer gives numbers that cannot be mistaken for others."""
+    """Whether the model returns the output of its output layer unscaled, uncapped and complete. Tested by one forward
+    pass in which the layer returns marker values."""
     given: list[Tensor] = []
 
     def marked(hidden: Tensor) -> Tensor:
         if hidden.dim() != 3:
-            return plain(hidden)  # tokens of all samples in one row are not what `fuse` has targets for
+            return plain(hidden)  # `fuse` has no targets for tokens of all samples in one row
         logits = plain(hidden[:1, :1])
         given.append(torch.linspace(-50, 50, logits.numel()).to(logits).view_as(logits))
         return given[-1]

@@ -1,9 +1,9 @@
-"""4-bit layers in the form that has a gradient.
+"""Keeps 4-bit layers in the form that has a gradient.
 
-On processors with AVX512-BF16, bitsandbytes packs a layer's weights anew at its first forward pass in evaluation mode
-whose input needs no gradient, and multiplies by the packed form from then on: in bfloat16 and without a gradient rule.
-An attack after such a pass would differentiate a constant, with no error. Unpacking leaves the scales of the weights
-rounded to bfloat16, as packing made them.
+On processors with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in evaluation mode
+whose input needs no gradient, and from then on multiplies by the packed form: in bfloat16 and without a gradient rule.
+An attack after such a pass would differentiate a constant, without an error. After unpacking, the scales of the weights
+stay rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FLAG = "support_avx512bf16_for_cpu"
 
 
 def unpack(model: nn.Module) -> None:
-    """From now on no 4-bit layer of `model` is packed or becomes so."""
+    """Unpacks all 4-bit layers of `model`, and keeps them unpacked."""
     for layer in _packable(model):
         setattr(layer, _FLAG, False)
         _unpack(layer)
@@ -30,7 +30,7 @@ def _packable(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, no 4-bit layer of `model` is packed or becomes so; on leaving, bitsandbytes may pack them again."""
+    """Inside, all 4-bit layers of `model` are unpacked and stay so; afterwards bitsandbytes may pack them again."""
     layers = _packable(model)
     try:
         unpack(model)

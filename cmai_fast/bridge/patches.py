@@ -1,8 +1,8 @@
 """Patch embeddings as one matrix product, for attacks on the CPU.
 
-A convolution whose kernel is its stride cuts an image into patches and multiplies each by one matrix. Its gradient at
-the pixels, which training never needs and an attack needs at every step, is slow in oneDNN: 37 ms for 64 images of
-64 x 64 in patches of 16 on one core, against 8.5 ms as a matrix product with the same result.
+A convolution whose kernel size equals its stride cuts an image into patches and multiplies each by a matrix. Its
+gradient at the pixels, which training never needs and an attack needs at every step, is slow in oneDNN: 37 ms for 64
+images of 64 x 64 in patches of 16 on one core, against 8.5 ms as a matrix product with the same result.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cmai_fast.bridge.replaced import replaced
 
 @contextmanager
 def patches_by_matmul(model: nn.Module) -> Iterator[None]:
-    """Inside, patch embeddings of `model` on the CPU run as matrix products; on leaving, as they did before."""
+    """Inside, patch embeddings of `model` on the CPU run as matrix products; they are restored afterwards."""
     with replaced({m: types.MethodType(_forward, m) for m in model.modules() if _cuts_patches(m)}):
         yield
 
 
 def _cuts_patches(module: nn.Module) -> bool:
-    # A `forward` of the instance's own is somebody else's hook: it stays.
+    # A `forward` set on the instance is someone else's hook and is not replaced.
     return (
         type(module) is nn.Conv2d
         and "forward" not in module.__dict__

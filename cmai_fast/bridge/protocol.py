@@ -1,4 +1,4 @@
-"""What every bridge offers, whatever the model behind it."""
+"""The protocol of all bridges."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 class ModelBridge(Protocol):
     """The three-part view of a model: E_v (`encode_image`), E_t (`encode_text`) and F (`fuse`).
 
-    A batch is what the model's own forward takes. `inputs` shares it out: what `encode_image` takes beside
-    `pixel_values`, and what `encode_text`, `fuse` and `losses` take by name. N is the number of samples.
+    A batch is what the model's own forward takes. `inputs` splits it into the inputs of `encode_image` apart from
+    `pixel_values`, and the keyword inputs of `encode_text`, `fuse` and `losses`. N is the number of samples.
 
     Attributes:
-        model: the model itself; a bridge holds no weights of its own and changes none.
-        needs: the keys that a batch must have beside `pixel_values`.
+        model: the model itself; a bridge has no weights of its own and changes none.
+        needs: the keys that a batch must have apart from `pixel_values`.
         image_keys, text_keys: the keys that the image side and the text side take of a batch.
         image_dim, text_dim: the widths of h_v and h_t.
-        image_size: the side of the images that the model reads, where there is only one.
-        context: the most tokens that a sample may have; None: no limit is known.
+        image_size: height and width of the model's images; None if they are not fixed.
+        context: the maximum number of tokens of a sample; None: unknown.
     """
 
     model: Any
@@ -39,28 +39,28 @@ class ModelBridge(Protocol):
 
     @property
     def vision_side(self) -> list[nn.Module]:
-        """The modules that E_v runs through, such as the vision tower and the projector."""
+        """The modules of E_v, such as the vision tower and the projector."""
 
     @property
     def vision_parameters(self) -> list[nn.Parameter]:
         """The parameters that E_v reads."""
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `encode_image` takes of a batch beside `pixel_values`, and what `fuse` and `encode_text` take."""
+        """The inputs of `encode_image` in a batch, apart from `pixel_values`, and those of `fuse` and `encode_text`."""
 
     def select(
         self, inputs: Mapping[str, Tensor], rows: Tensor, images_per_row: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Of these inputs, what belongs to `rows` (n,) of the batch. `images_per_row` (N,); None: one each."""
+        """The part of these inputs that belongs to `rows` (n,) of the batch. `images_per_row` (N,); None: one each."""
 
     def own_texts(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What tells the texts of two rows apart: tokens (N, L), and which of them count."""
+        """The texts for comparing rows: tokens (N, L), and a mask of those that count."""
 
     def image_tokens(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """How many tokens of h_v belong to each row (N,), the others being padding; None where all have the same."""
+        """The number of tokens of h_v of each row (N,), the rest being padding; None if all have the same number."""
 
     def images_per_row(self, pixel_values: Tensor, *args: Any, **image_inputs: Any) -> Tensor:
-        """How many images each sample has (N,)."""
+        """The number of images of each sample (N,)."""
 
     def encode_image(self, pixel_values: Tensor, *args: Any, **image_inputs: Any) -> Tensor:
         """E_v: normalised `pixel_values`, laid out as the model takes them, to h_v (N, T, image_dim)."""
@@ -72,4 +72,4 @@ class ModelBridge(Protocol):
         """F: h_v and the text to logits (N, L', V) and targets (N, L'), -100 where a row has no target."""
 
     def losses(self, image_features: Tensor, **text_inputs: Any) -> tuple[Tensor, Tensor]:
-        """L_task (N,), differentiable, and whether the model is right (N,), of what `fuse` gives."""
+        """L_task (N,), differentiable, and whether the model is right (N,), from the result of `fuse`."""

@@ -1,8 +1,7 @@
-"""Activations that are computed again in the backward pass instead of being kept (Chen et al. 2016), in attacks too.
+"""Recomputes activations in the backward pass instead of storing them (Chen et al. 2016), in attacks too.
 
-`transformers` recomputes a layer only while it is in training mode, and attacks need evaluation mode: where dropout is
-off and statistics stand still. `recomputed` gives layers that have recomputation switched on a `forward` that does so
-in any mode.
+`transformers` recomputes a layer only in training mode, but attacks need evaluation mode, in which dropout is off and
+batch statistics are fixed. `recomputed` gives layers with recomputation a `forward` that recomputes in any mode.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from cmai_fast.bridge.replaced import replaced
 
 MODES = ("none", "encoder", "selective", "full")
 
-# What `selective` keeps: products and attention are nearly all of a layer's time and a small part of its activations.
+# What `selective` stores: products and attention take nearly all of a layer's time and little of its memory.
 _KEPT = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product", "flash_attn", "bitsandbytes")
 
 
 def set_recompute(model: nn.Module, vision_side: Sequence[nn.Module], mode: str) -> None:
-    """Switches recomputation on, for good, layer by layer.
+    """Enables recomputation permanently, layer by layer.
 
     Args:
         mode: "none" leaves the model as it is; "encoder": the layers of `vision_side`; "full": all layers; "selective":
-            all layers, but outputs of matrix products (quantised ones too) and of attention are kept.
+            all layers, but outputs of matrix products (also quantised) and of attention are stored.
 
     Raises:
         ValueError: an unknown mode, or a model without layers that can be recomputed.
@@ -62,7 +61,7 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """Inside, layers with recomputation switched on recompute in evaluation mode too; on leaving, as before."""
+    """Inside, layers with recomputation enabled recompute in evaluation mode too; they are restored afterwards."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     with replaced({layer: functools.partial(_forward, layer, layer.forward) for layer in layers}):
         yield
@@ -71,8 +70,8 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 def _forward(layer: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if layer.training or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    # The reentrant kind, which a user may have chosen, gives no gradient with respect to pixels. Nothing is random in
-    # evaluation mode, so the state of the generators need not be kept.
+    # The reentrant variant, which a user may have chosen, gives no gradient with respect to pixels. Nothing is random
+    # in evaluation mode, so the RNG state need not be stored.
     chosen = getattr(layer._gradient_checkpointing_func, "keywords", {})
     options = {"context_fn": chosen["context_fn"]} if "context_fn" in chosen else {}
     return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)

@@ -1,4 +1,4 @@
-"""Lets modules do something else for a while, each instance by itself, and gives them back as they were."""
+"""Temporarily replaces the `forward` of module instances."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module has this `forward`; on leaving, also by an exception, the one it had.
+    """Inside, each module has this `forward`; the old one is restored, also after an exception.
 
-    A `forward` of the instance's own is somebody else's hook, such as accelerate's: it comes back.
+    That includes a `forward` set on the instance by someone else's hook, such as accelerate's.
     """
     own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     try:

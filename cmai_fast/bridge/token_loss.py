@@ -1,12 +1,13 @@
-"""The cross-entropy of tokens from the last hidden state, without ever holding the logits of them all.
+"""The cross-entropy of tokens from the last hidden state, without storing all logits.
 
-A vocabulary of 152k words makes 0.6 MB of float32 logits a token, and the loss keeps them several times. Here tokens
-go through the output layer in chunks. Where it is frozen, as in an attack, the gradient at the hidden state is taken on
-the way: token i's gradient is a multiple of that of its own loss. Where it is trained, a chunk's logits are computed
-again in the backward pass, since the gradient of the layer weighs tokens by what is yet to come.
+A vocabulary of 152k words makes 0.6 MB of float32 logits per token, and the loss stores several copies. Here tokens go
+through the output layer in chunks. If it is frozen, as in an attack, the gradient at the hidden state is computed in
+the forward pass: a token's gradient is a multiple of that of its own loss. If it is trained, a chunk's logits are
+recomputed in the backward pass, since the gradient of the layer needs the weights of the tokens, which are known only
+then.
 
 PyTorch has `linear_cross_entropy` from 2.13 on, liger-kernel a fused one for GPUs: both read the bare weights of a
-layer, and for the loss of each token both compute the logits twice, where a frozen layer needs them once.
+layer, and both compute the logits twice for per-token losses, where a frozen layer needs them once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tens
 
     Args:
         head: the output layer, (n, d) to logits (n, V): linear or not, quantised, with adapters; without dropout.
-        hidden: (T, d), what it reads.
+        hidden: (T, d), its input.
         targets: (T,) int64, each in [0, V).
     """
     trained = [p for p in head.parameters() if p.requires_grad]
@@ -32,13 +33,13 @@ def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def _chunk(hidden: Tensor) -> int:
-    # The logits of a chunk then take an eighth of what the weights of the layer do.
+    # The logits of a chunk then take an eighth of the memory of the layer's weights.
     return max(16, hidden.shape[1] // 8)
 
 
 def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits with their graph; and without one, float32 or better, their logsumexp (n, 1), the losses (n,), and which
-    tokens are right."""
+    """Logits with their graph, and without a graph, in float32 or better: their logsumexp (n, 1), the losses (n,), and
+    which tokens are right."""
     logits = head(hidden)
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     own = targets.to(logits.device)
@@ -67,7 +68,7 @@ class _TokenLosses(torch.autograd.Function):
                 grads += torch.autograd.grad(logits, h, _slopes(logits, total, t).to(logits.dtype))
             losses.append(loss)
             right.append(good)
-            del logits  # before the next chunk's
+            del logits  # free them before the next chunk
         device = hidden.device.type
         ctx.head, ctx.trained = head, bool(trained)
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -85,7 +86,7 @@ class _TokenLosses(torch.autograd.Function):
         hidden, targets, *trained = ctx.saved_tensors
         matrix = _matrix(ctx.head)
         others = [p for p in trained if p is not matrix]
-        # A sum of many chunks in bfloat16 would lose more than the one product of the plain path.
+        # Summing many chunks in bfloat16 would lose more precision than one product.
         parts, sums = [], {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained}
         for h, t, w in zip(*(x.split(_chunk(hidden)) for x in (hidden, targets, weights)), strict=True):
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
@@ -99,12 +100,12 @@ class _TokenLosses(torch.autograd.Function):
                 sums[p] += one
             if matrix is not None:
                 _add_product(sums[matrix], slopes.t(), h.detach().to(slopes.dtype))
-        # Popped, so that they become `.grad` themselves and not copies of it.
+        # Popped, so that they become `.grad` without a copy.
         return torch.cat(parts), None, None, *(sums.pop(p).to(p.dtype) for p in trained)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where a product beside it would double the memory."""
+    """total += a @ b, without a temporary of the size of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
@@ -113,7 +114,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _matrix(head: nn.Module) -> Tensor | None:
-    """The trained W where the layer is h W^T + b and nothing else."""
+    """The trained W if the layer is exactly h W^T + b; else None."""
     hooked = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
     plain = type(head) is nn.Linear and not hooked and head.weight.requires_grad
     return head.weight if plain else None  # type: ignore[return-value]

@@ -38,7 +38,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder for heads and threshold; guard takes it as --heads.")],
     progress: options.Progress = True,
 ) -> None:
-    """Set the threshold of a guard, and fit consistency heads where the model has none.
+    """Set the threshold of a guard, and fit consistency heads if the model has none.
 
     Heads are fitted on the train split; the threshold is set on the calibration split, with the answers that the model
     generates. The length of these answers is saved with it.

@@ -1,4 +1,4 @@
-"""How every command behaves: its help ends with an example, and what goes wrong becomes one line and an exit code."""
+"""What all commands share: help ends with an example, and an error is one line and an exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
-# Where it lives depends on the version of typer, which has a copy of click of its own.
+# Its module depends on the version of typer, which has its own copy of click.
 UsageError: Any = typer.BadParameter.__base__
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -35,9 +35,9 @@ class ExampleCommand(TyperCommand):
 
 
 class FaultyGroup(TyperGroup):
-    """Turns what a user can meet into one line on stderr: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C.
+    """Turns expected errors into one line on stderr: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C.
 
-    Anything else is a bug, and keeps its traceback. `ctx.obj` is the command as it was typed.
+    Anything else is a bug, and keeps its traceback. `ctx.obj` is the command line as typed.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -45,7 +45,7 @@ class FaultyGroup(TyperGroup):
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
-            if bare:  # the help, which is no error
+            if bare:  # help is not an error
                 raise
             raise _misused(error) from error
 
@@ -54,7 +54,7 @@ class FaultyGroup(TyperGroup):
             return super().invoke(ctx)
         except UsageError as error:
             raise _misused(error) from error
-        except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are no faults
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are not errors here
             raise
         except KeyboardInterrupt as error:
             how = str(error) or _resumption(ctx.obj, self.commands.get(ctx.invoked_subcommand or ""))
@@ -84,10 +84,10 @@ def _resumption(typed: str, command: Any) -> str:
 
 
 def _with_options(text: str, command: Any) -> str:
-    """The message of a function of the library, with options of the command in place of the function's arguments.
+    """A library message with the command's options in place of the function's arguments.
 
-    A name of one word may stand in a sentence as a word: it is an argument where the message or a part of it begins
-    `NAME is`.
+    A name without an underscore may be an ordinary word; it counts as an argument only where the message, or a part
+    of it, begins with `NAME is`.
     """
     for parameter in getattr(command, "params", ()):
         name, option = parameter.name or "", next((o for o in parameter.opts if o.startswith("--")), None)
@@ -106,6 +106,6 @@ def _say(line: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     text = str(error)
-    if isinstance(error, OSError) and error.strerror:  # without the number that str() puts first
+    if isinstance(error, OSError) and error.strerror:  # str() would start with the number
         text = error.strerror + (f": {error.filename}" if error.filename else "")
     return " ".join(text.split()) or type(error).__name__

@@ -32,7 +32,7 @@ DEMO: dict[str, Any] = {
 def demo(
     ctx: typer.Context,
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted demo is resumed there.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted demo resumes there.")] = Path(
         "runs/demo"
     ),
     progress: options.Progress = True,

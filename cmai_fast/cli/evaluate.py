@@ -20,7 +20,7 @@ EXAMPLE = (
 def evaluate(
     ctx: typer.Context,
     *,
-    show: Annotated[bool, options.lister(lists.evaluation, "Show tasks, formats of data, and metrics.")] = False,
+    show: Annotated[bool, options.lister(lists.evaluation, "Show tasks, data formats and metrics.")] = False,
     model: options.Model,
     against: Annotated[
         list[str] | None,

@@ -19,13 +19,13 @@ def guard(
     show: Annotated[bool, options.lister(lists.policies, "Show the policies.")] = False,
     model: options.Model,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Image file of any size; several times for several images.")
+        list[Path] | None, typer.Option(help="Image file of any size; may be given several times.")
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="The question, or @FILE to read it from a file (@@ for one that starts with @).")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Many cases instead: a file, a folder, or a named set; answers are not needed.")
+        str | None, typer.Option(help="Many cases instead: a file, a folder, or a named data set; needs no answers.")
     ] = None,
     fields: options.Map = None,
     split_seed: options.SplitSeed = None,
@@ -51,14 +51,14 @@ def guard(
     dtype: options.Dtype = None,
     attention: options.Attention = None,
     out: Annotated[
-        Path, typer.Option(help="File of JSON lines, which appears when all are decided. - is standard output.")
+        Path, typer.Option(help="File of JSON lines, written when all cases are decided. - is standard output.")
     ] = options.STDOUT,
     progress: options.Progress = True,
 ) -> None:
     """Answer or withhold the answer: one line of JSON per question.
 
-    Withheld is what scores below the threshold; the exit code is 0 either way. The model needs consistency heads, as
-    calibrate or immunize writes them.
+    Answers that score below the threshold are withheld; the exit code is 0 either way. The model needs consistency
+    heads, as calibrate or immunize writes them.
     """
     if (data is None) == (not image and text is None):
         raise ValueError("expected --image and --text, or --data")
@@ -96,7 +96,7 @@ def guard(
 
 
 def read_text(text: str) -> str:
-    """`@FILE` as what the file holds, without the line end at its end; `@@...` as `@...`."""
+    """The text; `@FILE` is the content of a file, without its last line break, and `@@...` is `@...`."""
     if not text.startswith("@"):
         return text
     if text.startswith("@@"):

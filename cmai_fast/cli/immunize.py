@@ -1,4 +1,4 @@
-"""`cmai-fast immunize`: adversarial fine-tuning, and the proof of what it gained."""
+"""`cmai-fast immunize`: adversarial fine-tuning, and an evaluation before and after."""
 
 from __future__ import annotations
 

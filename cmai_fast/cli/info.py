@@ -1,4 +1,4 @@
-"""`cmai-fast info`: what is installed, what it can run on, and which models come with it."""
+"""`cmai-fast info`: versions, devices, backends and bundled models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    # Texts and not markup, in which brackets such as those of cmai-fast[triton] disappear; folded and not cut, so that
-    # a path can be copied.
+    # Text and not markup, which would drop the brackets of cmai-fast[triton]; folded and not cut, so that a path can be
+    # copied.
     table = Table(show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")
@@ -83,7 +83,7 @@ def _extension() -> dict[str, str]:
 
 
 def _backends() -> dict[str, str]:
-    """Every backend's state, and the one in use; an unavailable choice is shown, as this is where one looks."""
+    """Every backend's state, and the one in use; an unavailable choice is shown, not raised."""
     from cmai_fast import ops
 
     try:

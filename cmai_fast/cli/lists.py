@@ -1,4 +1,4 @@
-"""What `--list` prints: the things of one kind by name, those of plugins too."""
+"""The output of `--list`: everything of one kind by name, including plugins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attacks() -> None:
 
 
 def evaluation() -> None:
-    """Tasks, formats of data, and metrics."""
+    """Tasks, data formats and metrics."""
     from cmai_fast.data.formats import FORMATS
     from cmai_fast.metrics import METRICS
     from cmai_fast.tasks import TASKS
@@ -53,5 +53,5 @@ def _show(kind: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
 
 
 def _idea(thing: Callable[..., object]) -> str:
-    """The first line of the file that it is in."""
+    """The first docstring line of its file."""
     return (sys.modules[thing.__module__].__doc__ or "").strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The commands of `cmai-fast`, one module each. Heavy imports stay inside the commands: --help is to be quick."""
+"""The commands of `cmai-fast`, one module each. Heavy imports stay inside the commands, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def start(
     ] = False,
 ) -> None:
     _share_the_machine()
-    # Loading bars and advice of transformers would drown our own lines. A user's own setting stands.
+    # Loading bars and advice of transformers would hide our own output. The user's own setting takes precedence.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Where PEFT is installed transformers imports bitsandbytes, which warns of kernels that no command needs.
+    # With PEFT installed, transformers imports bitsandbytes, which warns of kernels that no command needs.
     quantizer = logging.getLogger("bitsandbytes")
     if quantizer.level == logging.NOTSET:
         quantizer.setLevel(logging.ERROR)
 
 
 def _share_the_machine() -> None:
-    """Threads of OpenMP that have nothing to do sleep, where they would spin and take the core from other processes.
+    """Lets idle OpenMP threads sleep instead of spinning, which would take the core from other processes.
 
-    It counts from when PyTorch is loaded, which is later. A user's own setting stands.
+    PyTorch reads it when it is loaded, later. The user's own setting takes precedence.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

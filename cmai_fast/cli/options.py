@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they are read. Nothing here imports PyTorch: bad names cost no wait."""
+"""Options shared by several commands, and their parsing. Nothing here imports PyTorch, so bad names fail at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STDOUT = Path("-")
 Model = Annotated[str, typer.Option(help="A bundled model, a model or run folder, or an id of the Hugging Face hub.")]
 Data = Annotated[
     str,
-    typer.Option(help="A named set (easyvqa), a file (.jsonl, .json, .csv, .parquet), a folder, or hf:REPO."),
+    typer.Option(help="A named data set (easyvqa), a file (.jsonl, .json, .csv, .parquet), a folder, or hf:REPO."),
 ]
 Map = Annotated[
     list[str] | None,
@@ -29,7 +29,7 @@ Map = Annotated[
 ]
 SplitSeed = Annotated[
     int | None,
-    typer.Option(min=0, help="Divide one file into train, calibration and test that share no picture, by this seed."),
+    typer.Option(min=0, help="Seed that divides one file into train, calibration and test, which share no picture."),
 ]
 Task = Annotated[str, typer.Option(help="What is asked and when an answer is right; evaluate --list shows them.")]
 Metric = Annotated[
@@ -39,7 +39,7 @@ Eps = Annotated[
     str | None,
     typer.Option(
         help="Radius of the ball, for pixels in [0, 1]: 8/255, 0.03. With --norm l2, the Euclidean norm over all "
-        "pixels and channels, which has to be given: such as 1 for 64 x 64 pixels.",
+        "pixels and channels; required then, such as 1 for 64 x 64 pixels.",
         show_default="8/255 for linf",
     ),
 ]
@@ -58,7 +58,7 @@ Heads = Annotated[
     Path | None,
     typer.Option(help="Folder of consistency heads.", show_default="cmcv/ in the model's folder or beside it"),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Take up an interrupted run of the same settings.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run with the same settings.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress, on standard error.")]
 
 
@@ -79,14 +79,14 @@ Dtype = Annotated[
 Attention = Annotated[
     Literal["sdpa", "flash_attention_2"] | None,
     typer.Option(
-        help="Kernels of attention; flash_attention_2 needs flash-attn, CUDA and 16 bits.",
-        show_default="sdpa if the model has it",
+        help="Attention kernels; flash_attention_2 needs flash-attn, CUDA and a 16-bit dtype.",
+        show_default="sdpa if the model supports it",
     ),
 ]
 
 
 def lister(show: Callable[[], None], help: str) -> Any:
-    """A flag `--list` that needs no other option: it prints and ends the command."""
+    """A flag `--list` that needs no other option: it prints a list and exits."""
 
     def listed(wanted: bool) -> None:
         if wanted:
@@ -107,7 +107,7 @@ def read_threat(norm: Literal["linf", "l2"], eps: str | None) -> ThreatModel:
     """The threat model of `--norm` and `--eps`.
 
     Raises:
-        ValueError: eps is no radius, or is not given for `l2`.
+        ValueError: eps is not a radius, or is missing for `l2`.
     """
     return ThreatModel.parse(norm, eps)
 
@@ -116,7 +116,7 @@ def pairs(texts: Iterable[str], option: str) -> dict[str, str]:
     """`name=value` texts as a dict; empty ones are left out.
 
     Raises:
-        ValueError: a text of another form, or a name that is given twice.
+        ValueError: not of this form, or a name given twice.
     """
     found: dict[str, str] = {}
     for text in filter(None, (t.strip() for t in texts)):
@@ -137,7 +137,7 @@ def check(
     metrics: Iterable[str] | None = None,
     answers: bool = True,
 ) -> None:
-    """Refuses names and records that are wrong, before PyTorch is loaded."""
+    """Raises ValueError for wrong names and records, before PyTorch is loaded."""
     from cmai_fast.models import resolve
 
     for model in models:
@@ -158,7 +158,7 @@ def is_stdout(out: Path | None, folder: str = "") -> bool:
     """Whether `--out` is `-`, standard output.
 
     Raises:
-        ValueError: where the command writes a folder, which is named.
+        ValueError: it is, and the command writes a folder (`folder` says what).
     """
     if out is not None and out == STDOUT and folder:
         raise ValueError(f"--out - is standard output, and this command writes a folder ({folder}); name one")

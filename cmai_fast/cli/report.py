@@ -1,4 +1,4 @@
-"""`cmai-fast report`: the report once more, from the results alone."""
+"""`cmai-fast report`: rewrites the report from results.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command says when it is done: the numbers that matter, and where the rest is."""
+"""The last lines of a command: the main numbers, and the paths of its files."""
 
 from __future__ import annotations
 

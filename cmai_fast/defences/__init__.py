@@ -1,4 +1,4 @@
-"""What a model is trained with, against attacks or to compare with: one file per defence, found by name."""
+"""Defences: ways to train a model against attacks, and baselines; one file per defence, found by name."""
 
 from cmai_fast.defences.defence import DEFENCES, Defence, defence
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on clean images alone: what adversarial training is compared with."""
+"""Fine-tuning on clean images only, the baseline of adversarial training."""
 
 from cmai_fast.defences.defence import defence
 

@@ -15,9 +15,9 @@ class Defence:
     """A way to train, as `MBATConfig(**defence.values, ...)` does it.
 
     Attributes:
-        name: what it is asked for by.
-        label: what reports call it.
-        values: fields of `MBATConfig` that make it what it is; the others, such as eps, are whoever trains.
+        name: as in `--defence`.
+        label: its name in reports.
+        values: the fields of `MBATConfig` that define it; others, such as eps, are set for each run.
     """
 
     name: str
@@ -32,7 +32,7 @@ DEFENCES: Registry[Defence] = Registry("defence", "cmai_fast.defences", other=fr
 
 
 def defence(name: str, label: str, **values: Any) -> Defence:
-    """Registers a defence; a plugin calls it where it is imported.
+    """Registers a defence; a plugin calls this when it is imported.
 
     Raises:
         ValueError: the name is taken.

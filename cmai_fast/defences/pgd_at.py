@@ -1,4 +1,4 @@
-"""Adversarial training of the vision side by exact PGD (Madry et al. 2018): what MBAT saves passes of."""
+"""Adversarial training of the vision side by exact PGD (Madry et al. 2018), the reference for MBAT's savings."""
 
 from cmai_fast.defences.defence import defence
 

@@ -1,4 +1,4 @@
-"""Any number of models, measured by one protocol on the same samples."""
+"""Measures any number of models by one protocol on the same samples."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Entry:
     """A model to be measured.
 
     Args:
-        name: what results call it.
-        role: `undefended` (images made on it are also tried on the others), `immunised` or `baseline`.
-        path: where it is.
-        load: gives it; models are in memory one at a time unless this holds on to one.
+        name: its name in results.
+        role: `undefended` (its adversarial images are also tried on the other models), `immunised` or `baseline`.
+        path: its location.
+        load: loads it; one model is in memory at a time, unless this function keeps one.
     """
 
     name: str
@@ -76,7 +76,7 @@ def compare(
 
 
 def _ask(entries: Sequence[Entry], pictures: Sequence[Shown], last: Pipeline | None) -> None:
-    """Every model's answers to every picture; the last one is still loaded."""
+    """Adds every model's answers to every picture. The last model is still loaded."""
     for entry in reversed(entries):
         pipeline, last = last or entry.load(), None
         for picture in pictures:

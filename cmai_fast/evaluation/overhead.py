@@ -16,15 +16,15 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.pipeline import Pipeline
 
-# What makes an MBAT step the clean fine-tuning step that its cost is measured against.
+# Settings that turn an MBAT step into the clean fine-tuning step it is compared with.
 CLEAN_STEP: dict[str, Any] = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
 
 
 class SavedActivations:
-    """Peak bytes that autograd holds for a backward pass, parameters not counted. Use as a context; then read `peak`.
+    """Peak bytes that autograd saves for a backward pass, without parameters. Use as a context; then read `peak`.
 
-    A tensor saved by several operations is counted once; what `recompute="selective"` keeps is not seen. On the CPU
-    PyTorch keeps no record of peak memory, and this is what recomputation, frozen weights and batch size act on.
+    A tensor saved by several operations counts once; tensors kept by `recompute="selective"` are not counted. On the
+    CPU, PyTorch does not record peak memory; saved bytes are what recomputation, frozen weights and batch size change.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -57,7 +57,7 @@ class SavedActivations:
 
 
 class _Held:
-    """A saved tensor that says when autograd lets go of it."""
+    """A saved tensor that reports when autograd frees it."""
 
     def __init__(self, owner: SavedActivations, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -69,14 +69,14 @@ class _Held:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Memory held before a call, and the most during it: on a GPU what PyTorch had allocated, on the CPU the resident
-    set of the process (Linux)."""
+    """Memory before a call and its peak during the call: allocated by PyTorch on a GPU, the resident set of the process
+    on the CPU (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return before, torch.cuda.max_memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the record of the largest resident set back to the present one
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     before = _resident_bytes("VmRSS")
     run()
     return before, _resident_bytes("VmHWM")
@@ -90,9 +90,9 @@ def _resident_bytes(field: str) -> int:
 def step_overhead(
     subject: Pipeline, args: MBATConfig, batch: dict[str, Tensor], *, rounds: int = 5
 ) -> dict[str, float | str | int]:
-    """`time_ratio` and `memory_ratio` of an MBAT step with `args` over a clean step, measured alternating, medians.
+    """`time_ratio` and `memory_ratio` of an MBAT step with `args` over a clean step: medians of alternating runs.
 
-    Both run forward, backward and a step of the optimiser on copies of the model, which itself is not changed.
+    Both run forward, backward and optimiser step on copies of the model, which is not changed.
     """
     runs = {"clean": stepper(subject, args, CLEAN_STEP), "mbat": stepper(subject, args, {})}
     peaks = {}

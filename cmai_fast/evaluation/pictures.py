@@ -1,4 +1,4 @@
-"""Clean image, perturbation and adversarial image side by side, with what the models answer: for the report."""
+"""Clean image, perturbation and adversarial image side by side, with the models' answers, for the report."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Shown:
     record: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, name: str, pipeline: Pipeline) -> None:
-        """Adds what a model, called `name`, answers to both images."""
+        """Adds the answers of the model `name` to both images."""
         clean, adversarial = pipeline.generate([self.sample] * 2, [self.clean, self.adversarial])
         self.record["answers"][name] = {"clean": clean, "adversarial": adversarial}
 
 
 def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most: int = 6) -> list[Shown]:
-    """Up to `most` samples of the attacked model `name`: those that its attack broke first.
+    """Up to `most` samples of the attacked model `name`, broken ones first.
 
-    `attack` is the key of the attack whose images, rounded to 8 bits, are shown; the runner has kept them.
+    `attack` is the key of the attack whose images are shown, rounded to 8 bits; the runner has kept them.
     """
     runner, attacked, found = measured.runner, measured.attacked[attack], []
     for row in _rows(attacked, most):
@@ -62,7 +62,7 @@ def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most:
 
 
 def _rows(attacked: Attacked, most: int) -> list[int]:
-    """Broken samples before unbroken ones, spread over the data set; none that was wrong when untouched."""
+    """Broken samples before unbroken ones, spread over the data set; only samples whose clean answer is right."""
     rows = np.array(attacked.rows, dtype=int)
     broken, held = rows[~attacked.right], rows[attacked.right]
     spread: Sequence[np.ndarray] = [
@@ -75,7 +75,7 @@ def _rows(attacked: Attacked, most: int) -> list[int]:
 
 
 def _png(batch: BatchImages, image: Tensor) -> str:
-    """The picture of one sample as the model sees it; its tiles side by side where it is cut into tiles."""
+    """The picture of one sample as the model sees it; with tiles, all tiles side by side."""
     (pictures,) = batch.pictures(batch.join([image.clamp(0, 1)]))
     buffer = io.BytesIO()
     Image.fromarray(np.hstack(pictures)).save(buffer, format="PNG")

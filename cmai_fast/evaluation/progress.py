@@ -1,4 +1,4 @@
-"""One line for a whole workflow: which stage of how many, how far, and the time left over all."""
+"""One progress line for a whole workflow: the stage, its progress, and the total time left."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Overall:
     """The progress of a workflow.
 
     Args:
-        stages: what is to be done, in order, and what each is expected to cost, in any unit that is the same for all.
+        stages: the stages in order, with their expected cost in any common unit.
         show: False prints nothing.
     """
 
     def __init__(self, stages: Mapping[str, float], show: bool = True, console: Console | None = None) -> None:
         self.stages = dict(stages)
         self._stage, self._total, self._share = "", 1, 0.0
-        self._mine, self._began = 0.0, time.monotonic()  # cost of what this process did, and since when
+        self._mine, self._began = 0.0, time.monotonic()  # cost of this process's work, and its start time
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"),
@@ -38,9 +38,9 @@ class Overall:
         self._bar.stop()
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
-        """Begins a stage of `total` steps, of which `done` were done by an earlier process; those before it are over.
+        """Begins a stage of `total` steps, of which an earlier process did `done`; all stages before it are complete.
 
-        A stage that was not planned leaves the bar where it is.
+        An unplanned stage does not move the bar.
         """
         self._stage, self._total = stage, total
         self._share = done / total if total else 1.0
@@ -54,14 +54,14 @@ class Overall:
 
     @property
     def completed(self) -> float:
-        """Cost of what is done, by this process or before."""
+        """Cost of the completed work, including that of earlier processes."""
         if self._stage not in self.stages:
             return 0.0
         names = list(self.stages)
         return sum(self.stages[n] for n in names[: names.index(self._stage)]) + self.stages[self._stage] * self._share
 
     def seconds_left(self) -> float | None:
-        """From the pace of this process so far; None before anything is done."""
+        """Estimated from the pace of this process; None before anything is done."""
         if not self._mine:
             return None
         return (time.monotonic() - self._began) * (sum(self.stages.values()) - self.completed) / self._mine
@@ -91,7 +91,7 @@ def _clock(seconds: float) -> str:
 
 
 class TrainingProgress(TrainerCallback):
-    """Reports a training to `Overall`, in place of Trainer's own bar, which prints every log as a raw dict."""
+    """Reports training to `Overall`, in place of Trainer's own bar, which prints every log as a raw dict."""
 
     def __init__(self, overall: Overall, stage: str = "training") -> None:
         self.overall, self.stage = overall, stage

@@ -1,4 +1,4 @@
-"""How one model is measured: clean, under a suite of attacks, over eps, and by its own detector."""
+"""The evaluation protocol of one model: clean, under a suite of attacks, over eps, and with its own detector."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 @dataclass
 class Measured:
-    """The record that goes into results.json, and the answers and verdicts it rests on."""
+    """The record for results.json, and the answers and verdicts behind it."""
 
     record: dict[str, Any]
     clean: Answers
@@ -59,19 +59,19 @@ def measure(
     state: State | None = None,
     progress: Overall | None = None,
 ) -> Measured:
-    """Everything that is said of one model, as a JSON-ready record.
+    """All measurements of one model, as a JSON-ready record.
 
-    A sample that is wrong when untouched is not attacked, and one that an attack broke is not attacked by the next:
-    nothing more can be learnt from it. It stays in the suite only while a number of the record could still change:
-    until it is broken by an image that stays an attack when rounded to 8 bits and, with a threshold, by one that the
-    detector accepts. So every number is the one of attacking all samples by all attacks.
+    A sample whose clean answer is wrong is not attacked, and a sample broken by one attack is not attacked by the next.
+    It stays in the suite only while a number of the record could still change: until an image breaks it that also does
+    so when rounded to 8 bits and, with a threshold, is accepted by the detector. So all numbers equal those of running
+    every attack on every sample.
 
     Args:
-        suite: Acc_robust is over the worst of these, sample by sample; the first runs on every sample that is right
-            when untouched, its images are kept, and it gives the S_c of attacked inputs.
-        curve: the attack for robust accuracy over eps; None leaves the curve out.
-        transferred: adversarial images made elsewhere for the same samples, by name and row; they join the suite, and
-            are tried on every sample that is right when untouched.
+        suite: Acc_robust counts the worst of these per sample. The first attack runs on every sample whose clean answer
+            is right; its images are kept, and give S_c of attacked inputs.
+        curve: the attack for robust accuracy over eps; None leaves out the curve.
+        transferred: adversarial images of other models for the same samples, by name and row. They join the suite, and
+            are tried on every sample whose clean answer is right.
         task, state, batch_size, seed, progress: as for `Runner`.
         metrics: names of corpus metrics to report beside the task's own.
     """
@@ -99,7 +99,7 @@ def measure(
 
 
 def _settled(pipeline: Pipeline, attacked: Attacked) -> np.ndarray:
-    """(M,) bool: no further attack on this sample can change a number."""
+    """(M,) bool: no further attack on the sample can change a number."""
     broken = ~attacked.right & ~attacked.right_8bit
     if pipeline.threshold is None or attacked.scores is None:
         return broken
@@ -107,7 +107,7 @@ def _settled(pipeline: Pipeline, attacked: Attacked) -> np.ndarray:
 
 
 def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
-    """Accuracies, ASR and their intervals; and of each attack, in the order in which they ran."""
+    """Accuracies, ASR and their intervals, in total and per attack in the order in which they ran."""
     clean, record, pipeline = measured.clean.right, measured.record, measured.runner.pipeline
     record |= {"acc_clean": accuracy(clean), "n": len(clean), "task": measured.runner.task.name}
     record["precision"] = str(pipeline.model.dtype)
@@ -127,9 +127,9 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
 
 
 def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any]:
-    """`attacked` counts the samples that it ran on, `broken` those that it made wrong, and `asr` is their share.
+    """`attacked` is the number of samples that the attack ran on, `broken` the number it made wrong, `asr` their ratio.
 
-    `acc_robust` and `acc_robust_8bit`, which the caller adds, are cumulative: over this attack and those before it.
+    The caller adds `acc_robust` and `acc_robust_8bit`, which are cumulative over this attack and those before it.
     """
     count, broken = len(attacked.rows), int((~attacked.right).sum())
     record: dict[str, Any] = {
@@ -147,7 +147,7 @@ def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any
 
 
 def worst_answers(measured: Measured) -> list[str]:
-    """Per sample the generated text of the lowest score, clean or under any attack; the first of several."""
+    """Per sample, the generated text with the lowest score, clean or under any attack; the first if several tie."""
     runner, worst = measured.runner, list(measured.clean.predictions)
     task, samples = runner.task, runner.samples
     scores = [task.score(p, s) for p, s in zip(worst, samples, strict=True)]
@@ -170,7 +170,7 @@ def _corpus_metrics(measured: Measured, names: Sequence[str]) -> dict[str, dict[
 def corpus_metrics(
     task: Task, names: Sequence[str], predictions: Sequence[str], samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """The task's own metrics, and those of `METRICS` that are named."""
+    """The task's own metrics, and those named from `METRICS`."""
     return {**task.metrics(predictions, samples), **measure_all(names, predictions, [s.references for s in samples])}
 
 
@@ -184,7 +184,7 @@ def curve_stage(threat: ThreatModel, place: int) -> str:
 
 
 def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[str, Any]]:
-    """Robust accuracy under one attack at each radius, each a search of its own over all samples."""
+    """Robust accuracy under one attack at each radius, each an independent attack on all samples."""
     points, count = [], len(runner.samples)
     for i, eps in enumerate(curve_radii(threat)):
         ball = ThreatModel(threat.norm, eps)
@@ -194,9 +194,9 @@ def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[s
 
 
 def _add_consistency(measured: Measured) -> None:
-    """S_c with the model's own answers, clean and of the first attack; the detector that thresholds it.
+    """S_c with the model's own answers, clean and under the first attack, and the detector that thresholds it.
 
-    Attacked are the samples that the first attack ran on: those right when untouched.
+    Attacked inputs are those of the first attack: the samples whose clean answer is right.
     """
     clean = measured.clean.scores
     if clean is None or not measured.attacked:
@@ -237,7 +237,7 @@ def own_scores(
     images: Sequence[Tensor] | None = None,
     progress: Overall | None = None,
 ) -> np.ndarray:
-    """S_c (N,) with the model's own answers, of the samples as they are, or of `images` as for `Pipeline.generate`."""
+    """S_c (N,) with the model's own answers, of the samples' own images, or of `images` as for `Pipeline.generate`."""
 
     def score(rows: list[int]) -> list[float]:
         part, given = [samples[i] for i in rows], None if images is None else [images[i] for i in rows]
@@ -254,7 +254,7 @@ def own_scores(
 def stages(
     name: str, count: int, threat: ThreatModel, suite: Sequence[AttackSpec], curve: AttackSpec | None, transfer: bool
 ) -> dict[str, float]:
-    """The stages of `measure` for a model called `name`, and about how many forward passes each costs."""
+    """The stages of `measure` for the model `name`, with the approximate number of forward passes of each."""
     found = {"clean": 6.0 * count}
     found |= {f"{spec.key} at {eps_text(threat)}": (spec.passes + 12.0) * count for spec in suite}
     if transfer:

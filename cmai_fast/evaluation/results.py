@@ -1,6 +1,6 @@
-"""`results.json`: the one file that an evaluation leaves and a report is made from. Schema 2: a list of models.
+"""`results.json`: the results of an evaluation, from which the report is made. Schema 2: a list of models.
 
-It is written whole or not at all. Reading it upgrades older files and says in one message everything that is missing.
+It is written atomically. Reading it upgrades older files, and one error lists everything that is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROLES = ("undefended", "immunised", "baseline")
 
 _SETTINGS = ("data", "eps")
 _NUMBERS = ("acc_clean", "acc_robust", "n")
-# Kinds of the optional parts: what a report would otherwise fail on far from the file.
+# Types of the optional parts, checked here so that a report does not fail later.
 _MODEL_PARTS: dict[str, Any] = {
     "attacks": dict, "curve": list, "s_c": dict, "detection": dict, "sanity": list, "metrics": dict
 }  # fmt: skip
@@ -58,7 +58,7 @@ class CurvePoint(TypedDict, total=False):
 
 
 class Check(TypedDict, total=False):
-    """One sanity check; `passed` is None where it was not run."""
+    """One sanity check; `passed` is None if it was not run."""
 
     check: str
     passed: bool | None
@@ -81,7 +81,7 @@ class _ModelNeeds(TypedDict):
 
 
 class ModelResults(_ModelNeeds, total=False):
-    """What was measured of one model. `role` is one of `ROLES`; intervals are [low, high]."""
+    """The measurements of one model. `role` is one of `ROLES`; intervals are [low, high]."""
 
     path: str
     task: str
@@ -190,7 +190,7 @@ def check_results(results: Any) -> None:
     """
     if not isinstance(results, dict):
         raise ValueError(f"results are a {type(results).__name__}; expected a JSON object")
-    schema = results.get("schema", SCHEMA)  # where it is missing, that is said with all else
+    schema = results.get("schema", SCHEMA)  # if it is missing, the error below lists it
     if schema != SCHEMA:
         advice = "update cmai-fast to read it" if is_number(schema) and schema > SCHEMA else "run the evaluation again"
         raise ValueError(f"these results have schema {schema!r}, and this version reads up to {SCHEMA}; {advice}")

@@ -1,7 +1,7 @@
-"""Runs attacks on the samples of one model, batch by batch, and judges the text that the model then generates.
+"""Runs attacks on the samples of one model, batch by batch, and scores the text that the model then generates.
 
-Each finished batch is in the run's `State`, so that a run resumes after any interruption. A batch that does not fit
-into memory is done in parts.
+Each finished batch is stored in the run's `State`, so that a run resumes after any interruption. A batch that does not
+fit into memory is done in parts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Parts:
-    """Rows in batches of at most `size` samples, and of half as many from where memory ran out."""
+    """Batches of at most `size` samples; the size is halved when memory runs out."""
 
     def __init__(self, size: int) -> None:
         if size < 1:
@@ -40,10 +40,10 @@ class Parts:
         self.size, self._warned = size, False
 
     def over(self, rows: Sequence[int], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
-        """Batches of `rows`, each with what `work` returns for it.
+        """Yields batches of `rows`, each with the result of `work`.
 
         Raises:
-            torch.OutOfMemoryError: one sample alone does not fit; says what else helps.
+            torch.OutOfMemoryError: a single sample does not fit; the message says what helps.
         """
         start = 0
         while start < len(rows):
@@ -64,14 +64,14 @@ class Parts:
                 yield part, result
                 start += len(part)
                 continue
-            if torch.cuda.is_available():  # outside of the except block, which holds on to the tensors of the batch
+            if torch.cuda.is_available():  # outside the except block, which keeps the tensors of the batch alive
                 torch.cuda.empty_cache()
 
     def _warn(self) -> None:
         if not self._warned:
             warnings.warn(
-                f"a batch does not fit into memory; evaluation goes on with {self.size} samples at a time, to the same "
-                "results. A smaller batch_size saves the attempt",
+                f"a batch does not fit into memory; evaluation continues with {self.size} samples at a time, with the "
+                "same results. Set a smaller batch_size to avoid the attempt",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -84,9 +84,9 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 @dataclass
 class Answers:
-    """What the model answers to images of some samples.
+    """The model's answers to images of some samples.
 
-    rows: places of the samples (M of N). predictions: generated texts. right: (M,) bool, by the task. scores: S_c (M,)
+    rows: indices of the samples (M of N). predictions: generated texts. right: (M,) bool, by the task. scores: S_c (M,)
     of image, prompt and that answer; None without heads.
     """
 
@@ -98,11 +98,11 @@ class Answers:
 
 @dataclass
 class Attacked(Answers):
-    """What an attack did to the samples that it ran on; verdicts are those of `Answers`.
+    """The result of an attack on the samples that it ran on; verdicts are those of `Answers`.
 
     right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
     fast verdict (exact match under teacher forcing). nonfinite, zero_gradients: (M,) as in `AttackResult`. images: of
-    each row, in [0, 1], as `BatchImages.split` gives them, where the runner keeps them.
+    each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them.
     """
 
     predictions_8bit: list[str]
@@ -122,21 +122,21 @@ class Attacked(Answers):
 
 
 def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Victim:
-    """A batch of `pipeline.collate`, on the model's device, as attacks take it."""
+    """The victim of a batch of `pipeline.collate`, on the model's device."""
     return Victim(pipeline.bridge, pipeline.space, pipeline.on_device(batch), pipeline.heads)
 
 
 class Runner:
-    """The samples of one model, and how they are attacked and judged.
+    """Attacks the samples on one model and scores its answers.
 
     Args:
-        pipeline: the model. It is given back as it was.
+        pipeline: the model, which is restored afterwards.
         samples: at least one, each with references.
-        task: when a generated text is right.
-        state: where finished batches are kept; None: in a temporary folder, which goes with the runner.
+        task: decides whether a generated text is right.
+        state: stores finished batches; None: a temporary folder, deleted with the runner.
         batch_size: samples at a time; results do not depend on it.
-        seed: of the attacks. What they do to a sample depends on (seed, sample id) alone.
-        progress: told of stages and samples. A stage is called `<model>: <what>`.
+        seed: of the attacks. Their result for a sample depends only on (seed, sample id).
+        progress: receives stages and samples. A stage is named `<model>: <what>`.
     """
 
     def __init__(
@@ -159,18 +159,18 @@ class Runner:
         pipeline.choose_from(samples)
 
     def resized(self, batch_size: int) -> Runner:
-        """The same with other batches, and the same answers to untouched samples."""
+        """The same runner with another batch size and the same clean answers."""
         other = copy.copy(self)
         other.parts = Parts(batch_size)
         return other
 
     def right(self, rows: Sequence[int], predictions: Sequence[str]) -> np.ndarray:
-        """(M,) bool: whether the task takes these texts for right."""
+        """(M,) bool: whether these texts are right by the task."""
         scores = [self.task.score(p, self.samples[i]) for i, p in zip(rows, predictions, strict=True)]
         return np.array(scores, dtype=float) >= self.task.broken_below
 
     def clean(self) -> Answers:
-        """The answers to all samples as they are."""
+        """The answers to the samples' own images."""
         if self._clean is None:
             journal = self._stage("clean", range(len(self.samples)), self._untouched)
             self._clean = Answers(*self._answers(journal))
@@ -181,7 +181,7 @@ class Runner:
         return self._judged(rows, images), None
 
     def images(self, rows: Sequence[int]) -> list[Tensor]:
-        """The samples' own images in [0, 1], one tensor each, as `BatchImages.split` gives them, on the CPU."""
+        """The samples' own images in [0, 1], one tensor each, as `BatchImages.split` returns them, on the CPU."""
         own = self.pipeline.images([self.samples[i] for i in rows])
         return [image.cpu() for image in own.split(own.pixels())]
 
@@ -195,16 +195,14 @@ class Runner:
         keep: bool = False,
         brief: bool = False,
     ) -> Attacked:
-        """One attack on the samples at `rows`; None: on all that are answered right when untouched.
+        """One attack on the samples at `rows`; None: all whose clean answer is right.
 
-        The attack moves away from the answer that the model gave, where that is right, and else from the first
-        reference.
+        The attack moves away from the model's clean answer if that is right, else from the first reference.
 
         Args:
-            stage: what the state calls it; None: by attack and radius. One name must always mean one attack.
+            stage: its name in the state; None: attack and radius. A name must always mean the same attack.
             keep: keep the attacked images.
-            brief: leave out what a verdict does not need: S_c and the 8-bit images, whose fields then repeat the
-                others'.
+            brief: leave out S_c and the 8-bit images; the 8-bit fields then repeat the others.
         """
         spec.check(threat.norm)
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
@@ -250,8 +248,8 @@ class Runner:
     def _target(self, row: int) -> Sample:
         """The sample with the answer that an attack moves away from.
 
-        Where several answers are right, the fast stop of an attack, which knows one, would otherwise take the model's
-        own right answer for a wrong one, and stop before it began.
+        If several answers are right, the early stop of an attack, which knows only one, would otherwise take the
+        model's own right answer for a wrong one and stop at once.
         """
         sample, clean = self.samples[row], self.clean()
         said = clean.predictions[row]
@@ -262,7 +260,7 @@ class Runner:
     def transfer(
         self, images: Mapping[int, Tensor], threat: ThreatModel, rows: Sequence[int] | None = None, name="transfer"
     ) -> Attacked:
-        """Images made elsewhere, by row; samples that have none keep their own. Otherwise as `attack`."""
+        """Adversarial images of another model, by row; samples without one keep their own. Otherwise as `attack`."""
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
         return self._collected(self._stage(name, rows, lambda part: (self._moved(images, threat, part), None)))
 
@@ -285,7 +283,7 @@ class Runner:
         }
 
     def noise(self, threat: ThreatModel, seed: int) -> np.ndarray:
-        """(N,) bool: whether all samples are answered right with random noise in the ball."""
+        """(N,) bool: whether each sample is answered right with random noise in the ball."""
         journal = self._stage("noise", range(len(self.samples)), lambda part: (self._noisy(threat, seed, part), None))
         return self.right(journal.rows, [p for e in journal.entries for p in e["predictions"]])
 
@@ -310,8 +308,8 @@ class Runner:
         """Predictions for these images of the samples at `rows`, and S_c with them.
 
         Args:
-            own: the samples' own images; where one is untouched the clean answer holds.
-            known: other images of these samples and what was found for them, which holds where an image is equal.
+            own: the samples' own images; if an image is unchanged, the clean answer is reused.
+            known: other images of these samples with their results, which are reused for equal images.
         """
         scored = scored and self.pipeline.heads is not None
         found: dict[str, Any] = {"predictions": [""] * len(rows), "scores": [0.0] * len(rows) if scored else None}
@@ -341,11 +339,11 @@ class Runner:
         rows: Sequence[int],
         work: Callable[[list[int]], tuple[dict[str, Any], Mapping[int, Tensor] | None]],
     ) -> Journal:
-        """Does what is left of a stage, a batch at a time."""
+        """Does the rest of a stage, batch by batch."""
         journal, rows = self.state.journal(name), list(rows)
         done = journal.rows
         if done != rows[: len(done)]:
-            raise ValueError(f"{journal.folder} is of other samples than this run's; delete it to run the stage again")
+            raise ValueError(f"{journal.folder} belongs to a run on other samples; delete it to run the stage again")
         self.progress.start(f"{self.pipeline.name}: {name}", len(rows), len(done))
         for part, (entry, images) in self.parts.over(rows[len(done) :], work):
             journal.append({"rows": part, **entry}, images)
@@ -383,7 +381,7 @@ def _joined(journal: Journal, key: str) -> list[Any]:
 
 
 def _apart(batch: Any, pixels: Tensor) -> list[Tensor]:
-    """On the CPU, so that a device holds the images of one batch only."""
+    """One tensor per sample on the CPU, so that the device holds the images of one batch only."""
     return [image.detach().cpu() for image in batch.split(pixels)]
 
 

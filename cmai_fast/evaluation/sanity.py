@@ -1,4 +1,4 @@
-"""Checks that an evaluation is strong enough to be believed. Each can fail, and a failure is shown, not hidden."""
+"""Sanity checks: is an evaluation strong enough to be trusted? A failed check is shown in the report."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cmai_fast.threat import ThreatModel
 
 Check = dict[str, Any]
 _LARGE_EPS = 128 / 255  # every image can be made plain grey
-# Both attacks: where a model is sure of its answer the cross-entropy is flat, and PGD, which does not go back to
-# the best point it saw, loses its way in a large ball (an immunised model kept 16%, under APGD-CE-100 2%).
+# Both attacks: if a model is sure of its answer, the cross-entropy is flat, and PGD, which does not return to the best
+# point, gets lost in a large ball (robust accuracy of an immunised model: 16%, under APGD-CE-100 2%).
 _LARGE = (AttackSpec("pgd", 50), AttackSpec("apgd", 100))
 _SMALL = AttackSpec("pgd", 5)
-_WITHOUT_GRADIENT = 0.1  # share of an attack's steps from which on it was blind to a sample
+_WITHOUT_GRADIENT = 0.1  # from this share of steps with zero gradients on, an attack counts as blind to a sample
 
 
 def sanity_checks(measured: Measured, threat: ThreatModel, *, must_break: bool, limit: int = 128) -> list[Check]:
-    """The checks for one measured model, on its first `limit` samples where an attack has to be run again.
+    """The checks for one measured model; attacks that have to run again use its first `limit` samples.
 
     Args:
-        must_break: the model is undefended, so an attack that leaves it standing is too weak.
+        must_break: the model is undefended, so an attack that does not break it is too weak.
     """
     record, runner = measured.record, measured.runner
     few = list(range(min(limit, len(runner.samples))))
@@ -67,13 +67,13 @@ def _check(name: str, passed: bool, *shares: float, detail: str = "") -> Check:
 
 def _falls_with_eps(curve: list[dict[str, Any]]) -> Check:
     shares = [p["acc_robust"] for p in curve]
-    # The attack at each eps is a search of its own: one point of slack for what it may miss.
+    # The attacks at each eps are independent, so one point of slack.
     passed = all(b <= a + 0.01 for a, b in itertools.pairwise(shares))
     return _check("robust accuracy falls with eps", passed, *shares)
 
 
 def _more_steps(record: dict[str, Any], threat: ThreatModel) -> Check:
-    """The attack of the curve is the weaker one, and ran on every sample, as the first of the suite did."""
+    """The curve's attack is the weaker one, and ran on every sample, as did the first of the suite."""
     weak = next(p["acc_robust"] for p in record["curve"] if p["eps"] == threat.eps)
     strong = min(a["acc_robust"] for a in record["attacks"].values() if a.get("steps"))
     return _check("more steps never help the defender", strong <= weak + 0.005, strong, weak)
@@ -92,13 +92,13 @@ def _large_eps(runner: Runner, few: list[int]) -> Check:
 
 
 def _finite_gradients(record: dict[str, Any]) -> Check:
-    """A step takes NaN for 0 and stops at infinity: an attack on such gradients is no attack."""
+    """Steps treat NaN as 0 and stop at infinity, so an attack with such gradients is too weak."""
     bad = sum(attack.get("nonfinite_gradients", 0) for attack in record["attacks"].values())
     return _check("gradients are finite", bad == 0, detail=f"{bad:,} NaN or infinite elements")
 
 
 def _gradients_exist(measured: Measured) -> Check:
-    """What stands because attacks on this model saw no gradient is not robust: a rounded input, a saturated loss."""
+    """Samples that survive because attacks had no gradient are not robust: a rounded input, a saturated loss."""
     blind = np.zeros(len(measured.runner.samples), dtype=bool)
     standing = measured.clean.right.copy()
     for key, attacked in measured.attacked.items():
@@ -123,7 +123,7 @@ def _rounding(record: dict[str, Any]) -> Check:
 
 
 def _white_box(measured: Measured) -> Check:
-    """Both ran on every sample that is right when untouched: transferred images, and those made for the model."""
+    """Compares on the samples whose clean answer is right: transferred images, and attacks on the model itself."""
     attacks, count = measured.record["attacks"], len(measured.runner.samples)
     white_box = min(a["acc_robust"] for k, a in attacks.items() if k != "transfer")
     transfer = float(measured.attacked["transfer"].right.sum() / count)
@@ -131,7 +131,7 @@ def _white_box(measured: Measured) -> Check:
 
 
 def _batch_size(runner: Runner, few: list[int], threat: ThreatModel) -> Check:
-    """Both runs start anew, from the samples and not from what `runner` kept."""
+    """Both runs start from the samples, not from stored results of `runner`."""
     sizes = (len(few), max(1, len(few) // 3))
     runs = []
     for place, size in enumerate(sizes, 1):

@@ -1,9 +1,9 @@
-"""What a run has finished so far, on disk: a run that is killed at any moment resumes to the same numbers.
+"""The state of a run on disk: a run that is killed at any moment resumes, with the same numbers.
 
-A run has a folder of its own (`run.json`: its settings; `lock`: held by the process that works on it) and in it one
-folder per stage: `parts.jsonl`, a line per finished batch, and `0.safetensors`, `1.safetensors`, ... with the images of
-each line where the stage keeps them. Images are written before their line, so that a line means that all of it is
-there. A line that a kill cut off is dropped.
+A run has its own folder (`run.json`: its settings; `lock`: held by the process that works on it) with one folder per
+stage: `parts.jsonl`, a line per finished batch, and `0.safetensors`, `1.safetensors`, ... with the images of each line
+if the stage keeps them. Images are written before their line, so a line means that the batch is complete. A truncated
+last line is dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FREE = frozenset({"command"})  # settings that may differ between a run and its
 
 
 class State:
-    """A folder of stages, and of the states of the parts of a run, such as each model's."""
+    """A folder of stages, and of the states of parts of a run, such as each model's."""
 
     def __init__(self, folder: Path, keep: object = None) -> None:
         self.folder, self._keep = Path(folder), keep
@@ -48,17 +48,17 @@ class State:
 
 
 class Journal(Mapping[int, Tensor]):
-    """The finished batches of one stage, in `entries`; as a mapping, the images kept for its rows.
+    """The finished batches of one stage, in `entries`; as a mapping, the stored images by row.
 
     Raises:
-        ValueError: a whole line is damaged.
+        ValueError: a complete line is damaged.
         OSError: the disk is full; names the folder.
     """
 
     def __init__(self, folder: Path, keep: object = None) -> None:
         self.folder, self._file, self._keep = folder, folder / _PARTS, keep
         self.entries: list[dict[str, Any]] = []
-        self._place: dict[int, int] = {}  # of a row's image: its entry
+        self._place: dict[int, int] = {}  # row -> the entry with its image
         if not self._file.is_file():
             return
         whole, _, torn = self._file.read_bytes().rpartition(b"\n")
@@ -77,7 +77,7 @@ class Journal(Mapping[int, Tensor]):
         return [row for entry in self.entries for row in entry["rows"]]
 
     def append(self, entry: dict[str, Any], images: Mapping[int, Tensor] | None = None) -> None:
-        """Adds a finished batch; `entry["rows"]` are the places of its samples, `images` those to keep, by row."""
+        """Adds a finished batch; `entry["rows"]` are the indices of its samples, `images` those to keep, by row."""
         entry = {**entry, "images": images is not None}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class Journal(Mapping[int, Tensor]):
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(
-                error.errno, f"could not write to {self.folder}: {reason}. Make room there and run again with --resume"
+                error.errno, f"could not write to {self.folder}: {reason}. Free some space and run again with --resume"
             ) from error
         self._add(entry)
 
@@ -117,10 +117,10 @@ class Journal(Mapping[int, Tensor]):
 def check_resumable(folder: Path, settings: Mapping[str, Any], resume: bool, what: Path) -> bool:
     """Whether `folder` holds an unfinished run with these settings; changes nothing.
 
-    `what` is what errors call the run: its output.
+    `what` is the run's name in errors: its output.
 
     Raises:
-        ValueError: the run is of other settings, is running, or there is one and `resume` is not given.
+        ValueError: there is a run with other settings, one that is still running, or one and `resume` is not given.
     """
     if not (folder / _SETTINGS).is_file():
         return False
@@ -134,7 +134,7 @@ def check_resumable(folder: Path, settings: Mapping[str, Any], resume: bool, wha
 
 
 def check_settings(began: Mapping[str, Any], mine: Mapping[str, Any], what: Path) -> None:
-    """Raises ValueError that lists the settings in which a run differs from the one that began it."""
+    """Raises ValueError if settings differ from those that the run was started with, and lists them."""
     mine = {k: v for k, v in plain(dict(mine)).items() if k not in _FREE}
     missing = sorted(mine.keys() - began.keys())
     if missing:
@@ -143,22 +143,22 @@ def check_settings(began: Mapping[str, Any], mine: Mapping[str, Any], what: Path
         )
     changed = [f"{k} was {began[k]!r}, now {v!r}" for k, v in mine.items() if began[k] != v]
     if changed:
-        raise ValueError(f"{what} was begun with other settings ({'; '.join(changed)}); resume with the same ones")
+        raise ValueError(f"{what} was started with other settings ({'; '.join(changed)}); resume with the same ones")
 
 
 @contextlib.contextmanager
 def running(folder: Path, settings: Mapping[str, Any], what: Path) -> Iterator[State]:
-    """The state in `folder`, new or as it was left, which this process alone holds.
+    """The state in `folder`, new or existing, locked by this process.
 
-    It is deleted on leaving, but by an exception only where nothing is finished yet.
+    It is deleted at the end; after an exception only if nothing was finished.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(error.errno, f"could not make {folder}: {error.strerror}; name another with --out") from error
+        raise OSError(error.errno, f"could not create {folder}: {error.strerror}; name another with --out") from error
     with _locked(folder, what):
         if not (folder / _SETTINGS).is_file():
             write_text(json.dumps(plain(dict(settings)), indent=1) + "\n", folder / _SETTINGS)
@@ -175,7 +175,7 @@ def running(folder: Path, settings: Mapping[str, Any], what: Path) -> Iterator[S
 
 @contextlib.contextmanager
 def _locked(folder: Path, what: Path) -> Iterator[None]:
-    """Holds `folder`; the system gives it back when the process ends, however it ends."""
+    """Locks `folder`; the system releases the lock when the process ends, however it ends."""
     import fcntl
 
     path = folder / _LOCK
@@ -204,5 +204,5 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged; delete {path.parent} to begin the run again")
+        raise ValueError(f"{path} is damaged; delete {path.parent} to start the run again")
     return found

@@ -1,4 +1,4 @@
-"""An attack with its strength, and the suite that a model is measured by."""
+"""An attack with its budget and settings, and the suite of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cmai_fast.attacks import ATTACKS
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """An attack of `cmai_fast.attacks.ATTACKS` with its strength.
+    """An attack of `cmai_fast.attacks.ATTACKS` with its budget and settings.
 
     Args:
         name: as in `ATTACKS`.
-        steps: None: the attack's own number.
-        restarts: independent starts.
-        settings: keyword settings of the attack's own.
+        steps: None: the attack's default.
+        restarts: independent restarts.
+        settings: the attack's own keyword settings.
     """
 
     name: str
@@ -34,11 +34,11 @@ class AttackSpec:
 
     @property
     def label(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
         return ATTACKS[self.name].label
 
     def check(self, norm: str) -> None:
-        """Raises ValueError where the attack does not take balls of this norm."""
+        """Raises ValueError if the attack does not support this norm."""
         ATTACKS[self.name].check(norm, int(self.steps or 0), self.restarts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,21 +46,21 @@ class AttackSpec:
 
     @property
     def key(self) -> str:
-        """What results call it: `pgd-50x2`; settings of its own are named."""
+        """Its name in results: `pgd-50x2`, with its own settings if any."""
         own = ",".join(f"{k}={v}" for k, v in self.settings.items())
         return f"{self.name}-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + (own and f"[{own}]")
 
     @property
     def passes(self) -> int:
-        """About how many forward passes per sample it costs at most: what progress is reckoned in."""
+        """The approximate maximum of forward passes per sample, for progress."""
         return 3 * int(self.steps or 1) * self.restarts
 
 
 def headline_suite(steps: int, restarts: int) -> list[AttackSpec]:
-    """PGD, and APGD-CE of twice the steps: where the cross-entropy is flat, PGD loses its way."""
+    """PGD, and APGD-CE with twice the steps, since PGD gets lost if the cross-entropy is flat."""
     return [AttackSpec("pgd", steps, restarts), AttackSpec("apgd", 2 * steps)]
 
 
 def curve_attack(suite: Sequence[AttackSpec]) -> AttackSpec:
-    """Fewer steps than the headline: the curve over eps has many points, and says what it was made with."""
+    """PGD with fewer steps than the headline, since the curve over eps has many points. Results name it."""
     return AttackSpec("pgd", min(20, *(int(spec.steps or 1) for spec in suite[:1])) if suite else 20)

@@ -1,4 +1,4 @@
-"""What a result was obtained with."""
+"""The versions and the machine of a result."""
 
 from __future__ import annotations
 

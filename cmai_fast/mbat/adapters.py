@@ -1,8 +1,7 @@
-"""Adapters of PEFT (LoRA) in training: which parameters are theirs, and how a checkpoint's are put back.
+"""PEFT adapters (LoRA) in training: which parameters are theirs, and how they are loaded from a checkpoint.
 
-A model has them in one of two ways: `model.add_adapter(config)` puts them into its layers, and `get_peft_model(model,
-config)` puts a wrapper around it as well. Either way `save_pretrained` writes the adapters and `modules_to_save`, and
-nothing else of the model.
+There are two ways to add them: `model.add_adapter(config)` puts them into the layers; `get_peft_model(model, config)`
+also puts a wrapper around the model. In both cases `save_pretrained` writes only the adapters and `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def has_adapters(model: Any) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Those that `save_pretrained` writes: all of the adapters, and the copies of `modules_to_save`."""
+    """The parameters that `save_pretrained` writes: all of the adapters, and the copies of `modules_to_save`."""
     if not has_adapters(model):
         return set()
     places = {tensor.data_ptr() for tensors in _saved(model).values() for tensor in tensors.values()}
@@ -33,7 +32,7 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def low_rank_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Those that adapters put beside a layer's own weight; `modules_to_save` are whole layers, and not among them."""
+    """The parameters that adapters add beside a layer's own weight, without the whole layers of `modules_to_save`."""
     if not has_adapters(model):
         return set()
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -44,22 +43,22 @@ def low_rank_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def check_adapters_learn(model: nn.Module) -> None:
-    """Raises ValueError where adapters are frozen and the copies of `modules_to_save` learn: so `from_pretrained` loads
-    a folder of adapters, and a run would train a fraction of what it seems to."""
+    """Raises ValueError if adapters are frozen but the copies of `modules_to_save` learn. `from_pretrained` loads a
+    folder of adapters in this state, and a run would train only a fraction of the intended parameters."""
     low_rank = low_rank_parameters(model)
     if low_rank and not any(p.requires_grad for p in low_rank) and any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "the model's adapters are frozen, and only other parameters would learn. To go on with loaded adapters, "
-            "load them by PeftModel.from_pretrained(base, folder, is_trainable=True), or base.load_adapter(folder, "
+            "the model's adapters are frozen, and only other parameters would learn. To continue with loaded adapters, "
+            "load them with PeftModel.from_pretrained(base, folder, is_trainable=True), or base.load_adapter(folder, "
             "is_trainable=True)"
         )
 
 
 def check_saving(model: Any, folder: Path) -> None:
-    """Raises ValueError where `from_pretrained(folder)` would not give `model` back once it is saved there.
+    """Raises ValueError if `from_pretrained(folder)` would not restore `model` after it is saved there.
 
-    Either something learns that is not saved with the adapters; or the folder holds a model from before, which would
-    be taken for the adapters' own, or adapters from before, which would be put into the model.
+    Either a trainable parameter is not saved with the adapters; or the folder holds an older model, which would be
+    taken for the adapters' base, or older adapters, which would be put into the model.
     """
     if not has_adapters(model):
         if (folder / CONFIG).is_file():
@@ -78,7 +77,7 @@ def check_saving(model: Any, folder: Path) -> None:
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in saved]
     if lost:
         raise ValueError(
-            f"{len(lost)} trainable parameters are no part of the adapter that is saved ({lost[0]}, ...): {WEIGHTS} "
+            f"{len(lost)} trainable parameters are not part of the saved adapter ({lost[0]}, ...): {WEIGHTS} "
             "would not hold them. Name their modules in modules_to_save of the adapter's config, or freeze them by "
             "requires_grad_(False)"
         )
@@ -114,7 +113,7 @@ def load_adapters(folder: Path, model: nn.Module) -> None:
 
 
 def _saved(model: Any) -> dict[str, dict[str, Tensor]]:
-    """What `save_pretrained` writes, by the folder of the file and the name in it; in the memory of the parameters."""
+    """What `save_pretrained` writes, by folder and name in the file; the tensors share the parameters' memory."""
     from peft import PeftModel, get_peft_model_state_dict
 
     wrapped = isinstance(model, PeftModel)

@@ -1,4 +1,4 @@
-"""What a step takes: the batch of a collator, checked, and the collator itself where none is given."""
+"""Checks the batch of a step, and makes the collator if none is given."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NEGATIVE = "negative_"
 
 
 class RecordCollator:
-    """The collator of a trainer that was given none: `VQACollator` for records, `ChoiceCollator` where the model is a
-    dual encoder, `default_data_collator` for rows that hold the model's own inputs already.
+    """The default collator of a trainer: `VQACollator` for records, `ChoiceCollator` for dual encoders,
+    `default_data_collator` for rows that already hold the model's inputs.
 
-    Wrong answers are added where every record of a batch has some and gamma is above 0.
+    Wrong answers are added if every record of a batch has some and gamma is above 0.
     """
 
     def __init__(self, processor: Any, bridge: ModelBridge, args: MBATConfig) -> None:
@@ -47,13 +47,13 @@ class RecordCollator:
 
 
 def checked(bridge: ModelBridge, inputs: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
-    """The batch, with `sample_ids` as numbers.
+    """The checked batch, with `sample_ids` as numbers.
 
     Args:
-        first: samples without ids are numbered from here, by their places in the batches of all processes.
+        first: samples without ids are numbered from here, by their index in the batches of all processes.
 
     Raises:
-        ValueError: a key is missing or does not have a row for each sample.
+        ValueError: a key is missing or does not have one row per sample.
     """
     missing = [key for key in bridge.needs if inputs.get(key) is None]
     if missing:
@@ -82,10 +82,10 @@ def rows_with_images(bridge: ModelBridge, inputs: Mapping[str, Any]) -> Tensor:
     """(N,) bool: the samples whose text has image tokens.
 
     Raises:
-        ValueError: image tokens, and no `pixel_values`.
+        ValueError: image tokens but no `pixel_values`.
     """
     labels = inputs["labels"]
-    if "input_ids" not in bridge.needs:  # these families always look at an image
+    if "input_ids" not in bridge.needs:  # these families always take an image
         there = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     else:
         there = (inputs["input_ids"] == bridge.model.config.image_token_id).any(1)
@@ -98,7 +98,7 @@ def rows_with_images(bridge: ModelBridge, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def without_images(images: BatchImages, inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Rows of a batch that have no images: their texts alone."""
+    """The texts of rows that have no images."""
     own = {k: inputs[k][rows] for k in ("sample_ids", WEIGHTS) if k in inputs}
     return {**images.bridge.select(images.bridge.inputs(inputs)[1], rows), **own}
 
@@ -112,7 +112,7 @@ def no_features(bridge: ModelBridge, text: Mapping[str, Tensor]) -> Tensor:
 def _ids(ids: Any, rows: int, first: int, device: torch.device) -> Tensor:
     if ids is None:
         return first + ranks.row_numbers(rows).to(device)
-    if not isinstance(ids, Tensor):  # of any hashable kind
+    if not isinstance(ids, Tensor):  # any hashable type
         ids = torch.tensor([numeric_id(i) for i in ids], device=device)
     if ids.shape != (rows,) or ids.is_floating_point():
         raise ValueError(
@@ -125,19 +125,19 @@ def _ids(ids: Any, rows: int, first: int, device: torch.device) -> Tensor:
 def _advice(bridge: ModelBridge) -> str:
     if isinstance(bridge, DualBridge):
         return (
-            f"{type(bridge.model).__name__} learns from pixel_values, labels (N,), the place of each image's own text, "
+            f"{type(bridge.model).__name__} learns from pixel_values, labels (N,), the index of each image's own text, "
             "and the texts: input_ids and attention_mask (K, L), or text_embeds"
         )
     return (
         f"{type(bridge.model).__name__} learns from pixel_values, {', '.join(bridge.needs)}; "
-        "cmai_fast.data.VQACollator makes them of questions and answers"
+        "cmai_fast.data.VQACollator makes them from questions and answers"
     )
 
 
 def _cut(key: str) -> str:
     return (
-        ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with "
-        "a row per sample, or set accelerator_config={'dispatch_batches': False}"
+        ". accelerate cuts every tensor to the same number of rows when it dispatches the batches of a stream; make "
+        "tensors with one row per sample, or set accelerator_config={'dispatch_batches': False}"
         if key.startswith(_NEGATIVE)
         else ""
     )

@@ -1,4 +1,4 @@
-"""What a training run leaves on disk and on the hub: whole checkpoints, from which another resumes bit for bit."""
+"""Checkpoints of a training run, on disk and on the hub, for bit-exact resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cmai_fast.mbat.adapters import WEIGHTS, check_saving, has_adapters, load_ad
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.quantized import is_quantized
 
-COMPLETE = "complete"  # written last into a checkpoint: one without it was interrupted
+COMPLETE = "complete"  # written last; a checkpoint without it was interrupted
 _STATE = "mbat.json"
 _HEADS_OPTIMIZER = "heads_optimizer.pt"
 # `eps` in the [0, 1] pixel range.
@@ -40,7 +40,7 @@ class CheckpointedTrainer(Trainer):
 
     @property
     def schedule(self) -> ARMSchedule | None:
-        """ARM, by the settings as they are now; None where `arm` is off or there are no heads."""
+        """ARM with the current settings; None if `arm` is off or there are no heads."""
         args = self.args
         if not args.arm or self.heads is None:
             return None
@@ -54,21 +54,21 @@ class CheckpointedTrainer(Trainer):
         raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the heads in `cmcv/`; no process goes on before it is written."""
+        """Trainer's, and the heads in `cmcv/`; all processes wait until it is written."""
         super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         check_saving(self.model, Path(output_dir or self.args.output_dir))
         super()._save(output_dir, state_dict)
-        if self.heads is not None and self.args.should_save:  # every process comes here where the model is sharded
+        if self.heads is not None and self.args.should_save:  # with a sharded model, every process gets here
             self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run in the same folder
-        # Older checkpoints go when this one is whole, not before.
+        # Older checkpoints are deleted only when this one is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -108,7 +108,7 @@ class CheckpointedTrainer(Trainer):
             if not (folder / "optimizer.bin").is_file():
                 raise ValueError(
                     f"{folder} has no optimizer.bin: it was saved by a run whose model was not sharded, or without its "
-                    "optimizer. Go on without FSDP, or start a new run from its weights"
+                    "optimizer. Continue without FSDP, or start a new run from its weights"
                 )
             shards.load_optimizer(self.model, self.optimizer, folder / "optimizer.bin")
             self.lr_scheduler.load_state_dict(_read(folder / "scheduler.pt"))
@@ -120,7 +120,7 @@ class CheckpointedTrainer(Trainer):
     def _check_heads_optimizer(self, folder: Path) -> None:
         there = (folder / _HEADS_OPTIMIZER).is_file()
         if there == (self._heads_optimizer is not None) or not any(folder.glob("optimizer.*")):
-            return  # without any, a checkpoint was saved by save_only_model
+            return  # saved with save_only_model, without optimizers
         if there:
             raise ValueError(
                 f"{folder} was saved by a run that trained the heads, and gamma is {self.args.gamma} now; resume with "
@@ -133,7 +133,7 @@ class CheckpointedTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, of a whole checkpoint, and the heads beside the model; see `hub_strategy`."""
+        """Trainer's, for complete checkpoints only, and the heads beside the model; see `hub_strategy`."""
         checkpoint = Path(checkpoint_folder)
         if not (checkpoint / COMPLETE).is_file():
             return  # Trainer's own call comes too early: `_save_checkpoint` calls again
@@ -146,7 +146,7 @@ class CheckpointedTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, and the settings of adversarial training in it."""
+        """Trainer's, with the settings of adversarial training."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
@@ -161,7 +161,7 @@ class CheckpointedTrainer(Trainer):
         if not (folder / COMPLETE).is_file():
             raise ValueError(
                 f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
-                "cmai_fast.mbat.last_checkpoint(folder) finds the last whole one"
+                "cmai_fast.mbat.last_checkpoint(folder) finds the last complete one"
             )
         self._load_weights(folder, self.model if model is None else model)
         if self.heads is not None:
@@ -176,22 +176,22 @@ class CheckpointedTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint or "")
 
     def _load_weights(self, folder: Path, model: nn.Module) -> None:
-        """What Trainer's own `_load_from_checkpoint` does not do for LLaVA.
+        """Replaces Trainer's own loading, which fails for LLaVA.
 
-        `save_pretrained` writes the parameter names of the hub's checkpoints, which `from_pretrained` turns back and
-        Trainer does not: it finds none of its names in the file, warns, and goes on with the weights it had. Nor does
-        it find adapters that `add_adapter` put into a model.
+        `save_pretrained` writes the parameter names of the hub's checkpoints. `from_pretrained` maps them back, but
+        Trainer does not: it finds none of its names in the file, warns, and continues with the current weights. It
+        does not find adapters of `add_adapter` either.
         """
         if has_adapters(model):
             load_adapters(folder, model)
             return
         if (folder / WEIGHTS).is_file():
             raise ValueError(
-                f"{folder} holds adapters alone, and the model has none; resume with the model they are of"
+                f"{folder} holds only adapters, and the model has none; resume with the model that they belong to"
             )
         if not any(folder.glob("*.safetensors*")):
             raise ValueError(
-                f"{folder} holds no safetensors weights; weights in other formats can run code, and are not read"
+                f"{folder} holds no safetensors weights; other formats can run code when read, and are refused"
             )
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(str(folder), model)
@@ -202,16 +202,16 @@ class CheckpointedTrainer(Trainer):
         wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
         if wrong:
             raise ValueError(
-                f"the weights in {folder} do not fit the model: {wrong}; resume with the model they are of"
+                f"the weights in {folder} do not fit the model: {wrong}; resume with the model that they belong to"
             )
         state, frozen_codes = saved.state_dict(), is_quantized(model)
-        if frozen_codes:  # the codes of quantised weights never change, and are no tensors that can be copied into
+        if frozen_codes:  # quantised codes never change, and cannot be copied into
             state = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
         shards.load(model, state, strict=not frozen_codes)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of an `MBATTrainer` in `folder`, or None."""
+    """The newest complete checkpoint of an `MBATTrainer` in `folder`, or None."""
     found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
@@ -221,6 +221,6 @@ def _read(file: Path) -> Any:
 
 
 def _flush(path: Path) -> None:
-    """To the disk, so that a power cut cannot leave `complete` beside a file that is not."""
+    """Flushes to disk, so that after a power cut `complete` is never beside an incomplete file."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -17,13 +17,13 @@ REDUCTIONS = ("tokens", "samples")
 
 @dataclass
 class MBATConfig(TrainingArguments):
-    """Every field of `transformers.TrainingArguments`, and these. `eps` is in the [0, 1] pixel range.
+    """All fields of `transformers.TrainingArguments`, and the following. `eps` is in the [0, 1] pixel range.
 
     The loss is (1 - lam) * L_task(clean) + lam * L_task(adversarial) + gamma * L_contrastive, and adversarial images
     maximise alpha * L_task - beta * S_c.
 
-    A field that is changed later counts from then on, in training and in evaluation. A bad value raises ValueError when
-    it is set; `trainable` has to be set before the trainer is made.
+    A field changed later takes effect at once, in training and evaluation. A bad value raises ValueError when it is
+    set. `trainable` has to be set before the trainer is made.
     """
 
     eps: float = field(default=8 / 255, metadata={"help": "Radius of the ball, in the [0, 1] pixel range."})
@@ -31,44 +31,44 @@ class MBATConfig(TrainingArguments):
     inner: str = field(default="bridge", metadata={"help": "Solver of the inner problem: pgd, bridge, fgsm, or none."})
     inner_steps: int = field(default=10, metadata={"help": "K, steps of the inner problem."})
     inner_step_size: float | None = field(
-        default=None, metadata={"help": "Default: falling from 2 * eps towards 0; fgsm: 1.25 * eps."}
+        default=None, metadata={"help": "Default: decreasing from 2 * eps towards 0; fgsm: 1.25 * eps."}
     )
     refreshes: int = field(default=0, metadata={"help": "R, refreshes of the bridge gradient; 0: the clean branch's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of S_c in the inner problem, where ARM starts."})
+    beta: float = field(default=0.1, metadata={"help": "Weight of S_c in the inner problem; ARM starts from it."})
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
     gamma: float = field(
-        default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads stay as they are."}
+        default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
     )
     loss_reduction: str = field(
         default="tokens",
         metadata={
-            "help": "tokens: Trainer's own, the mean over all answer tokens of an optimizer step; samples: the mean "
-            "over samples of the mean over each one's tokens."
+            "help": "tokens: as in Trainer, the mean over all answer tokens of an optimizer step; samples: the mean "
+            "over samples of each sample's mean over its tokens."
         },
     )
     eps_warmup: float = field(default=0.0, metadata={"help": "Share of training over which eps rises from 0."})
     trainable: str = field(default="all", metadata={"help": "all, or vision (vision tower and projector alone)."})
-    arm: bool = field(default=True, metadata={"help": "Let ARM move beta by S_c of adversarial batches."})
+    arm: bool = field(default=True, metadata={"help": "Let ARM adapt beta to S_c of adversarial batches."})
     tau_train: float = field(default=0.3, metadata={"help": "S_c of adversarial batches below which beta rises."})
     beta_max: float = field(default=1.0, metadata={"help": "Upper bound of beta under ARM."})
     beta_step: float = field(default=0.05, metadata={"help": "Rise of beta in one update."})
     muon: bool = field(
-        default=False, metadata={"help": "Train hidden matrices by Muon, the rest by AdamW; `optim` is not used."}
+        default=False, metadata={"help": "Train hidden matrices with Muon, the rest with AdamW; `optim` is not used."}
     )
     recompute: str = field(
         default="none",
-        metadata={"help": "Activations computed again instead of kept: none, encoder, selective or full."},
+        metadata={"help": "Activations that are recomputed instead of stored: none, encoder, selective or full."},
     )
     eval_attack_steps: int = field(
-        default=20, metadata={"help": "Steps of the PGD attack in evaluations at full eps; 0: clean metrics alone."}
+        default=20, metadata={"help": "Steps of the PGD attack in evaluations at full eps; 0: clean metrics only."}
     )
     heads_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the consistency heads."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Collators of image-text data need them all."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Collators need all columns of a record."})
 
     @property
     def threat(self) -> ThreatModel:
-        """The ball of `norm` and `eps`, as they are now."""
+        """The ball of the current `norm` and `eps`."""
         return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # checked there
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -89,7 +89,7 @@ class MBATConfig(TrainingArguments):
         self._made = True
 
     def _check(self) -> None:
-        """Raises ValueError for a value that is none, or two that do not go together."""
+        """Raises ValueError for a bad value, or two that exclude each other."""
         _ = self.threat
         for name, choices in (
             ("inner", (*SOLVERS, "none")),

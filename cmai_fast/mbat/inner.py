@@ -1,4 +1,4 @@
-"""The inner problem of MBAT: max over delta in the ball of alpha * L_task - beta * S_c, by solvers of different price.
+"""The inner problem of MBAT: max over delta in the ball of alpha * L_task - beta * S_c, by solvers of different cost.
 
 | solver | model passes for K steps |
 |---|---|
@@ -6,9 +6,10 @@
 | `bridge` | R full + (K - R) of the vision side alone |
 | `fgsm` | 1 full |
 
-`bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and ascends <p, h_v(x + delta)> through E_v,
-whose gradient is exact: only the language model is linearised. S_c lives on the vision side and stays exact. Between
-refreshes p counts by its direction alone, so that beta weighs the same against a sample that the model is sure of.
+`bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and maximises <p, h_v(x + delta)> through E_v,
+whose gradient is exact: only the language model is linearised. S_c depends on the vision side only and stays exact.
+Between refreshes only the direction of p counts, so that beta has the same weight for samples of which the model is
+sure.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from cmai_fast.attacks.ascent import Ascent, ascend, step_sizes
 from cmai_fast.attacks.gradients import Course, Exact, Gradient, StaleBridge
-from cmai_fast.attacks.gradients import refresh_steps as refresh_steps  # part of what a solver is set by
+from cmai_fast.attacks.gradients import refresh_steps as refresh_steps  # for checks of a solver's settings
 from cmai_fast.attacks.losses import weighted
 from cmai_fast.attacks.state import Tally, prepare
 from cmai_fast.attacks.victim import Passes, Victim
@@ -30,9 +31,9 @@ SOLVERS = ("pgd", "bridge", "fgsm")
 
 @dataclass
 class InnerResult:
-    """`adv` (N, C, H, W) in [0, 1], and `model_input`, the same as the model reads it; `passes` of the model;
-    `staleness`: cos(p used, p fresh) (N,) per refresh; `nonfinite` and `zero_gradients` (N,) int64: NaN and infinite
-    elements in a sample's gradients, and how many of these were all 0, as in `AttackResult`."""
+    """`adv` (N, C, H, W) in [0, 1], and `model_input`, the same in the model's input space; `passes` of the model;
+    `staleness`: cos(stale p, fresh p) (N,) per refresh; `nonfinite` and `zero_gradients` (N,) int64: NaN and infinite
+    elements in a sample's gradients, and the number of all-zero gradients, as in `AttackResult`."""
 
     adv: Tensor
     model_input: Tensor
@@ -63,18 +64,18 @@ def maximise(
         victim: the batch; beta != 0 needs its consistency heads.
         clean: (N, C, H, W) pixels in [0, 1], or what `victim.pixels` gives.
         threat: the ball.
-        solver: `pgd` (exact), `bridge`, or `fgsm` (one step from a random start, Wong et al. 2020).
+        solver: `pgd` (exact), `bridge`, or `fgsm` (FGSM-RS: one step from a random start, Wong et al. 2020).
         alpha, beta: weights of L_task and of S_c.
         steps: K.
-        step_size: of every step, in the [0, 1] pixel range; None: falling linearly from 2 * eps towards 0, as in
+        step_size: of every step, in the [0, 1] pixel range; None: decreasing linearly from 2 * eps towards 0, as in
             `attacks.pgd` (on a half-trained `easyvqa-llava` at 16/255, 256 questions, a mean loss of 0.210 after 10
             steps and 0.185 after 4; 2.5 * eps / K, of Madry et al., 0.189 and 0.180); for `fgsm` 1.25 * eps.
         refreshes: R of `bridge`; R = K is `pgd` exactly.
         bridge_gradient: p (N, T, D) of each sample at its clean image, free from the clean branch's own backward pass;
-            None: `bridge` computes it at the start, for one full pass more (unless step 0 renews it anyway).
+            None: `bridge` computes it at the start with one more full pass (unless step 0 refreshes it anyway).
         seed, sample_ids: of the random start, as in `attacks.pgd`.
 
-    The model is given back as it was, also after an exception.
+    The model is restored, also after an exception.
     """
     if solver not in SOLVERS:
         raise ValueError(f"inner is {solver!r}; expected one of {', '.join(SOLVERS)}")

@@ -1,8 +1,8 @@
-"""The outer loss of a step: how the losses of samples become one number, as `Trainer` reduces them or by samples.
+"""The outer loss of a step: how the samples' losses are reduced, as in `Trainer` or over samples.
 
 `Trainer` divides the sum over all answer tokens of an optimizer step, its micro-batches and processes together, by
-their number (`num_items_in_batch`). A sample's loss is a mean over its own tokens here, as attacks need it, so it
-enters with its tokens' share as its weight.
+their number (`num_items_in_batch`). Here a sample's loss is the mean over its own tokens, as attacks need it, so it
+is weighted by its share of the tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LossFunction = Callable[..., Tensor]
 
 
 def target_counts(bridge: ModelBridge, labels: Tensor) -> Tensor:
-    """How many tokens each sample is asked for (N,): the first label of a decoder-only model is never one."""
+    """The number of target tokens of each sample (N,); the first label of a decoder-only model is not a target."""
     if isinstance(bridge, DualBridge):
         return torch.ones_like(labels)
     first = 0 if isinstance(bridge, EncoderDecoderBridge) else 1
@@ -37,9 +37,9 @@ def sample_weights(
     Args:
         reduction: `tokens` or `samples`.
         items: tokens of all micro-batches (and processes) of the step, as `Trainer` counts them; None: it does not
-            count them for this model, and takes the mean of each micro-batch's own mean.
+            count them for this model; then the mean over micro-batches of each one's mean.
         batches: micro-batches of the step.
-        processes: over which gradients will be averaged and `items` was summed.
+        processes: number of processes over which gradients are averaged and `items` was summed.
     """
     if reduction == "samples":
         return labels.new_full((len(labels),), 1 / len(labels), dtype=torch.float64)
@@ -50,7 +50,7 @@ def sample_weights(
 
 
 def smoothed_losses(bridge: ModelBridge, features: Tensor, text: Mapping[str, Tensor], smoothing: float) -> Tensor:
-    """The losses of `Bridge.losses` (N,), by labels smoothed over the vocabulary (`LabelSmoother`'s formula)."""
+    """The losses of `Bridge.losses` (N,), with label smoothing over the vocabulary (`LabelSmoother`'s formula)."""
     logits, targets = bridge.fuse(features, **text)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
@@ -68,7 +68,7 @@ def users_loss(
 ) -> Tensor:
     """`compute_loss_func(outputs, labels, num_items_in_batch=...)` of the model's outputs at these image features, 0-d.
 
-    `outputs.logits` has a column for every label, as `Trainer` hands them over.
+    `outputs.logits` has a column for every label, as in `Trainer`.
     """
     seen: list[Any] = []
 
@@ -88,6 +88,6 @@ def users_loss(
     finally:
         for hook in hooks:
             hook.remove()
-    # The labels of an encoder-decoder stand as its decoder has read them.
+    # An encoder-decoder's labels are those that its decoder has read.
     labels = targets if isinstance(bridge, EncoderDecoderBridge) else text["labels"]
     return function(seen[0], labels, num_items_in_batch=items)

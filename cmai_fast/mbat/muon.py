@@ -1,8 +1,8 @@
-"""Muon for the hidden matrices and AdamW for the rest, as one optimiser that `Trainer` can schedule, save and resume.
+"""Muon for hidden matrices and AdamW for the rest, as one optimiser that `Trainer` can schedule, save and resume.
 
 Muon (Jordan et al., 2024; `torch.optim.Muon`) makes the update of a matrix orthogonal. Robust features are learned from
-a weak signal spread over many directions, and it does not leave them to the largest ones. It steps matrices only:
-embeddings, the output layer, convolutions, norms and biases are AdamW's.
+a weak signal spread over many directions, and an orthogonal update is not dominated by the largest ones. It updates
+matrices only: embeddings, the output layer, convolutions, norms and biases use AdamW.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         matrices: parameter groups, as PyTorch's optimisers take them, of 2-d parameters; their update has the RMS of
             AdamW's, so both kinds share `lr`.
-        others: parameter groups of any shape; groups added later are AdamW's as well.
-        lr, weight_decay: of groups that have none of their own.
+        others: parameter groups of any shape; groups added later use AdamW too.
+        lr, weight_decay: for groups without their own.
         betas, eps: of AdamW.
     """
 
@@ -38,7 +38,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if matrices:
             muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
             groups += [group | {"muon": True} for group in muon.param_groups]
-        # AdamW refuses to be made without parameters, and its defaults are needed for groups to come.
+        # AdamW needs parameters, and its defaults are needed for groups added later.
         adamw = torch.optim.AdamW(others or [{"params": [nn.Parameter(torch.empty(0))]}], lr, betas, eps, weight_decay)
         groups += [group | {"muon": False} for group in adamw.param_groups] if others else []
         super().__init__(groups, {**adamw.defaults, "muon": False})
@@ -53,7 +53,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for kind, muon in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
             groups = [group for group in self.param_groups if group["muon"] is muon]
             if groups:
-                # Made for this step alone, over this one's groups and state, which schedulers and checkpoints see.
+                # Made for this step, with the groups and state of this optimiser, which schedulers and checkpoints see.
                 part = kind(groups)
                 part.state = self.state
                 part.step()
@@ -61,7 +61,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable weights of `model`'s linear layers, each once, but for those whose rows are tokens."""
+    """Trainable weights of `model`'s linear layers, each once, except those whose rows are tokens."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     tokens = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) or m is output}
     linear = [cast(nn.Parameter, m.weight) for m in model.modules() if isinstance(m, nn.Linear)]

@@ -1,4 +1,4 @@
-"""Optimizers beside `Trainer`'s own: Muon for the model, and one of their own for the consistency heads."""
+"""Further optimizers: Muon for the model, and a separate one for the consistency heads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
 
 
 def muon(model: nn.Module, args: MBATConfig, decayed: set[str]) -> MuonAdamW:
-    """Over what is trainable; `decayed` names the parameters that weight decay is for."""
-    # Muon is for a weight's own update: two orthogonal updates of LoRA's factors do not make one of their product.
+    """MuonAdamW over the trainable parameters; `decayed` names those with weight decay."""
+    # Not for LoRA: orthogonal updates of its two factors are not an orthogonal update of their product.
     matrices = set(hidden_matrices(model)) - low_rank_parameters(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
@@ -44,8 +44,8 @@ def for_heads(
     """An optimizer over the heads, without weight decay.
 
     Args:
-        named: class and settings that `args.optim` stands for, or None where the model has another one. It is used if
-            it is PyTorch's own; others may need a model, or keep rows of a matrix apart, and AdamW takes their place.
+        named: class and settings of `args.optim`, or None if the model has another optimizer. It is used if it is
+            PyTorch's own; others may need a model or treat rows of a matrix separately, so AdamW replaces them.
     """
     group = {"params": list(heads.parameters()), "lr": args.heads_learning_rate, "weight_decay": 0.0}
     kind, settings = named or (torch.optim.AdamW, {})
@@ -57,13 +57,13 @@ def for_heads(
 
 
 def step_behind(optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, args: MBATConfig) -> None:
-    """Lets `own` step whenever `optimizer` does, at `heads_learning_rate` times the schedule's part of its rate.
+    """Makes `own` step after each step of `optimizer`, at `heads_learning_rate` scaled by the schedule.
 
-    The schedule is that of the first parameter group. `own`'s gradients are cleared afterwards: Trainer clears those of
-    its model alone.
+    The schedule is that of the first parameter group. The gradients of `own` are cleared afterwards, since Trainer
+    clears only those of its model.
     """
     first = optimizer.param_groups[0]
-    start = first.get("initial_lr", first["lr"])  # a scheduler that is there already may have begun to warm up
+    start = first.get("initial_lr", first["lr"])  # an existing scheduler may have started its warm-up
 
     def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
         part = stepped.param_groups[0]["lr"] / start if start else 1.0

@@ -1,4 +1,4 @@
-"""A training step in parts: what does not fit into memory at once is done a few samples at a time, to the same end."""
+"""A training step in parts: a batch too large for memory runs a few samples at a time, with the same result."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cmai_fast.bridge import BatchImages
 from cmai_fast.mbat import ranks
 
 T = TypeVar("T")
-WEIGHTS = "loss_weights"  # of a batch's samples in its loss
+WEIGHTS = "loss_weights"  # of the samples in the loss of a batch
 
 
 class DoesNotFitError(Exception):
-    """Memory ran out, in this process or in another that trains with it."""
+    """Memory ran out, in this or another process of the run."""
 
 
 def agreed(run: Callable[[], T]) -> T:
-    """What `run` returns; every process calls it, and no communication between them may happen inside.
+    """The result of `run`; every process calls it, and `run` must not communicate.
 
     Raises:
-        DoesNotFitError: memory ran out in one of them; raised in all, so that none waits for another.
+        DoesNotFitError: memory ran out in one process; raised in all, so that none waits for another.
     """
     failed: RuntimeError | None = None
     try:
@@ -40,9 +40,9 @@ def agreed(run: Callable[[], T]) -> T:
 
 
 def take(images: BatchImages, inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """These rows of the batch of `images`, which was made of `inputs` (with `sample_ids`).
+    """These rows of the batch of `images`, made from `inputs` (with `sample_ids`).
 
-    What belongs to no sample, such as the fixed texts of a dual encoder, stays whole.
+    Inputs shared by all samples, such as the texts of a dual encoder, are kept whole.
     """
     image, text = images.bridge.inputs(inputs)
     part = {**images.rows(image, rows), **images.rows(text, rows), "sample_ids": inputs["sample_ids"][rows]}
@@ -55,21 +55,21 @@ def take(images: BatchImages, inputs: Mapping[str, Tensor], rows: Tensor) -> dic
 
 
 def cut(images: BatchImages, inputs: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """The batch of `images` in batches of at most `size` samples; see `take`."""
+    """The batch of `images`, split into batches of at most `size` samples; see `take`."""
     count = len(images)
     if size >= count:
         return [dict(inputs)]
     return [take(images, inputs, rows) for rows in torch.arange(count).split(size)]
 
 
-class Draws:
-    """The state of PyTorch's random generators, to which `again` sets them back."""
+class RNGState:
+    """The state of PyTorch's random generators, which `restore` sets again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.cpu = device, torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
-    def again(self) -> None:
+    def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
@@ -79,41 +79,41 @@ class Draws:
 class View:
     """Images of a part, clean or adversarial, at the bridge.
 
-    `leaf` (n, T, D) is h_v cut off from the vision side: what reads it leaves its gradient there.
+    `leaf` (n, T, D) is the detached h_v; backward passes of the language side leave their gradient there.
     """
 
     encode: Callable[[], Tensor]
     leaf: Tensor
-    features: Tensor | None  # h_v with its graph, or None: too much to keep
-    draws: Draws | None
+    features: Tensor | None  # h_v with its graph; None if that is too large to keep
+    rng: RNGState | None
 
     @classmethod
     def of(cls, encode: Callable[[], Tensor], device: torch.device, *, keep: bool) -> View:
-        draws = None if keep else Draws(device)
+        rng = None if keep else RNGState(device)
         with torch.set_grad_enabled(keep):
             features = encode()
-        return cls(encode, features.detach().requires_grad_(), features if keep else None, draws)
+        return cls(encode, features.detach().requires_grad_(), features if keep else None, rng)
 
     def pulled_back(self) -> Tensor:
-        """0-d: its gradient is what `leaf` has gathered, carried on through the vision side."""
+        """0-d; its backward pass propagates the gradient of `leaf` through the vision side."""
         if self.leaf.grad is None:
             return self.leaf.new_zeros(())
         features = self.features
         if features is None:
-            assert self.draws is not None
-            # The same dropout as before; the generators' own state is not touched.
-            with torch.random.fork_rng([self.draws.device] if self.draws.cuda is not None else []):
-                self.draws.again()
+            assert self.rng is not None
+            # The same dropout as before; the generators' own state is not changed.
+            with torch.random.fork_rng([self.rng.device] if self.rng.cuda is not None else []):
+                self.rng.restore()
                 features = self.encode()
         return (features * self.leaf.grad).sum()
 
 
 @dataclass
 class Part:
-    """A part of the batch behind the language side.
+    """A part of the batch after the language side.
 
-    `texts` are inputs of `fuse`, `own` h_t (n, text_dim) of its texts and `wrong` of their wrong answers, where
-    something asks for them. `sums` of all parts add up to what a step logs.
+    `texts` are inputs of `fuse`; `own` is h_t (n, text_dim) of its texts and `wrong` that of their wrong answers, if
+    they are needed. The `sums` of all parts add up to the logged values of a step.
     """
 
     texts: dict[str, Any]
@@ -125,8 +125,8 @@ class Part:
 
 @contextmanager
 def gradients_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, `.grad` is that of this step alone, so that a failed attempt can be dropped; on leaving, what earlier
-    micro-batches left is added, and after an exception it is all that is left."""
+    """Inside, `.grad` holds the gradients of this step alone, so that a failed attempt can be dropped. At the end the
+    gradients of earlier micro-batches are added; after an exception only those are left."""
     earlier = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None

@@ -1,8 +1,8 @@
-"""Training beside a quantised language model: it is frozen in 4 or 8 bits, and the vision side learns.
+"""Training with a quantised language model: it is frozen in 4 or 8 bits, and the vision side learns.
 
-The language model is most of the memory, and under an image perturbation it only has to pass gradients on. Gradients
-reach the pixels through its quantised weights; none is computed for them. Adapters (`cmai_fast.mbat.adapters`) learn
-beside them.
+The language model takes most of the memory, and for image perturbations it only has to propagate gradients. These reach
+the pixels through the quantised weights, for which no gradient is computed. Adapters (`cmai_fast.mbat.adapters`) can
+learn too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from cmai_fast.mbat.adapters import has_adapters
 def quantized_language_model(
     folder: str | Path, bits: int = 4, compute_dtype: torch.dtype = torch.bfloat16
 ) -> BitsAndBytesConfig:
-    """The `quantization_config` for `from_pretrained` that quantises the language model alone.
+    """The `quantization_config` for `from_pretrained` that quantises only the language model.
 
-    Left to itself bitsandbytes quantises every linear layer but the output's: the vision tower too, whose weights could
-    then not be trained.
+    By default, bitsandbytes quantises every linear layer except the output layer, and so the vision tower, whose
+    weights then could not be trained.
 
     Args:
         folder: a model of the hub or a local folder, as for `from_pretrained`; only its config is read.
-        bits: 4 (NF4 with nested scales, Dettmers et al. 2023) or 8 (LLM.int8 without outliers, threshold 0: splitting
-            them off would make a row's result depend on the other rows of its batch).
+        bits: 4 (NF4 with nested scales, Dettmers et al. 2023) or 8 (LLM.int8 with threshold 0, without outliers:
+            splitting them off would make a row's result depend on the other rows of its batch).
         compute_dtype: of the products in 4 bits.
 
     Raises:
@@ -58,7 +58,7 @@ def quantized_language_model(
 
 
 def _outside_language_model(model: Any) -> list[str]:
-    """The names of the largest modules that hold nothing of the language model."""
+    """The names of the largest modules that contain no part of the language model."""
     language = bridge_of(model, empty=True).text_model
 
     def outside(name: str, module: nn.Module) -> Iterator[str]:
@@ -79,7 +79,7 @@ def is_quantized(model: Any) -> bool:
 
 
 def check_vision_side(bridge: ModelBridge) -> None:
-    """Raises ValueError where a layer of the vision side is quantised: only its norms and biases would learn."""
+    """Raises ValueError if a layer of the vision side is quantised: only its norms and biases would learn."""
     for part in bridge.vision_side:
         for name, p in part.named_parameters():
             if not p.is_floating_point():
@@ -90,7 +90,7 @@ def check_vision_side(bridge: ModelBridge) -> None:
 
 
 def freeze_language_model(bridge: ModelBridge, adapters: set[nn.Parameter]) -> None:
-    """Its own parameters and those of the output layer stay as they are, norms and embeddings too; `adapters` learn."""
+    """Freezes its parameters, including norms and embeddings, and those of the output layer; `adapters` learn."""
     parts = (bridge.text_model, bridge.model.get_output_embeddings())
     for p in {p for part in parts if part is not None for p in part.parameters()} - adapters:
         p.requires_grad_(False)
@@ -98,11 +98,11 @@ def freeze_language_model(bridge: ModelBridge, adapters: set[nn.Parameter]) -> N
 
 @contextmanager
 def trainable_in_part(model: Any) -> Iterator[None]:
-    """Inside, `Trainer` takes a quantised model that has no adapters, since what is quantised of it is frozen."""
+    """Inside, `Trainer` accepts a quantised model without adapters, whose quantised part is frozen."""
     if not is_quantized(model) or has_adapters(model):
         yield
         return
-    model._hf_peft_config_loaded = True  # what `validate_quantization_for_training` asks for
+    model._hf_peft_config_loaded = True  # checked by `validate_quantization_for_training`
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Several processes, each with a copy of the model and a part of the batch: what they tell each other.
+"""Communication between the processes of distributed training, each with a copy of the model and a part of the batch.
 
-A training step runs the parts of the model one by one, so the wrapper that averages gradients behind one `forward`
-(`DistributedDataParallel`) sees none of it: gradients are averaged here, once, when the step is done. Attacks so cause
-no traffic at all. In one process everything here gives back what it was given.
+A training step runs the parts of the model one by one, so `DistributedDataParallel`, which averages gradients after one
+`forward`, does not see it: gradients are averaged here, once, at the end of the step. Attacks therefore cause no
+traffic. In a single process, all functions here return their input.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _BUCKET = 1 << 23  # elements sent together: 32 MB of float32
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_equal(rows: int, what: str = "samples") -> None:
-    """Raises ValueError, in every process, where they do not have equally many rows (or what else is counted)."""
+    """Raises ValueError, in every process, if their numbers of rows (or of `what`) differ."""
     if count() == 1:
         return
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -37,7 +37,7 @@ def check_equal(rows: int, what: str = "samples") -> None:
 
 
 def any_of(mine: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether `mine` is true in any process."""
     if count() == 1:
         return mine
     flag = torch.tensor(int(mine), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -46,7 +46,7 @@ def any_of(mine: bool) -> bool:
 
 
 def row_numbers(rows: int) -> Tensor:
-    """(rows,) int64: the places of this process's rows in the whole batch."""
+    """(rows,) int64: the indices of this process's rows in the whole batch."""
     first = dist.get_rank() * rows if count() > 1 else 0
     return torch.arange(first, first + rows)
 
@@ -54,8 +54,8 @@ def row_numbers(rows: int) -> Tensor:
 def gather(rows: Tensor) -> Tensor:
     """(n, ...) of each process to (count * n, ...) of all, by rank; every process must have n rows.
 
-    The gradient reaches this process's own rows, and there counts `count` times: a loss of all rows is the same in
-    every process, and its gradients, of which each has the part of its rows, are averaged where they should be added.
+    The gradient reaches this process's own rows, multiplied by `count`: a loss of all rows is the same in every
+    process, and the gradients of its rows, one part per process, are averaged although they should be added.
     """
     world = count()
     if world == 1:
@@ -68,7 +68,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_ragged(rows: Tensor, fill: int) -> Tensor:
-    """`gather` of (n, L) whose L differs between processes: filled up on the right to the longest."""
+    """`gather` of (n, L) whose L differs between processes: padded on the right to the longest."""
     if count() == 1:
         return rows
     longest = torch.tensor(rows.shape[1], device=rows.device)
@@ -84,7 +84,7 @@ def copy_from_first(parameters: Iterable[Tensor]) -> None:
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
-    """The mean of each `.grad` over all processes; a gradient that one of them lacks counts as zero."""
+    """The mean of each `.grad` over all processes; a missing gradient counts as zero."""
     if count() == 1 or not parameters:
         return
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)

@@ -1,6 +1,6 @@
-"""What `Trainer` takes and `MBATTrainer` cannot do: each is refused by name, when the trainer is made.
+"""Options of `Trainer` that `MBATTrainer` does not support: each is refused by name at construction.
 
-docs/trainer.md has the whole table.
+docs/trainer.md has the complete table.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cmai_fast.mbat.quantized import is_quantized
 
 Predicate = Callable[[Any], bool]
 
-_PAST_FORWARD = "a step runs parts of the model past its forward, so it would change nothing"
-_OWN_BACKWARD = "it steps during the backward pass, of which a step has several"
+_PAST_FORWARD = "a step runs parts of the model outside its forward, so it would have no effect"
+_OWN_BACKWARD = "it steps during the backward pass, and a step has several"
 
 
 def _set(value: Any) -> bool:
@@ -28,7 +28,7 @@ def _steps_in_backward(optim: Any) -> bool:
     return str(getattr(optim, "value", optim)) in ("lomo", "adalomo") or "layerwise" in str(optim).lower()
 
 
-# Field of TrainingArguments: (whether this value of it is refused, why and what to do).
+# Field of TrainingArguments: (whether a value is refused, why and what to do).
 FIELDS: dict[str, tuple[Predicate, str]] = {
     "fp16": (_set, "the bridge gradient would be scaled twice. Use bf16 or float32"),
     "fp16_full_eval": (_set, "the gradients of its attack would underflow. Use bf16 or float32"),
@@ -36,7 +36,7 @@ FIELDS: dict[str, tuple[Predicate, str]] = {
     "torch_compile": (_set, f"{_PAST_FORWARD}. Leave it out, torch_compile_backend and torch_compile_mode too"),
     "use_liger_kernel": (
         _set,
-        "its fused loss gives no logits, and no loss by sample. Leave it out: the loss is computed in chunks anyway",
+        "its fused loss returns no logits, and no loss per sample. Leave it out: the loss is computed in chunks anyway",
     ),
     "liger_kernel_config": (_set, "use_liger_kernel is not supported. Leave it out"),
     "optim": (_steps_in_backward, f"{_OWN_BACKWARD}. Use another, such as adamw_torch"),
@@ -51,14 +51,14 @@ FIELDS: dict[str, tuple[Predicate, str]] = {
     "ddp_bucket_cap_mb": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
     "ddp_broadcast_buffers": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
     "ddp_static_graph": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
-    "remove_unused_columns": (_set, "it would take images and questions out of records. Leave it out"),
+    "remove_unused_columns": (_set, "it would remove images and questions from records. Leave it out"),
     "train_sampling_strategy": (
         lambda value: value not in ("random", "sequential"),
         "records have no lengths before they are collated. Use random or sequential",
     ),
 }
 
-# Argument of Trainer: why and what to do, where one is given.
+# Argument of Trainer: why it is refused, and what to do.
 ARGUMENTS: dict[str, str] = {
     "model_init": "MBATTrainer needs the model itself, for its bridge. Give model, and make a trainer for each trial",
 }
@@ -70,7 +70,7 @@ METHODS: dict[str, str] = {
 
 
 def check_arguments(trainer: Trainer, args: MBATConfig, given: dict[str, Any]) -> None:
-    """Raises ValueError for fields, arguments and overridden methods that would change nothing, or do harm."""
+    """Raises ValueError for fields, arguments and overridden methods that would have no effect, or do harm."""
     for name, (refused, reason) in FIELDS.items():
         value = getattr(args, name, None)
         if refused(value):
@@ -91,7 +91,7 @@ def check_arguments(trainer: Trainer, args: MBATConfig, given: dict[str, Any]) -
 
 
 def check_loss(trainer: Any) -> None:
-    """Raises ValueError for a loss of the user's where the bridge has no outputs to give it."""
+    """Raises ValueError for a user's loss function if the bridge has no outputs for it."""
     if trainer.compute_loss_func is not None and isinstance(trainer.bridge, DualBridge):
         raise ValueError(
             "compute_loss_func is given, which MBATTrainer does not support for dual encoders: their loss is that of "
@@ -111,8 +111,8 @@ def check_sharding(trainer: Any) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(
-            f"FSDP{plugin.fsdp_version} is asked for; MBATTrainer runs parts of the model past its forward, which "
-            "FSDP2 alone allows. Set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
+            f"FSDP{plugin.fsdp_version} is asked for; MBATTrainer runs parts of the model outside its forward, "
+            "which only FSDP2 allows. Set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
         )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise ValueError(

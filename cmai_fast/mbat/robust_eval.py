@@ -1,6 +1,6 @@
-"""What a training run says of a batch it does not train on: right or wrong, clean and under an attack of its own.
+"""Evaluation during training: right or wrong, clean and under an attack independent of the training solver.
 
-The attack is plain PGD on L_task from a random start over the full eps, whatever solver, S_c term and warm-up training
+The attack is plain PGD on L_task from a random start at the full eps, whatever solver, S_c term and warm-up training
 uses, so that it does not share their blind spots. It is weaker than the suites of `cmai_fast.evaluation`.
 """
 
@@ -36,14 +36,14 @@ def verdicts(
 ) -> dict[str, Tensor]:
     """`loss` (L_task), `accuracy` (0 or 1), with heads `s_c`, and the same after the attack as `robust_...`; (N,) each.
 
-    A sample is robust if it is right clean and at every image that the attack tried. `robust_loss` and `robust_s_c` are
-    those of the image that the attack gives: the first that fools, else the one of the highest loss.
+    A sample is robust if it is right on the clean image and on every image that the attack tried. `robust_loss` and
+    `robust_s_c` are those of the attack's result: the first image that fools, else the one with the highest loss.
 
     Args:
-        steps: of the attack; 0 leaves it out.
+        steps: of the attack; 0: no attack.
         seed, sample_ids: of its random start, as in `attacks.pgd`.
 
-    The model is given back as it was.
+    The model is restored afterwards.
     """
     victim = Victim(bridge, space, batch, heads)
     clean = victim.pixels()
@@ -69,9 +69,9 @@ def _look(victim: Victim, model_input: Tensor) -> dict[str, Tensor]:
 
 
 def _keep_pace(victim: Victim, clean: Tensor, before: Passes, steps: int) -> None:
-    """Takes the passes that PGD left out when all its samples were fooled; `before` are those of before the attack.
+    """Runs the passes that PGD skipped because all its samples were fooled; `before` are the passes before the attack.
 
-    Processes that share the shards of a model gather them together, pass by pass: none may stop before the others.
+    Processes that share the shards of a model gather them together in every pass, so none may stop earlier.
     """
     if not is_sharded(victim.bridge.model):
         return
@@ -85,10 +85,10 @@ def _keep_pace(victim: Victim, clean: Tensor, before: Passes, steps: int) -> Non
 
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """On leaving, the mode of every module and the random state of Python, NumPy and PyTorch are what they were.
+    """Restores the mode of every module and the random state of Python, NumPy and PyTorch afterwards.
 
-    An evaluation draws from them where one does not expect it: a data loader draws its workers' seed, and dropout of
-    the next training step would then be another one.
+    An evaluation uses random numbers in unexpected places: a data loader draws its workers' seed, which would change
+    the dropout of the next training step.
     """
     modes = [(m, m.training) for m in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,8 +1,8 @@
-"""A model whose parameters are spread over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Models sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-FSDP2 gathers parameters when a module's `forward` begins, and reduces gradients when a backward pass ends. A step of
-MBAT also runs parts of the model past its `forward` and goes backward twice, and attacks go backward for the pixels
-alone: what that needs is here. On a model that is not sharded everything here does nothing.
+FSDP2 gathers parameters at the start of a module's `forward`, and reduces gradients at the end of a backward pass. A
+step of MBAT also runs parts of the model outside `forward` and has two backward passes, and attacks backpropagate to
+the pixels only. The functions here make this work; for a model that is not sharded they do nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def run_through_root(bridge: ModelBridge) -> None:
-    """Lets `bridge` run E_v and E_t as methods of the sharded model, which gather its parameters as `forward` does."""
+    """Makes `bridge` run E_v and E_t as methods of the sharded model, which gather its parameters as `forward` does."""
     model = bridge.model
     if not is_sharded(model) or hasattr(model, "mbat_encode_image"):
         return
@@ -45,11 +45,11 @@ def run_through_root(bridge: ModelBridge) -> None:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Inside, backward passes reduce no gradients: those of earlier micro-batches wait for one that trains."""
+    """Inside, backward passes reduce no gradients; those of earlier micro-batches wait for a training pass."""
     if not isinstance(model, FSDPModule):
         yield
         return
-    reshard(model)  # or `frozen` would find gathered parameters, and the shards would make others that are not frozen
+    reshard(model)  # else `frozen` would freeze gathered parameters, and later ones would not be frozen
     groups = [g for m in _units(model) for g in m._get_fsdp_state()._fsdp_param_groups]
     before = [(g.reduce_grads, g.all_reduce_grads) for g in groups]
     try:
@@ -67,22 +67,22 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole_or_not(run: Callable[[], T], what: str = "A sharded model's step") -> T:
-    """What `run` returns, of a step that cannot be cut: processes that share a model meet at every layer.
+    """The result of `run`, a step that cannot be split: processes that share a model synchronise at every layer.
 
     Raises:
-        torch.OutOfMemoryError: with what to do about it.
+        torch.OutOfMemoryError: the message says what to do.
     """
     try:
         return run()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"{str(error).splitlines()[0]} {what} is not cut into parts: halve per_device_train_batch_size and double "
+            f"{str(error).splitlines()[0]} {what} cannot be split: halve per_device_train_batch_size and double "
             "gradient_accumulation_steps"
         ) from error
 
 
 def load(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
-    """`load_state_dict` of whole tensors, those that the first process has."""
+    """`load_state_dict` of whole tensors, from the first process."""
     if is_sharded(model):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
         set_model_state_dict(model, state, options=options)
@@ -91,16 +91,16 @@ def load(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """`parameter.copy_(values)`, of which a process takes its shard; every process has the values."""
+    """`parameter.copy_(values)`; each process copies its shard. All processes have the values."""
     if isinstance(parameter, DTensor):
         values = distribute_tensor(values.to(parameter), parameter.device_mesh, parameter.placements)
     parameter.copy_(values)
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """The state that accelerate saved of a sharded model's optimizer; the first process reads it.
+    """Loads the optimizer state of a sharded model, as accelerate saved it; the first process reads it.
 
-    Accelerate's own loading refuses parameters that have no state because no gradient ever reached them, such as the
+    Accelerate's own loading refuses parameters without state, which never had a gradient, such as the
     last norm of LLaVA's vision tower.
     """
     state = torch.load(file, map_location="cpu", weights_only=True) if dist.get_rank() == 0 else {}
@@ -109,12 +109,12 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Pat
 
 
 def plain_class(model: nn.Module) -> Any:
-    """The class of the model before `fully_shard` put `FSDPModule` in front of it."""
+    """The class of the model before `fully_shard` added `FSDPModule`."""
     return type(model).__mro__[2] if is_sharded(model) else type(model)
 
 
 def whole(parameters: list[Tensor]) -> list[Tensor]:
-    """Those that are no shards: FSDP2 has not averaged their gradients."""
+    """The parameters that are not sharded; FSDP2 does not average their gradients."""
     return [p for p in parameters if not isinstance(p, DTensor)]
 
 

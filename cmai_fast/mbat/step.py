@@ -26,15 +26,15 @@ T = TypeVar("T")
 
 
 class StepTrainer(CheckpointedTrainer):
-    """The step of `MBATTrainer`, which runs it on batches of any size and looks after all that lies between steps.
+    """The step of `MBATTrainer`, which chooses the batch size and handles everything between steps.
 
-    The language side detaches h_v, then backpropagates: that gives the language model its gradients, and p, the bridge
-    gradient, in one go. The vision side then goes backward once, for all that has gathered at h_v.
+    The language side detaches h_v, then backpropagates: one pass gives the language model's gradients and p, the bridge
+    gradient. The vision side then runs one backward pass for all gradients accumulated at h_v.
     """
 
     bridge: ModelBridge
     space: PixelSpace
-    _items: Tensor | int | None = None  # tokens of the optimizer step that is under way, as Trainer counts them
+    _items: Tensor | int | None = None  # tokens of the current optimizer step, as Trainer counts them
 
     @property
     def beta(self) -> float:
@@ -43,7 +43,7 @@ class StepTrainer(CheckpointedTrainer):
 
     @property
     def _share(self) -> float:
-        """Of a batch in the gradients of an optimizer's step."""
+        """The share of a batch in the gradients of an optimizer step."""
         return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
 
     @property
@@ -52,11 +52,11 @@ class StepTrainer(CheckpointedTrainer):
         return self.compute_loss_func is None and not self.args.label_smoothing_factor
 
     def _step(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The parts of the loss, by name, and the total, detached; gradients are left in place. At most `size` samples
-        at once."""
+        """The parts of the loss, by name, and the total, detached; gradients stay in `.grad`. At most `size` samples
+        run at once."""
         args = self.args
         inputs = {**inputs, WEIGHTS: self._weights(inputs["labels"])}
-        # Autocast is accelerate's wrapper of the model's `forward`, which the parts of a model do not go through.
+        # accelerate puts autocast around the model's `forward`, which the parts of a model bypass.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             seen, batches = self._batches(inputs, size)
             keep = size >= len(inputs["labels"])
@@ -74,7 +74,7 @@ class StepTrainer(CheckpointedTrainer):
         return found, total
 
     def _together(self, run: Callable[[], T]) -> T:
-        """What `run` returns; memory that runs out in one process makes parts in all, where a step can be cut."""
+        """The result of `run`. If memory runs out in one process, all split their step, if it can be split."""
         if shards.is_sharded(self.model):
             return shards.whole_or_not(run)
         if self.compute_loss_func is not None:
@@ -98,7 +98,7 @@ class StepTrainer(CheckpointedTrainer):
         return seen, [*batches, *(without_images(images, inputs, rows) for rows in others)]
 
     def _weights(self, labels: Tensor) -> Tensor:
-        """(N,) of the samples' losses in this batch's share of the loss."""
+        """(N,) weights of the samples' losses in this batch's share of the loss."""
         processes = ranks.count() if self.args.average_tokens_across_devices else 1
         batches = round(1 / self._share)
         return sample_weights(self.bridge, labels, self.args.loss_reduction, self._items, batches, processes)
@@ -108,7 +108,7 @@ class StepTrainer(CheckpointedTrainer):
         if self.compute_loss_func is not None:
             loss = users_loss(self.compute_loss_func, self.bridge, features, text, self._items)
             across = self.args.average_tokens_across_devices and self._items is not None
-            return loss * ((ranks.count() if across else 1) / self._share)  # it counts for the whole step already
+            return loss * ((ranks.count() if across else 1) / self._share)  # it is already the share of the whole step
         if self.args.label_smoothing_factor:
             losses = smoothed_losses(self.bridge, features, text, self.args.label_smoothing_factor)
         else:
@@ -116,8 +116,8 @@ class StepTrainer(CheckpointedTrainer):
         return (weights.to(losses) * losses).sum()
 
     def _language_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
-        """The clean branch, the attack and the adversarial branch, whose gradients it leaves at the language model and
-        at the leaves of the views. `keep`: the vision side's graph."""
+        """The clean branch, the attack and the adversarial branch. Gradients stay at the language model and the leaves
+        of the views. `keep`: keep the vision side's graph."""
         args, (image, text), weights = self.args, self.bridge.inputs(inputs), inputs[WEIGHTS]
         if "pixel_values" not in inputs:
             return self._text_side(text, weights)
@@ -142,10 +142,10 @@ class StepTrainer(CheckpointedTrainer):
         return part
 
     def _text_side(self, text: dict[str, Tensor], weights: Tensor) -> Part:
-        """Samples without an image: no image can be perturbed, so both branches are one."""
+        """Samples without an image: there is nothing to perturb, so both branches are the same."""
         loss = self._outer_loss(no_features(self.bridge, text), text, weights)
         self._count(full_forward=1, full_backward=1)
-        if loss.requires_grad:  # not where the vision side alone learns
+        if loss.requires_grad:  # false if only the vision side learns
             self.accelerator.backward(self._share * loss)
         sums = {"loss_clean": loss.detach()}
         return Part(text, [], None, None, sums if self.args.inner == "none" else sums | {"loss_adv": loss.detach()})
@@ -159,11 +159,11 @@ class StepTrainer(CheckpointedTrainer):
                 self.accelerator.backward(remainder)
 
     def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The loss of the clean images (0-d, detached) and p per sample, (N, T, D) or None where no solver asks for it.
+        """The loss of the clean images (0-d, detached) and p per sample, (N, T, D), or None if no solver needs it.
 
-        Leaves the gradients of the language model in place, and that of the bridge in `leaf.grad`. Beside another loss
-        than L_task p is None too: the solver makes its own, for one full pass more. (By smoothed labels the loss of a
-        sample that the model is sure of falls where L_task rises.)
+        Leaves the gradients of the language model in `.grad`, and that of the bridge in `leaf.grad`. With another loss
+        than L_task, p is None too: the solver computes its own, with one more full pass. (With label smoothing, the
+        loss of a sample that the model is sure of falls while L_task rises.)
         """
         args = self.args
         weight = 1 - args.lam if args.inner != "none" else 1.0
@@ -184,9 +184,9 @@ class StepTrainer(CheckpointedTrainer):
         return loss.detach(), leaf.grad / (self._share * weight * weights.to(leaf))[:, None, None]
 
     def _read_texts(self, inputs: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """h_t of the texts (N, text_dim) and of their wrong answers (N * K, text_dim); None where nothing asks for it.
+        """h_t of the texts (N, text_dim) and of their wrong answers (N * K, text_dim); None if not needed.
 
-        Read once a step, in evaluation mode, for the attack and the contrastive loss.
+        Computed once per step, in evaluation mode, for the attack and the contrastive loss.
         """
         if self.heads is None:
             return None, None
@@ -198,7 +198,7 @@ class StepTrainer(CheckpointedTrainer):
         return own, other
 
     def _attack(self, victim: Victim, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
-        """Adversarial images, made on the model as it is now, in evaluation mode."""
+        """Adversarial images of the current model, in evaluation mode."""
         args = self.args
         with shards.quiet(self.model):
             result = maximise(
@@ -219,18 +219,18 @@ class StepTrainer(CheckpointedTrainer):
         return result
 
     def _eps_share(self) -> float:
-        """The part of eps in force: a linear warm-up over `eps_warmup` of all steps."""
+        """The current fraction of eps: a linear warm-up over `eps_warmup` of all steps."""
         warmup = self.args.eps_warmup * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
 
     def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
 
-        Its gradients are left at the heads and at the leaves of all views. `text` is that of all these parts.
+        Its gradients stay at the heads and at the leaves of all views. `text` is that of all these parts.
 
-        The text side of the model (`own`, `wrong`) is read but not trained by this loss: its gradient would cost a
-        second pass of the language model for each wrong answer. Of several processes each computes the loss of the
-        whole batch: the samples of the others are negatives too.
+        The text side of the model (`own`, `wrong`) is not trained by this loss: its gradient would cost a second pass
+        of the language model per wrong answer. In distributed training each process computes the loss of the whole
+        batch, with the samples of the others as negatives too.
         """
         assert self.heads is not None
         heads, weight = self.heads, self._share * self.args.gamma
@@ -259,5 +259,5 @@ class StepTrainer(CheckpointedTrainer):
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the {what} is not finite at step {self.state.global_step}: {values}. Lower the learning rate, or "
-                "look for images or labels that are not as the model expects; the last checkpoint is intact"
+                "check for images or labels that the model does not expect; the last checkpoint is intact"
             )

@@ -22,7 +22,7 @@ from cmai_fast.mbat import optimizers, ranks, shards
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters
 from cmai_fast.mbat.batches import RecordCollator, checked, no_features, rows_with_images, without_images
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.parts import DoesNotFitError, Draws, gradients_aside, take
+from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, take
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.mbat.refused import check_arguments, check_loss, check_sharding
 from cmai_fast.mbat.robust_eval import untouched, verdicts
@@ -31,37 +31,37 @@ from cmai_fast.pixels import PixelSpace
 
 
 class MBATTrainer(StepTrainer):
-    """Drop-in for `Trainer`: the same arguments, plus `heads`. docs/trainer.md says of each what it does here.
+    """Drop-in replacement for `Trainer`: the same arguments, plus `heads`. docs/trainer.md describes each of them.
 
     Args:
         model: as for `Trainer`; one that `bridge_of` supports.
         args: an `MBATConfig`.
-        data_collator: None makes `VQACollator` of the processor, for records of any kind that `Sample.of` reads.
+        data_collator: None uses `VQACollator` with the processor, for all records that `Sample.of` takes.
         processing_class: the model's processor; its mean and std turn `eps` into the model's input space.
-        compute_loss_func: as for `Trainer`, of both branches. Attacks maximise L_task all the same, and so the `bridge`
-            solver costs one full pass more.
-        heads: consistency heads to continue with; None makes new ones when beta or gamma needs them.
-        Everything else is `Trainer`'s own.
+        compute_loss_func: as for `Trainer`, for both branches. Attacks still maximise L_task, so the `bridge` solver
+            takes one more full pass.
+        heads: consistency heads to continue with; None: new ones if beta or gamma needs them.
+        All other arguments are `Trainer`'s own.
 
     Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
-    `attention_mask`, `labels` and what else its family needs. A sample without image tokens is trained on its text.
-    `sample_ids` (N,), numbers or anything hashable, names samples for their random starts; `negative_input_ids`,
+    `attention_mask`, `labels` and other inputs of its family. A sample without image tokens is trained on its text.
+    `sample_ids` (N,), numbers or anything hashable, seed the samples' random starts; `negative_input_ids`,
     `negative_attention_mask`, `negative_labels` (N, K, M) are wrong answers for the contrastive loss.
 
     The loss is reduced as `Trainer` does it, over the answer tokens of an optimizer step; see
-    `MBATConfig.loss_reduction`. The heads have an optimizer of their own, which follows the schedule.
+    `MBATConfig.loss_reduction`. The heads have their own optimizer, which follows the schedule.
 
-    Under `torchrun` or `accelerate launch` each process has a copy of the model, and the step is that of one process
-    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each has a part of the model; FSDP1 and DeepSpeed raise
-    ValueError.
+    Under `torchrun` or `accelerate launch` each process has a copy of the model, and a step equals that of one process
+    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each process has a shard of the model; FSDP1 and
+    DeepSpeed raise ValueError.
 
-    `evaluate` and `eval_strategy` report, besides what `Trainer` does, the means over samples of L_task (`eval_loss`,
+    `evaluate` and `eval_strategy` report, beside `Trainer`'s metrics, the means over samples of L_task (`eval_loss`,
     `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
     `eval_robust_s_c`): clean, and under PGD at the full `eps` (`MBATConfig.eval_attack_steps`). With a
     `compute_loss_func` `eval_loss` is that of `Trainer`.
 
-    Of a model with adapters (PEFT's LoRA, by `add_adapter` or `get_peft_model`) the adapters are saved, alone; anything
-    else that is trainable raises ValueError.
+    For a model with adapters (PEFT's LoRA, by `add_adapter` or `get_peft_model`) only the adapters are saved; other
+    trainable parameters raise ValueError.
 
     Checkpoints hold the heads (`cmcv/`) and their optimizer, ARM's state and the passes so far (`mbat.json`) and,
     written last, the file `complete`; see `last_checkpoint`.
@@ -91,10 +91,10 @@ class MBATTrainer(StepTrainer):
         self._schedule = None
         self.passes = Passes()
         self._sums: defaultdict[str, list[float]] = defaultdict(list)
-        self._rows_at_once: int | None = None  # where memory ran out
+        self._rows_at_once: int | None = None  # set when memory ran out
         self._heads_optimizer: torch.optim.Optimizer | None = None
         self._named_optimizer = False  # whether args.optim says what steps the model
-        self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the evaluation that is under way
+        self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the current evaluation
         self._seen = 0
         self._prepare_model(model, args)
         if data_collator is None:
@@ -117,20 +117,20 @@ class MBATTrainer(StepTrainer):
             return ConsistencyHeads(self.bridge.image_dim, self.bridge.text_dim)
 
     def _prepare_model(self, model: nn.Module, args: MBATConfig) -> None:
-        """What of it learns, and what it computes again."""
+        """Sets which parameters learn, and which activations are recomputed."""
         check_adapters_learn(model)
         self._made_for = args.trainable
         if args.trainable == "vision":
             _train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
             freeze_language_model(self.bridge, adapter_parameters(model))
-            unpack(model)  # for good: evaluation in mid-training would round the weights a little
+            unpack(model)  # permanently: evaluation during training would round the weights
             if not has_adapters(model):
                 check_vision_side(self.bridge)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient, so there is nothing to train; "
-                "requires_grad_() sets what is frozen free, is_trainable=True an adapter that is loaded"
+                "unfreeze it with requires_grad_(), or load an adapter with is_trainable=True"
             )
         if any(p.dtype == torch.float16 for p in model.parameters()):
             raise ValueError(
@@ -179,13 +179,13 @@ class MBATTrainer(StepTrainer):
         return super().create_optimizer(model)
 
     def _let_heads_learn(self) -> None:
-        """Makes their optimizer, once, whatever steps the model: an optimizer of the user's, or of a subclass."""
+        """Creates the heads' optimizer, once, whatever optimizer the model has."""
         if self.heads is None or not self.args.gamma or self._heads_optimizer is not None:
             return
         if not all(p.requires_grad for p in self.heads.parameters()):
             warnings.warn(
-                "gamma is above 0 and parameters of the heads require no gradient, so they do not learn; "
-                "heads.requires_grad_() sets them free, gamma=0 spares their loss",
+                "gamma is above 0, but parameters of the heads require no gradient, so they do not learn; call "
+                "heads.requires_grad_(), or set gamma=0 to skip their loss",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -198,9 +198,9 @@ class MBATTrainer(StepTrainer):
     ) -> Tensor:
         """One MBAT step; returns the total loss, 0-d, detached.
 
-        Where memory runs out the step is done again in two halves, or more, and so are the next ones; gradients are
-        those of the whole batch. That costs a second pass of the vision side. With a sharded model, or when a single
-        sample does not fit, torch.OutOfMemoryError says what else helps.
+        If memory runs out, the step is repeated in two or more parts, and so are the following steps; gradients are
+        those of the whole batch. This takes a second pass of the vision side. With a sharded model, or if a single
+        sample does not fit, torch.OutOfMemoryError says what helps.
         """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # of a schedule-free optimizer
@@ -212,8 +212,8 @@ class MBATTrainer(StepTrainer):
         self._items = num_items_in_batch
         trained = [*self.model.parameters(), *(self.heads.parameters() if self.heads is not None else [])]
         trained = [p for p in trained if p.requires_grad]
-        passes, draws = self.passes, Draws(self.args.device)
-        # Lean around the backward passes too: what they compute again must be what ran.
+        passes, rng = self.passes, RNGState(self.args.device)
+        # Also around the backward passes: they must recompute what ran in the forward passes.
         with lean_activations(self.bridge.model), self._aside(trained):
             while True:
                 size = min(rows, self._rows_at_once or rows)
@@ -222,12 +222,12 @@ class MBATTrainer(StepTrainer):
                     break
                 except DoesNotFitError as error:
                     self._halve(size, error)
-                # Out of `except`, which holds on to all that the attempt had made.
+                # Outside `except`, which keeps the tensors of the attempt alive.
                 clear_device_cache(garbage_collection=True)
                 for p in trained:
                     p.grad = None
                 self.passes = passes
-                draws.again()
+                rng.restore()
         if self.accelerator.sync_gradients:
             ranks.average_gradients(shards.whole(trained))
             shards.reshard(self.model)
@@ -260,13 +260,13 @@ class MBATTrainer(StepTrainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Trainer's; a gradient that is not finite must not reach the weights, nor these a checkpoint."""
+        """Trainer's; a non-finite gradient must not reach the weights, nor they a checkpoint."""
         norm = super()._clip_grad_norm(model)
         self._refuse_divergence("gradient", float(norm), {"norm": float(norm)})
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the parts of the loss averaged since the last one."""
+        """Trainer's log, with the averages of the loss parts since the last log."""
         if "loss" in logs and self._sums:
             means = torch.tensor([sum(v) / len(v) for v in self._sums.values()], device=self.args.device)
             logs = {**logs, **dict(zip(self._sums, ranks.gather(means[None]).mean(0).tolist(), strict=True))}
@@ -281,10 +281,10 @@ class MBATTrainer(StepTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's, and the means of `robust_eval.verdicts` over samples, each counted once whatever process has it.
+        """Trainer's, and the means of `robust_eval.verdicts` over samples, each counted once in distributed runs.
 
-        Nothing of it reaches training: model and random state are as they were. A metric that `compute_metrics` returns
-        under one of these names stands.
+        Training is not affected: model and random state are restored. A metric of `compute_metrics` with one of these
+        names takes precedence.
         """
         self._verdicts, self._seen = defaultdict(list), 0
         try:
@@ -306,7 +306,7 @@ class MBATTrainer(StepTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Trainer's; the loss of a batch that can be trained on is its mean L_task, unless it is the user's own."""
+        """Trainer's; the loss of a batch with labels is its mean L_task, unless the user has a loss function."""
         inputs = self._prepare_inputs(inputs)
         loss = None
         if all(inputs.get(k) is not None for k in self.bridge.needs):
@@ -326,8 +326,8 @@ class MBATTrainer(StepTrainer):
         return plain if loss is None else loss, logits, labels
 
     def _look(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`robust_eval.verdicts` (N,). Nothing can be done to a sample without an image: its robust values are the
-        clean ones, and it has no S_c (NaN)."""
+        """`robust_eval.verdicts` (N,). A sample without an image cannot be attacked: its robust values are the
+        clean ones, and its S_c is NaN."""
         there = rows_with_images(self.bridge, inputs)
         if there.all():
             return self._attacked(inputs)
@@ -351,12 +351,12 @@ class MBATTrainer(StepTrainer):
         )  # fmt: skip
 
     def _of_each_sample(self, rows: Tensor) -> Tensor:
-        """(n,) of each process to those of all, on the CPU, without what fills up the last batch."""
+        """(n,) of each process to those of all, on the CPU, without the padding of the last batch."""
         state = self.accelerator.gradient_state
         if ranks.count() > 1 and state.end_of_dataloader and state.remainder < 0 and not self.args.dataloader_drop_last:
             raise ValueError(
-                "the evaluation data have no length, so samples that fill up the last batch of several processes "
-                "cannot be told from the others; give a dataset with __len__, or set dataloader_drop_last"
+                "the evaluation data have no length, so samples that pad the last batch of several processes "
+                "cannot be distinguished from the others; give a dataset with __len__, or set dataloader_drop_last"
             )
         return self.accelerator.gather_for_metrics(rows).cpu()
 
@@ -367,7 +367,7 @@ def _mean(name: str, parts: list[Tensor]) -> float:
 
 
 def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """`parameters` learn and nothing else; beside adapters, those of them that already did."""
+    """Makes only `parameters` trainable; with adapters, only those of them that already were."""
     keep = set(parameters)
     if has_adapters(model):
         keep = {p for p in keep if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Gradient rules of the differentiable operators. Each backward is an operator of its own and differentiable once."""
+"""Gradient rules of the operators. Each backward pass is an operator of its own and has no second derivative."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _sigmoid_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None
 
 
 def _refuse_second_derivative(name: str) -> None:
-    # Without a rule PyTorch would take the gradients for constants and give a second derivative that is wrong.
+    # Without a rule PyTorch would treat the gradients as constants, and second derivatives would be wrong.
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"cmai_fast::{name} has no second derivative; for one, write the score with torch.nn.functional"

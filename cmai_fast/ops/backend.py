@@ -1,10 +1,10 @@
-"""Which kernels run: the environment variable `CMAI_FAST_BACKEND`, or the fastest backend that is there.
+"""Chooses the kernels: the backend of the environment variable `CMAI_FAST_BACKEND`, or the fastest available one.
 
-A backend is a module with `unavailable()`, the reason why it cannot run here or None, and `KERNELS`, a planner for each
-operator that it carries. A planner takes the arguments of a call (those of a step as one of `signatures.py`) and gives
-the kernel for all calls of that signature, which takes all arguments in their order, or None where it does not carry
-it; then the reference runs. What depends on the signature alone (the checks, the choice
-of a kernel, the layout) is done once for each.
+A backend is a module with `unavailable()`, which returns the reason why it cannot run or None, and `KERNELS`, a planner
+per supported operator. A planner takes the arguments of a call (those of a step as a type of `signatures.py`) and
+returns the kernel for all calls of that signature, which takes the arguments in order, or None if it does not support
+them; then the reference runs. Checks, choice of the kernel and layout depend only on the signature, and are done once
+per signature.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cmai_fast.ops.signatures import STEPS
 
 _READY = "ready"
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton_kernels}
-# By the device of a call's tensors: the first that is ready and carries the call is taken.
+# By the device of a call's tensors: the first backend that is ready and supports the call is used.
 _SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-# Signatures come from a model's few shapes, or from an attack whose batch shrinks; more than this is a leak.
+# A model has few shapes, and an attack's batch shrinks; more signatures than this would be a leak.
 _MOST_PLANS = 4096
 
 
 def backend_report() -> dict[str, str]:
-    """Every backend's name with "ready", or with the reason why it cannot run here."""
+    """Each backend with "ready", or the reason why it is unavailable."""
     return {"reference": _READY} | {name: module.unavailable() or _READY for name, module in _BACKENDS.items()}
 
 
 @functools.cache
 def chosen_backend() -> str:
-    """The backend asked for by `CMAI_FAST_BACKEND`, read at the first operator call and kept; or "automatic".
+    """The backend of `CMAI_FAST_BACKEND`, read at the first operator call, or "automatic".
 
     Raises:
         RuntimeError: the variable names a backend that does not exist or cannot run.
@@ -48,7 +48,7 @@ def chosen_backend() -> str:
         return "automatic"
     report = backend_report()
     if wanted not in report:
-        raise RuntimeError(f"CMAI_FAST_BACKEND={wanted!r} is no backend; choose one of {', '.join(report)}")
+        raise RuntimeError(f"CMAI_FAST_BACKEND={wanted!r} is not a backend; choose one of {', '.join(report)}")
     if report[wanted] != _READY:
         ready = ", ".join(name for name, state in report.items() if state == _READY)
         raise RuntimeError(
@@ -59,7 +59,7 @@ def chosen_backend() -> str:
 
 @functools.cache
 def backends_for(device: str) -> tuple[str, ...]:
-    """The backends that are tried in turn for tensors on a device of this type, before the reference.
+    """The backends to try, in order, for tensors on a device of this type, before the reference.
 
     Raises:
         RuntimeError: `CMAI_FAST_BACKEND` names one that does not serve this device.
@@ -75,8 +75,8 @@ def backends_for(device: str) -> tuple[str, ...]:
                 f"CMAI_FAST_BACKEND={wanted} is unavailable for tensors on {device}; unset it, or move the tensors"
             )
         return (wanted,)
-    # Only those: asking the CUDA backend starts the driver, and a process that has computed on the CPU alone could then
-    # not be forked into one that uses a GPU.
+    # Only those: querying the CUDA backend starts the driver, and then a process that only used the CPU could not be
+    # forked into one that uses a GPU.
     report = {name: _BACKENDS[name].unavailable() or _READY for name in served}
     ready = tuple(name for name in served if report[name] == _READY)
     if served and not ready:
@@ -89,7 +89,7 @@ def _from_reference(name: str) -> Callable[..., Any]:
     operator = getattr(reference, name)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        # Gradients are `autograd.py`'s; in-place writes into leaves that require grad are right here, as in optimisers.
+        # `autograd.py` has the gradients; in-place writes to leaves that require grad are intended, as in optimisers.
         with torch.no_grad():
             return operator(*args, **kwargs)
 
@@ -114,8 +114,8 @@ def _deferred(tensor: Tensor) -> bool:
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that a check or a plan may depend on; None where that is more than this: where one memory plays two roles,
-    which a check may refuse, or a tensor is not what its memory holds."""
+    """Everything that a check or plan may depend on. None if that is not enough: if two arguments share memory, which a
+    check may refuse, or a tensor differs from the content of its memory."""
     key, seen, tensors = [], set(), 0
     for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
@@ -138,10 +138,10 @@ def _kernel_of(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if mutates and args[0].grad_fn is not None:
             raise RuntimeError(
-                f"adv has a grad_fn ({args[0].grad_fn.name()}), and a step in place has no gradient, so what comes "
-                "before it would get a wrong one; pass adv.detach()"
+                f"adv has a grad_fn ({args[0].grad_fn.name()}), and an in-place step has no gradient, so "
+                "earlier operations would get a wrong one; pass adv.detach()"
             )
-        if arguments is not None and len(args) < count:  # PyTorch leaves out what has its default
+        if arguments is not None and len(args) < count:  # PyTorch omits default values
             args, kwargs = arguments(*args, **kwargs), {}
         signature = _signature(args, kwargs)
         plan = plans.get(signature)
@@ -158,9 +158,9 @@ def _kernel_of(name: str) -> Callable[..., Any]:
 
 
 def call(name: str) -> Callable[..., None]:
-    """The operator `name`, which has no gradient: through PyTorch's dispatcher only where something listens there.
+    """The operator `name`, which has no gradient. Bypasses PyTorch's dispatcher unless a mode or transform is active.
 
-    The dispatcher takes 3 of the 9 microseconds that a step on a small image would take (AMD EPYC).
+    The dispatcher would take 3 of 9 microseconds per step on a small image (AMD EPYC).
     """
     kernel, operator = _KERNELS[name], getattr(torch.ops.cmai_fast, name)
     modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -171,7 +171,7 @@ def call(name: str) -> Callable[..., None]:
             try:
                 return kernel(adv, *args)
             except (AttributeError, TypeError):
-                pass  # an argument of the wrong kind: the schema names it
+                pass  # an argument of the wrong type: the schema's error names it
         return operator(adv, *args)
 
     return run

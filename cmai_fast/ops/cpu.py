@@ -1,9 +1,9 @@
 """The CPU backend: the kernels of the compiled extension `cmai_fast._C`, over raw pointers.
 
-It carries the steps of PGD and APGD and the random start, for contiguous tensors with `adv` in float32, `clean` in
+It supports the steps of PGD and APGD and the random start, for contiguous tensors with `adv` in float32, `clean` in
 float32 or uint8, and `grad` and `model_input` in float32, bfloat16 or float16. Everything else (float64, strided or
-channels-last tensors) runs the reference: a copy into a contiguous buffer would cost what the kernel saves, and for
-what is mutated it would be wrong.
+channels-last tensors) runs the reference: a copy into a contiguous buffer would cost what the kernel saves, and would
+be wrong for mutated arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 
 def _load() -> Any:
-    """The extension, which takes OpenMP from the runtime that PyTorch has loaded (see setup.py)."""
+    """Loads the extension, which uses the OpenMP runtime of PyTorch (see setup.py)."""
     try:
         return importlib.import_module("cmai_fast._C")
     except ImportError as error:
@@ -34,7 +34,7 @@ def _load() -> Any:
 
 
 def _why_missing(error: Exception) -> str:
-    """What the build noted (see setup.py), since a missing module says nothing; else what loading said."""
+    """The reason recorded by the build (see setup.py), else that of the failed import."""
     note = Path(__file__).parent.parent / "_C.txt"
     if note.exists():
         return f"the compiled extension cmai_fast._C was not built: {note.read_text().strip()}"
@@ -52,8 +52,8 @@ except (ImportError, OSError) as error:
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
-# (kernel's name, layout, device, whether it adds up rows) -> the kernel, called with all the rest of a step; or None
-# where it does not carry the layout or the device.
+# (kernel's name, layout, device, whether it sums over rows) -> the kernel, called with the other arguments of a step;
+# or None if it does not support the layout or the device.
 Launcher = Callable[[str, Any, torch.device, bool], Callable[..., None] | None]
 
 
@@ -78,7 +78,7 @@ def layout_of(
     model_input: Tensor | None = None,
     *others: Tensor | None,
 ) -> Any:
-    """The extension's `Layout` of a call, or None where the kernels do not carry it. `others` are in adv's dtype."""
+    """The extension's `Layout` of a call, or None if the kernels do not support it. `others` are in adv's dtype."""
     adv, clean = c.adv, c.clean
     grad, model_input = adv if grad is None else grad, adv if model_input is None else model_input
     images = [adv, clean, grad, model_input, *(image for image in others if image is not None)]
@@ -105,7 +105,7 @@ def layout_of(
 
 
 def small(values: Tensor | None) -> Tensor | None:
-    """What is one number a row or a channel and only read: float32, contiguous; a copy is right here."""
+    """Read-only values per row or channel as contiguous float32; a copy is allowed here."""
     return None if values is None else values.to(torch.float32).contiguous()
 
 
@@ -136,13 +136,13 @@ def _plan_pgd(name: str, launcher: Launcher, device: str) -> Callable[..., Calla
         def kernel(
             adv, grad, clean, eps, step, active, model_input, velocity, decay, nonfinite, mean, std, *_: Any
         ) -> None:
-            if not ready:  # the names keep the copies alive while the kernel reads them
+            if not ready:  # these names keep the copies alive while the kernel runs
                 eps, step, mean, std = eps.float().contiguous(), step.float().contiguous(), small(mean), small(std)
             run(
                 adv.data_ptr(), grad.data_ptr(), clean.data_ptr(), eps.data_ptr(), step.data_ptr(), _pointer(active),
                 _pointer(model_input), _pointer(velocity), _pointer(nonfinite), _pointer(mean), _pointer(std), decay,
             )  # fmt: skip
-            # PyTorch has not seen the writes; without this a backward through the old values would be silently wrong.
+            # PyTorch does not see the writes; without this a backward pass through old values would be silently wrong.
             wrote([image for image in (adv, model_input, velocity, nonfinite) if image is not None])
 
         return kernel
@@ -218,7 +218,7 @@ def _plan_random_start(name: str, launcher: Launcher, device: str) -> Callable[.
 
 
 def planners(launcher: Launcher, device: str, prefix: str = "") -> dict[str, Callable[..., Callable[..., Any] | None]]:
-    """For each operator the planner of its kernel, whose name in the extension starts with `prefix`."""
+    """The planner of each operator's kernel, whose name in the extension starts with `prefix`."""
     return {
         "pgd_linf_step_": _plan_pgd(prefix + "pgd_linf_step", launcher, device),
         "pgd_l2_step_": _plan_pgd(prefix + "pgd_l2_step", launcher, device),

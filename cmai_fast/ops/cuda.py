@@ -1,7 +1,7 @@
 """The CUDA backend: the CUDA kernels of the compiled extension `cmai_fast._C`, on the current stream of PyTorch.
 
-It carries what the CPU backend carries (see `cpu.py`, which holds the planners of both). A launch allocates its scratch
-memory from PyTorch's allocator and waits for nothing, so that a CUDA graph can record it.
+It supports the same calls as the CPU backend (see `cpu.py`, with the planners of both). A launch allocates its scratch
+memory with PyTorch's allocator and does not synchronise, so CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} cannot use CUDA; install its CUDA build"
     if not any(_runs_on(index) for index in range(torch.cuda.device_count())):
-        return f"built for the architectures {_C.BUILD['cuda architectures']} alone, of which no device here is"
+        return f"built only for the architectures {_C.BUILD['cuda architectures']}, which no available device has"
     return None
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code built for `architectures` ("80;90", the last as PTX too) runs on a device of this capability.
 
-    Machine code runs on the same major version from its own minor version on, that of a name like 90a on its own
-    capability alone, and PTX on everything newer.
+    Machine code runs on the same major version with an equal or higher minor version; that of names like 90a only on
+    exactly that capability; PTX on everything newer.
     """
     names = architectures.split(";")
     for name in names:
@@ -63,7 +63,7 @@ def make_launcher(extension: Any, runs_on: Callable[[int], bool], stream_of: Cal
         native, size = getattr(extension, name), extension.cuda_scratch_size(layout) if sums else 0
 
         def run(*arguments: Any) -> None:
-            # The name keeps the memory from other threads until the launch; after it the stream's order does.
+            # This name keeps the memory reserved until the launch; afterwards the stream's order does.
             scratch = torch.empty(size, dtype=torch.float64, device=device) if sums else None
             native(layout, *arguments, 0 if scratch is None else scratch.data_ptr(), index, stream_of(device))
 

@@ -1,6 +1,6 @@
-"""The public operators: what they compute, in which shapes and units, and what they refuse.
+"""The public operators, with formulas, shapes, units and errors.
 
-All raise RuntimeError for wrong shapes, dtypes or devices, naming the value, and can be traced by `torch.compile`.
+All raise RuntimeError for wrong shapes, dtypes or devices, naming the value, and `torch.compile` can trace them.
 `eps` and `step` are in units of the [0, 1] pixel range.
 """
 
@@ -19,12 +19,12 @@ pgd_linf_step_.__doc__ = """One ascent step in the L_inf ball (Madry et al. 2018
 
     Args:
         adv: (N, ...) float32 or float64 pixels in [lower, upper], mutated.
-        grad: like adv, any float dtype: the gradient of what is maximised with respect to the model's input. Its sign
+        grad: like adv, any float dtype: the gradient of the maximised loss with respect to the model's input. Its sign
             is that of the gradient in pixels, since std > 0. A NaN counts as 0.
         clean: like adv, or uint8, which stands for clean / 255: the images around which the ball lies. Finite, as adv.
         eps, step: (N,) radius and step size per row, float.
-        active: (N,) bool; rows that are False are left untouched in all that is written.
-        model_input: like adv, any float dtype, mutated: receives (adv - mean) / std, what the model sees.
+        active: (N,) bool; rows with False are not written.
+        model_input: like adv, any float dtype, mutated: receives (adv - mean) / std, the model's input.
         velocity: like adv, mutated: the momentum of MI-FGSM (Dong et al. 2018, eq. 6), zero at first. It becomes
             decay * velocity + g / ||g||_1 with the gradient g in pixels, and the step follows it instead of grad. A
             row whose gradient is zero or has an infinite element adds nothing.
@@ -46,7 +46,7 @@ pgd_l2_step_.__doc__ = """One ascent step in the L2 ball (Madry et al. 2018, sec
 
     Args are those of `pgd_linf_step_`. `grad` is divided by std (the chain rule from the model's input to pixels). A
     NaN in it counts as 0; a row whose gradient is zero or has an infinite element does not move, but is still
-    projected. A gradient of 1e-30 has a direction as any other. The clamp to the box comes last and only shortens
+    projected. A gradient of 1e-30 has a direction like any other. The clamp to the box comes last and only shortens
     delta, since clean lies in the box; rounding may leave ||delta|| above eps by 2^-24 * sqrt(elements of a row).
     """
 
@@ -61,7 +61,7 @@ apgd_linf_step_.__doc__ = """One iteration of Auto-PGD in the L_inf ball, with i
         previous = P(adv + momentum * (z - adv) + (1 - momentum) * (adv - previous))
 
     P projects onto the ball and the box. `previous` holds the point before adv on entry and the one after it on return:
-    the caller exchanges the two names. So nothing is copied.
+    the caller swaps the two names, so nothing is copied.
 
     Args:
         adv, previous: (N, ...) float32 or float64, mutated.
@@ -85,17 +85,17 @@ random_start_.__doc__ = """A random point of the ball, clamped to the box, writt
 
         adv = clamp(clean + noise, lower, upper)
 
-    The noise is a hash of (seed, sample id, index of the element), so a sample's start does not depend on the batch it
-    is in, nor on the device's generator. Two rows with one id have the same noise.
+    The noise is a hash of (seed, sample id, index of the element), so a sample's start depends neither on its batch
+    nor on the device's generator. Two rows with the same id have the same noise.
 
     Args:
         adv: (N, ...) float32 or float64, mutated; its old values are not read.
         clean: like adv, or uint8, which stands for clean / 255.
         eps: (N,) radius per row, float.
         sample_ids: (N,) int64.
-        seed: any int64; another restart takes another seed.
+        seed: any int64; use another seed for another restart.
         norm: "linf": uniform in (-eps, eps) per element. "l2": uniform in the volume of the ball: the direction of a
-            Gaussian vector, the radius eps * u^(1/d) for d elements a row (Muller 1959).
+            Gaussian vector, the radius eps * u^(1/d) for d elements per row (Muller 1959).
         lower, upper: the pixel box.
     """
 
@@ -107,7 +107,7 @@ def cosine_heads(image: Tensor, text: Tensor) -> Tensor:
         image, text: (N, H, D), any float dtype. Differentiable once in both.
 
     Returns:
-        (N, H) in [-1, 1], float32 (float64 where an input is). A vector of norm 1e-12 or less counts as zero: its score
+        (N, H) in [-1, 1], float32 (float64 if an input is). A vector of norm 1e-12 or less counts as zero: its score
         is 0 and its pair's gradient zero. NaN stays NaN, in its own pair.
     """
     return torch.ops.cmai_fast.cosine_heads(image, text)
@@ -120,7 +120,7 @@ def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *, symm
     Products and sums are float32 (float64 where an input is).
 
     Args:
-        query: (N, D), any float dtype; normalising is the caller's. Differentiable once, as keys and scale.
+        query: (N, D), any float dtype; normalised by the caller if wanted. Differentiable once, like keys and scale.
         keys: (M, D); with negatives gathered from other ranks, M > N.
         labels: (N,) int64: the row of keys that each query belongs to.
         scale: 0-d tensor, 1 / temperature.

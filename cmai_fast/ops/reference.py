@@ -1,7 +1,7 @@
-"""The operators in plain PyTorch: the definition of right, on any device and for every dtype the schemas allow.
+"""The operators in plain PyTorch, which define the right result, on any device and for every dtype of the schemas.
 
-Formulas and shapes are in the docstrings of `operators.py`. Nothing here is tuned except for memory: what would be
-quadratic in the batch goes in chunks.
+Formulas and shapes are in the docstrings of `operators.py`. Only memory is tuned: temporaries that would be quadratic
+in the batch are processed in chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 
 
 def _per_row(values: Tensor, image: Tensor) -> Tensor:
-    """(N,) as (N, 1, ..., 1), a number in the dtype of `image`, a flag as it is."""
+    """(N,) as (N, 1, ..., 1): numbers in the dtype of `image`, bools unchanged."""
     values = values if values.dtype == torch.bool else values.to(image.dtype)
     return values.view(-1, *[1] * (image.dim() - 1))
 
@@ -36,7 +36,7 @@ def _per_channel(values: Tensor, image: Tensor, patches: int) -> Tensor:
 
 
 def _pixels(clean: Tensor, adv: Tensor) -> Tensor:
-    """8-bit pixels in the [0, 1] range, others as they are."""
+    """8-bit pixels scaled to [0, 1], others unchanged."""
     return clean.to(adv.dtype) / 255 if clean.dtype == torch.uint8 else clean
 
 
@@ -44,7 +44,7 @@ def _row_norm(image: Tensor, order: int = 2) -> Tensor:
     """Norm of every row, (N, 1, ..., 1).
 
     Summed in float64: PyTorch's order of summation depends on the shape of the whole batch, and in float32 a row's
-    result would show it.
+    result would depend on it.
     """
     dims = tuple(range(1, image.dim()))
     return torch.linalg.vector_norm(image, order, dim=dims, keepdim=True, dtype=torch.float64).to(image.dtype)
@@ -75,7 +75,7 @@ def _count_nonfinite(nonfinite: Tensor | None, grad: Tensor, active: Tensor | No
 
 
 def _set_rows(target: Tensor, new: Tensor, rows: Tensor | None) -> None:
-    """target = new, in the rows that `rows` (N,) bool says; None: all."""
+    """target = new, in the rows where `rows` (N,) bool is True; None: all."""
     new = new.to(target.dtype)
     target.copy_(new if rows is None else torch.where(_per_row(rows, target), new, target))
 
@@ -173,7 +173,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _random_bits(sample_ids: Tensor, seed: int, count: int) -> Tensor:
-    """(n, count + 1) int64 of 64 random bits: one SplitMix64 sequence per (seed, sample id).
+    """(n, count + 1) int64, each of 64 random bits: one SplitMix64 sequence per (seed, sample id).
 
     Columns 0 .. count-1 belong to the elements; the last is the row's own.
     """
@@ -219,7 +219,7 @@ def _cosine(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     image, text = image.to(dtype), text.to(dtype)
     image_norm = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
     text_norm = torch.linalg.vector_norm(text, dim=-1, keepdim=True)
-    # "<=" and not ">" negated: NaN must come through as NaN and not as a score of 0.
+    # "<=" instead of "not >": NaN must stay NaN and not become a score of 0.
     zero = (image_norm <= ZERO_NORM) | (text_norm <= ZERO_NORM)
     image_norm, text_norm = torch.where(zero, 1, image_norm), torch.where(zero, 1, text_norm)
     return torch.where(zero, 0, image) / image_norm, torch.where(zero, 0, text) / text_norm, image_norm, text_norm
@@ -343,7 +343,7 @@ def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bia
     keys, scale, bias = keys.to(dtype), scale.to(dtype), bias.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = (query[chunk].to(dtype) @ keys.T).mul_(scale).add_(bias)
-        # -log sigmoid(-l) = softplus(l). The own logit changes its sign first: softplus(l) - l loses what is small.
+        # -log sigmoid(-l) = softplus(l). The own logit changes sign first: softplus(l) - l loses small values.
         logits.scatter_(1, labels[chunk, None], -_own(logits, labels[chunk])[:, None])
         loss += torch.nn.functional.softplus(logits).sum()
     return loss / rows

@@ -1,7 +1,7 @@
-"""The contract of every operator: its schema, what it refuses, and what it returns (the fake rule).
+"""The contract of every operator: its schema, its checks, and its result (the fake rule).
 
-The checks read shapes, dtypes and devices only, never values, so that they serve tracing too and never wait for a GPU.
-Every kernel runs behind them: see `backend.py`.
+The checks read shapes, dtypes and devices only, never values, so they also work in tracing and never wait for a GPU.
+They run before every kernel: see `backend.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where an input is float64, else float32: what half-precision inputs are accumulated and returned in."""
+    """float64 if an input is float64, else float32, in which half-precision inputs are accumulated and returned."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -78,7 +78,7 @@ def _check_like(
 
 
 def _check_state(adv: Tensor, clean: Tensor, eps: Tensor, lower: float, upper: float) -> None:
-    """What all operators on adversarial images ask of the image, its clean original, the radius and the pixel box."""
+    """The checks of all operators on adversarial images: image, clean image, radius and pixel box."""
     torch._check(
         adv.dtype in _STATE_DTYPES,
         lambda: (
@@ -93,7 +93,7 @@ def _check_state(adv: Tensor, clean: Tensor, eps: Tensor, lower: float, upper: f
 
 
 def _check_apart(tensors: dict[str, Tensor | None]) -> None:
-    """Refuses one tensor, or two that begin at one address, in two roles, of which one is written."""
+    """Refuses a tensor used in two roles, or two tensors with the same address, if one is written."""
     seen: dict[int, str] = {}
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -103,7 +103,7 @@ def _check_apart(tensors: dict[str, Tensor | None]) -> None:
             torch._check(
                 other == name,
                 lambda name=name, other=other: (
-                    f"{other} and {name} are the same tensor or share memory; {name} needs memory of its own"
+                    f"{other} and {name} are the same tensor or share memory; {name} needs its own memory"
                 ),
             )
 
@@ -121,7 +121,7 @@ def _check_flags(name: str, values: Tensor, adv: Tensor) -> None:
 
 
 def _check_pixels(c: PgdStep | ApgdStep) -> None:
-    """What goes from pixels to the model's input, and the count of bad gradient elements."""
+    """The checks of mean, std, model_input, and the count of non-finite gradient elements."""
     adv, model_input, nonfinite, mean, std, patches = c.adv, c.model_input, c.nonfinite, c.mean, c.std, c.patches
     if model_input is not None:
         _check_like("model_input", model_input, adv, _FLOAT_DTYPES)
@@ -313,7 +313,7 @@ def _fake_sigmoid_loss_backward(
     return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(()), bias.new_empty(())
 
 
-# Operators that are not named here write into their arguments and return nothing.
+# Other operators write into their arguments and return nothing.
 _FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "cosine_heads": _fake_cosine_heads,
     "cosine_heads_backward": _fake_cosine_heads_backward,

@@ -1,7 +1,7 @@
-"""The signatures of the operators on adversarial images: names, order, types, defaults, and what is written.
+"""The signatures of the operators on adversarial images: names, order, types, defaults, and mutated arguments.
 
-Each stands here once. The schema of `torch.ops.cmai_fast`, the public functions (`operators.py`), the checks, the
-reference and the planners of every backend are derived from it or take its instances.
+Each is defined once. The schemas of `torch.ops.cmai_fast`, the public functions (`operators.py`), the checks, the
+reference and the planners of every backend are derived from these types or take their instances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Written = Annotated[Tensor, "written"]
 
 
 class PgdStep(NamedTuple):
-    """One step of PGD; `pgd_linf_step_` says what each is."""
+    """One step of PGD; see `pgd_linf_step_`."""
 
     adv: Written
     grad: Tensor
@@ -37,7 +37,7 @@ class PgdStep(NamedTuple):
 
 
 class ApgdStep(NamedTuple):
-    """One iteration of Auto-PGD; `apgd_linf_step_` says what each is."""
+    """One iteration of Auto-PGD; see `apgd_linf_step_`."""
 
     adv: Written
     previous: Written
@@ -60,7 +60,7 @@ class ApgdStep(NamedTuple):
 
 
 class RandomStart(NamedTuple):
-    """A random point of the ball; `random_start_` says what each is."""
+    """A random point of the ball; see `random_start_`."""
 
     adv: Written
     clean: Tensor
@@ -80,14 +80,14 @@ STEPS: dict[str, type[Arguments]] = {
     "apgd_l2_step_": ApgdStep,
     "random_start_": RandomStart,
 }
-# From this argument on the public functions take keywords alone.
+# From this argument on, the public functions take keywords only.
 _KEYWORDS_FROM = "model_input"
 
 
 def schema_of(arguments: type[Arguments]) -> str:
-    """The schema that `torch.library` reads.
+    """The schema for `torch.library`.
 
-    No argument is keyword-only here, as it is in the public functions: that alone would cost 3 microseconds a call.
+    No argument is keyword-only here, unlike in the public functions: that would cost 3 microseconds per call.
     """
     parts, written = [], 0
     for name, hint in get_type_hints(arguments, include_extras=True).items():
@@ -103,10 +103,10 @@ def schema_of(arguments: type[Arguments]) -> str:
 
 
 def public(name: str, arguments: Callable[P, Any], run: Callable[..., None]) -> Callable[P, None]:
-    """A function of these arguments that hands them to `run` in their order.
+    """A function with these arguments that passes them to `run` in order.
 
-    It is compiled from its own source, as those of named tuples and dataclasses are, since binding the arguments in
-    Python would take a microsecond of the seven that a call takes.
+    It is compiled from generated source, as in named tuples and dataclasses, since binding the arguments in Python
+    would take one of the seven microseconds of a call.
     """
     assert isinstance(arguments, type)
     fields, defaults = arguments._fields, arguments._field_defaults  # type: ignore[attr-defined]

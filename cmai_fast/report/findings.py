@@ -1,6 +1,6 @@
 """What the numbers say, in sentences: the finding, what it costs, and what a reader must know before believing it.
 
-Nothing here is chosen to please: each sentence is computed, and a model that did not gain is said not to have gained.
+Nothing here is chosen to please: each sentence is computed, and a model that gained nothing is described as such.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One attack on one model: totals, a verdict per sample, and the attacked images if they are wanted."""
+"""One attack on one model: totals, a verdict per sample and, on request, the attacked images."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def attack(
         attack, steps, restarts, settings: see `AttackSpec`.
         out: the file; `Path("-")` is standard output.
         save_images: a folder, new or empty, for the attacked images as 8-bit PNGs and a `manifest.jsonl`, one line per
-            attacked sample. What is wrong when untouched is not attacked.
-        resume: take up what an interrupted run has finished, which is in `out` with `.state` at its end.
-        others: as of `evaluate`.
+            attacked sample. Samples whose clean answer is wrong are not attacked.
+        resume: continue an interrupted run from its state in the folder `<out>.state`.
+        others: as for `evaluate`.
 
     Raises:
-        ValueError: an unknown name, a bad setting, or `out` or `save_images` is there already; both are then untouched.
+        ValueError: an unknown name, a bad setting, or `out` or `save_images` exists already; both are then unchanged.
     """
     out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}))
     spec.check(threat.norm)
@@ -105,7 +105,7 @@ def attack(
 def _check_out(
     out: Path, folder: Path, settings: Mapping[str, Any], save_images: Path | None, resume: bool
 ) -> dict[str, Any] | None:
-    """The record of a finished run; None where one may begin or go on."""
+    """The record of a finished run; None if a run may start or resume."""
     if out == STANDARD_OUTPUT:
         if resume:
             raise ValueError("standard output cannot be resumed; name a file with --out, or leave --resume out")

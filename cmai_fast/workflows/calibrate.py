@@ -1,4 +1,4 @@
-"""Heads for a model as it is, and the threshold under which the guard withholds an answer."""
+"""Fits heads to an unchanged model, and sets the threshold below which the guard withholds an answer."""
 
 from __future__ import annotations
 
@@ -48,26 +48,25 @@ def calibrate(
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
-    """Fits heads where the model has none, sets the threshold, and writes both to `out`, whole or not at all.
+    """Fits heads if the model has none, sets the threshold, and writes both to `out` atomically.
 
     Args:
-        data: heads are fitted on its train split, the threshold is set on its calibration split.
-        out: a folder that is new, empty or of an earlier calibration, which is then replaced.
+        data: heads are fitted on its train split, and the threshold is set on its calibration split.
+        out: a folder that is new, empty, or from an earlier calibration, which is then replaced.
         heads: a folder of heads to start from; None: `cmcv/` in the model's folder or beside it, if there is one.
         refit: fit new heads even if there are some.
-        head_steps: batches of `batch_size` samples that new heads are fitted on.
-        false_rejection_rate: share of clean inputs that the threshold rejects at most.
+        head_steps: number of batches that new heads are fitted on.
+        false_rejection_rate: the maximum share of clean inputs that the threshold rejects.
         limit: samples of the calibration split to use.
-        max_new_tokens: length of an answer; None: as the heads that were found were calibrated, else 16. It is saved
-            with the threshold, and the guard generates so.
+        max_new_tokens: length of an answer; None: that of the existing heads' calibration, else 16. It is saved
+            with the threshold, and the guard uses it.
 
     Returns:
-        What was found: the threshold, and under `wrong_answers` how well S_c tells the model's own answers from the
-        task's wrong ones (`auroc`) and the share of these that the threshold rejects. Also written, as
-        `calibration.json`.
+        The threshold and, under `wrong_answers`, how well S_c separates the model's own answers from the task's wrong
+        ones (`auroc`) and the share of wrong ones that the threshold rejects. Also written to `calibration.json`.
 
     Raises:
-        ValueError: unknown names, data without these splits, samples without wrong answers where heads are fitted, a
+        ValueError: unknown names, data without these splits, samples without wrong answers if heads are fitted, a
             rate outside [0, 1), or `out` holds other files.
     """
     out = Path(out)
@@ -76,7 +75,7 @@ def calibrate(
         raise ValueError(f"false_rejection_rate is {false_rejection_rate}; expected 0 <= rate < 1")
     held_out = asked(data, "calibration", task, limit, seed)
     pipeline = Pipeline.load(model, heads=heads, device=device, dtype=dtype, attention=attention)
-    pipeline.threshold = None  # it is about to be set anew
+    pipeline.threshold = None  # it is set below
     pipeline.choose_from(held_out)
     if max_new_tokens is not None:
         pipeline.generation = Generation(max_new_tokens)
@@ -118,7 +117,7 @@ def new_heads(
 
 
 def _own_scores(pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, progress: Overall) -> list[float]:
-    """S_c of clean samples with the model's own answers: what a threshold is set on."""
+    """S_c of clean samples with the model's own answers, on which the threshold is set."""
     progress.start(_OWN, len(samples))
     found: list[float] = []
     for start in range(0, len(samples), batch_size):
@@ -130,7 +129,7 @@ def _own_scores(pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, 
 def _wrong_scores(
     pipeline: Pipeline, samples: Sequence[Sample], task: Any, batch_size: int, seed: int, progress: Overall
 ) -> dict[int, float]:
-    """S_c of samples with one of the task's wrong answers each, by place; those without are left out."""
+    """S_c of samples, each with one of the task's wrong answers, by index; samples without one are left out."""
     rng = np.random.default_rng(seed)
     others = [samples[i] for i in rng.permutation(len(samples))[:256].tolist()]
     wrong = {i: answers for i, s in enumerate(samples) if (answers := task.wrong_answers(s, others))}
@@ -153,7 +152,7 @@ def _separation(scores: Sequence[float], wrong: dict[int, float], threshold: Thr
 
 
 def _check_out(out: Path) -> None:
-    """Refuses a folder whose files would be lost; changes nothing."""
+    """Raises ValueError if files of `out` would be lost; changes nothing."""
     if not out.exists():
         return
     other = sorted({path.name for path in out.iterdir()} - _FILES) if out.is_dir() else [out.name]

@@ -58,14 +58,14 @@ def evaluate(
             on the others.
         attacks: the suite; None: PGD of `steps` and `restarts`, and APGD-CE of twice the steps.
         out: a folder that is new or empty, or with `resume` that of the same command, finished or not.
-        limit: samples at most, drawn with `seed`.
+        limit: maximum number of samples, drawn with `seed`.
         batch_size: samples at a time; results do not depend on it.
         metrics: names of `METRICS` to report beside the task's own.
         max_new_tokens: of an answer; None: what the model's threshold was calibrated under, else 16.
-        resume: take up what an interrupted run has finished. The numbers are those of a run that was not interrupted.
+        resume: continue an interrupted run. The numbers are those of an uninterrupted run.
 
     Raises:
-        ValueError: an unknown name, a bad setting, or `out` holds something else; `out` is then untouched.
+        ValueError: an unknown name, a bad setting, or `out` holds something else; `out` is then unchanged.
     """
     out, names = Path(out), [*against, model]
     suite = headline_suite(steps, restarts) if attacks is None else list(attacks)
@@ -111,7 +111,7 @@ def _entries(names: Sequence[str], max_new_tokens: int | None, how: Mapping[str,
 
 
 def data_settings(data: DataSource) -> dict[str, Any]:
-    """What results say of the data, and a resumed run has to find again."""
+    """The data settings of a run, which must be the same when it resumes."""
     return {
         "data": data.name,
         "fields": dict(data.fields),
@@ -121,7 +121,7 @@ def data_settings(data: DataSource) -> dict[str, Any]:
 
 
 def check_names(model: str, *, task: str, metrics: Sequence[str] = ()) -> None:
-    """Raises ValueError for a name that is not known, before anything is loaded."""
+    """Raises ValueError for an unknown name, before anything is loaded."""
     resolve(model)
     TASKS.check(task)
     for metric in metrics:

@@ -1,4 +1,4 @@
-"""The folder that a run writes: new, to be resumed, or finished."""
+"""The output folder of a run: new, unfinished or finished."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RESULTS, REPORT, STATE = "results.json", "report.html", "state"
 
 
 def check_folder(out: Path, settings: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The results of a run that is finished; None where one may begin in `out`, or go on. Changes nothing.
+    """The results of a finished run; None if a run may start or resume in `out`. Changes nothing.
 
     Raises:
-        ValueError: `out` is not empty, or holds a run that is running, of other settings, or not to be resumed.
+        ValueError: `out` is not empty, or holds a run that is still running, has other settings, or is not resumed.
     """
     if check_resumable(out / STATE, settings, resume, out):
         return None
@@ -37,7 +37,7 @@ def check_empty(out: Path, option: str = "--out") -> None:
 
 
 def report(out: Path) -> dict[str, Any]:
-    """Writes the report of the results in `out`, which it returns."""
+    """Writes the report of the results in `out`, and returns the results."""
     results = read_results(out)
     write_report(results, out / REPORT)
     return dict(results)

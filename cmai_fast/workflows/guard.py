@@ -35,17 +35,17 @@ def guard(
     attention: str | None = None,
     progress: bool = True,
 ) -> int:
-    """Decides every case, in order, one line of JSON each; returns how many.
+    """Decides every case in order, writing one line of JSON per case; returns the number of cases.
 
     Args:
-        data: the cases, of which it takes the test split. Right answers are not needed.
-        images, text: in place of `data`, one question about one image or several.
-        out: a file, which appears when every case is decided; None: each line goes to `write` as it is decided.
+        data: the cases: its test split. Answers are not needed.
+        images, text: instead of `data`, one question about one or several images.
+        out: a file, written when every case is decided; None: each line goes to `write` once it is decided.
         heads, policies, threshold, max_new_tokens: as for `Guard.from_pretrained`.
-        limit, seed: so many of the cases, drawn with the seed; None: all.
+        limit, seed: number of cases, drawn with the seed; None: all.
 
     Raises:
-        ValueError: neither data nor a question, or both; unknown names; a case that cannot be read, by its id.
+        ValueError: neither data nor a question, or both; unknown names; a case that cannot be read, named by its id.
     """
     if (data is None) == (text is None or not images):
         raise ValueError("expected either data, or images with a text")

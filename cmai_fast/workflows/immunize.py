@@ -1,4 +1,4 @@
-"""The whole job, end to end: train, calibrate, evaluate before and after, and write what was found."""
+"""The complete immunisation: train, calibrate, evaluate before and after, write results and report."""
 
 from __future__ import annotations
 
@@ -36,20 +36,19 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     """Trains, calibrates, evaluates the model before and after; writes `out/{model,cmcv,results.json,report.html}`.
 
     Args:
-        settings: see there.
+        settings: see `ImmunizeSettings`.
         out: a folder that is new or empty, or with `resume` that of a run with the same settings, finished or not.
-        resume: take up what an interrupted run has finished. Weights and numbers are those of a run that was not
-            interrupted.
+        resume: continue an interrupted run. Weights and numbers are those of an uninterrupted run.
 
     Raises:
-        ValueError: unknown model or data, settings out of range, or `out` holds something else; `out` is untouched.
+        ValueError: unknown model or data, settings out of range, or `out` holds other files; it is then unchanged.
     """
     out = Path(out)
     TASKS.check(settings.task)
     began_with = asdict(settings) | data_settings(settings.source)
     if (finished := check_folder(out, began_with, resume)) is not None:
         return finished
-    # All that can be refused is refused before the folder is claimed and hours are spent.
+    # Everything that can be checked is checked before the folder is created and hours are spent.
     args = training.training_arguments(settings, out)
     suite = headline_suite(settings.attack_steps, settings.restarts)
     samples = asked(settings.source, "test", settings.task, settings.limit, settings.seed)
@@ -86,7 +85,7 @@ def _immunised(
     state: State,
     overall: Overall,
 ) -> dict[str, Any]:
-    """The results, without settings; what was done before is not done again."""
+    """The results, without settings; finished stages are not repeated."""
     checkpoints, trained = state.folder / "checkpoints", state.folder / "trained.json"
     args = training.training_arguments(settings, checkpoints)
     if before.heads is None:
@@ -112,7 +111,7 @@ def _immunised(
 
 
 def _training_stages(settings: ImmunizeSettings, before: Pipeline) -> dict[str, float]:
-    """Stages up to the first attack, and about how many forward passes of one sample each costs."""
+    """Stages up to the first attack, with the approximate number of forward passes per sample of each."""
     found = {HEADS: 3.0 * training.HEAD_STEPS * settings.batch_size} if before.heads is None else {}
     a_step = 9 + settings.inner_steps * (3 if settings.inner == "pgd" else 1)
     found[training.TRAINING] = float(a_step * settings.max_steps * settings.batch_size)

@@ -1,4 +1,4 @@
-"""The samples of a run: a data source asked as the task asks, with wrong answers where training needs them."""
+"""The samples of a run, with the task's prompts and, for training, wrong answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def asked(source: DataSource, split: str, task: str, limit: int | None = None, s
     """The samples of a split, each with the prompt that the task gives it.
 
     Raises:
-        ValueError: there is no such split, a sample without an answer (nothing would be right) or without an image
-            (there is nothing to attack, and nothing to be consistent with).
+        ValueError: there is no such split, or a sample has no answer or no image (there would be nothing to attack).
     """
     found = list(_Asked(source.load(split, limit, seed), TASKS[task]))
     check_answers(found)
@@ -33,21 +32,22 @@ def training_samples(
     source: DataSource, task: str, pipeline: Pipeline | None = None, split: str = "train"
 ) -> Sequence[Sample]:
     """The training split, each sample with choices, from which the contrastive loss draws wrong answers: its own, else
-    its answer and those of other samples. For a dual encoder the samples stay as they are."""
+    its answer and those of other samples. For a dual encoder the samples are unchanged."""
     samples = _Asked(source.load(split), TASKS[task])
     chooses = pipeline is not None and isinstance(pipeline.collate, ChoiceCollator)
     return samples if chooses else with_choices(samples, TASKS[task])
 
 
 def training_collator(pipeline: Pipeline, seed: int) -> VQACollator | ChoiceCollator:
-    """With a wrong answer per sample, drawn by `seed`; of a dual encoder with the texts of the batch to choose from."""
+    """The collator of training: with one wrong answer per sample, drawn with `seed`; for a dual encoder, with the texts
+    of the batch to choose from."""
     if isinstance(pipeline.collate, ChoiceCollator):
         return ChoiceCollator(pipeline.processor)
     return VQACollator(pipeline.processor, negatives=1, max_length=pipeline.bridge.context, seed=seed)
 
 
 class _Asked(Sequence[Sample]):
-    """Samples with the prompt that the task gives them, made when they are asked for."""
+    """Samples with the task's prompts, made on access."""
 
     def __init__(self, samples: Sequence[Sample], task: Task) -> None:
         self.samples, self.task = samples, task
@@ -67,7 +67,7 @@ class _Asked(Sequence[Sample]):
 def training_batches(
     pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless training batches with wrong answers, in an order that depends on `seed` alone."""
+    """Endless training batches with wrong answers, in an order that depends only on `seed`."""
     collate = training_collator(pipeline, seed)
     generator = torch.Generator().manual_seed(seed)
     while True:

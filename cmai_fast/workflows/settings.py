@@ -1,4 +1,4 @@
-"""The settings of an immunisation. No PyTorch is imported here: a command checks them before it loads anything."""
+"""The settings of an immunisation. PyTorch is not imported here, so that a command checks them first."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cmai_fast.data.sources import DataSource
 class ImmunizeSettings:
     """One immunisation. `eps` in the [0, 1] pixel range; `max_steps` are optimiser steps of `batch_size` samples.
 
-    `data`, `fields` and `split_seed` are those of a `DataSource`. Values of the `defence` (a name of `DEFENCES`) stand
-    in for fields that are left at their defaults; a field that differs from its default wins. `max_new_tokens` None:
-    what the model's threshold was calibrated under, else 16.
+    `data`, `fields` and `split_seed` are those of a `DataSource`. Values of the `defence` (a name of `DEFENCES`)
+    replace fields left at their defaults; a field that differs from its default takes precedence. `max_new_tokens`
+    None: that of the threshold's calibration, else 16.
     """
 
     model: str = "easyvqa-llava"

@@ -1,4 +1,4 @@
-"""What immunisation trains: consistency heads where a model has none, and the model itself."""
+"""The training of an immunisation: consistency heads if the model has none, and the model itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load(settings: ImmunizeSettings, name: str) -> Pipeline:
 
 
 def defence_values(settings: ImmunizeSettings) -> dict[str, Any]:
-    """The values of `MBATConfig` that the defence sets, but where a setting was moved from its default."""
+    """The `MBATConfig` values of the defence, except for settings changed from their defaults."""
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
     return {
         name: value
@@ -72,7 +72,7 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
         "save_total_limit": 2,
         "logging_steps": max(1, min(10, settings.max_steps // 20)),
         "report_to": "none",
-        "disable_tqdm": True,  # TrainingProgress shows how far it is
+        "disable_tqdm": True,  # TrainingProgress shows it
         "dataloader_pin_memory": False,
         "dataloader_drop_last": True,
     }
@@ -87,24 +87,24 @@ def train(
     progress: Overall | None = None,
     checkpoints: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains a copy of the model; writes out/model and out/cmcv whole; returns the training curves.
+    """Trains a copy of the model; writes out/model and out/cmcv atomically; returns the training curves.
 
     Args:
-        before: the model, with heads if the settings need them; it is left as it is.
-        resume: go on from the last whole checkpoint, if there is one.
-        checkpoints: where they are; None: in `out`.
+        before: the model, with heads if the settings need them; it is not changed.
+        resume: resume from the last complete checkpoint, if there is one.
+        checkpoints: their folder; None: `out`.
     """
     progress, checkpoints = progress or Silent(), checkpoints or out
     subject = load(settings, settings.model)
     args = training_arguments(settings, checkpoints)
     if before.threshold is not None:
-        # What S_c means differs from heads to heads: inconsistent is what hardly any clean input scores.
+        # The scale of S_c depends on the heads; inconsistent means below the scores of nearly all clean inputs.
         args.tau_train = before.threshold.tau
     needs_heads = bool(args.beta or args.gamma or args.arm)
     trainer = MBATTrainer(
         subject.model,
         args,
-        heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is still to be measured
+        heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is evaluated later
         train_dataset=training_samples(settings.source, settings.task, subject),
         data_collator=training_collator(subject, settings.seed),
         processing_class=subject.processor,
@@ -134,14 +134,14 @@ def _curves(trainer: MBATTrainer) -> dict[str, list[Any]]:
 
 
 def calibration_scores(pipeline: Pipeline, samples: Sequence[Sample], progress: Overall | None = None) -> Tensor:
-    """S_c (n,) of clean samples with the model's own answers: what a threshold is set on."""
+    """S_c (n,) of clean samples with the model's own answers, on which a threshold is set."""
     if progress is not None:
         progress.start(CALIBRATION, len(samples))
     return torch.from_numpy(own_scores(pipeline, samples, 128, progress=progress))
 
 
 def add_heads(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall | None = None) -> None:
-    """Heads and a threshold for a model that came without, on its own features, before MBAT uses S_c."""
+    """Fits heads and a threshold for a model without them, on its own features, before MBAT uses S_c."""
     progress = progress or Silent()
     samples = training_samples(settings.source, settings.task, pipeline)
     pipeline.heads = new_heads(pipeline, samples, HEAD_STEPS, settings.batch_size, settings.seed, progress)

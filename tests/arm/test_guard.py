@@ -290,7 +290,7 @@ def test_heads_and_threshold_must_fit(tiny_model, tiny_processor, dims):
     plain = Pipeline("tiny", tiny_model, tiny_processor, make_heads(dims))
     with pytest.raises(ValueError, match="threshold is nan"):
         Guard(plain, threshold=math.nan)
-    with pytest.raises(ValueError, match="tiny has heads and no threshold; calibrate"):
+    with pytest.raises(ValueError, match="tiny has heads but no threshold; calibrate"):
         Guard(plain)
     with pytest.raises(ValueError, match="tiny has no consistency heads"):
         Guard(Pipeline("tiny", tiny_model, tiny_processor))

@@ -65,7 +65,7 @@ def test_work_of_other_settings_is_not_taken_for_this_run(recipes, tmp_path):
     settings = full_strength.settings_of("fgsm-rs", 16 / 255, 0, tmp_path)
     for _ in range(2):
         full_strength.claim(tmp_path / "work", settings)
-    with pytest.raises(ValueError, match=r"begun with other settings.*--work"):
+    with pytest.raises(ValueError, match=r"started with other settings.*--work"):
         full_strength.claim(tmp_path / "work", full_strength.settings_of("fgsm-rs", 8 / 255, 0, tmp_path))
 
 

@@ -327,7 +327,7 @@ def test_images_that_cannot_be_shared_out_are_named():
     batch["input_ids"][2][batch["input_ids"][2] == IMAGE] = 20
     batch["input_ids"][0][batch["attention_mask"][0] == 0] = IMAGE
     objective = Victim(bridge_of(family.model()), PixelSpace.from_processor(family.processor), batch)
-    with pytest.raises(ValueError, match="cannot be shared out in order"):
+    with pytest.raises(ValueError, match="cannot be assigned in order"):
         objective.pixels()
 
 
@@ -374,7 +374,7 @@ def test_dual_encoders_name_what_is_wrong_with_labels_and_texts():
     features = objective.encode(objective.space.to_model(objective.pixels()))
     fuse, batch = objective.bridge.fuse, objective.batch
     for labels, said in (
-        (torch.tensor([0, 3, 1]), "row 1 of labels is 3; expected a place among the 3 texts"),
+        (torch.tensor([0, 3, 1]), "row 1 of labels is 3; expected an index of one of the 3 texts"),
         (torch.zeros(3, 4, dtype=torch.long), r"labels have shape \(3, 4\); .* needs \(N,\)"),
         (torch.tensor([0, 1]), "3 images and 2 labels"),
     ):

@@ -52,7 +52,7 @@ def test_an_l2_radius_may_exceed_1_but_must_be_a_number(run, replace_workflow, r
         (FileNotFoundError("no such thing"), 2, "error: no such thing"),
         (OSError(errno.ENOSPC, "could not write e: disk full"), 1, "error: could not write e: disk full"),
         (PermissionError(errno.EACCES, "Permission denied", "e/x"), 1, "error: Permission denied: e/x"),
-        (RuntimeError("CMAI_FAST_BACKEND=cuda cannot be had"), 1, "error: CMAI_FAST_BACKEND=cuda cannot be had"),
+        (RuntimeError("CMAI_FAST_BACKEND=cuda is unavailable"), 1, "error: CMAI_FAST_BACKEND=cuda is unavailable"),
         (FloatingPointError("the loss is [not] finite"), 1, "error: the loss is [not] finite"),
         (SafetensorError("header too large"), 1, "error: header too large"),
         (MemoryError(), 1, "error: MemoryError"),

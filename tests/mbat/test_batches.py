@@ -251,7 +251,7 @@ def test_a_dual_encoder_says_what_it_learns_from(tmp_path):
     family = next(f for f in FAMILIES if f.kind == "dual")
     batch = family.batch(family.model(), family.samples())
     bridge = bridge_of(family.model())
-    with pytest.raises(ValueError, match=r"the batch has no labels; it has .*the place of each image's own text"):
+    with pytest.raises(ValueError, match=r"the batch has no labels; it has .*the index of each image's own text"):
         checked(bridge, {k: v for k, v in batch.items() if k != "labels"})
     args = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="data_collator is None and a record is a dict with image, text; this model"):

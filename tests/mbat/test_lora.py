@@ -178,7 +178,7 @@ def test_what_is_saved_is_loaded_by_peft_and_transformers(load, train, batch, tm
     grown.load_adapter(str(out))
     torch.testing.assert_close(logits(grown, batch), expected)
     torch.testing.assert_close(logits(AutoModelForImageTextToText.from_pretrained(out), batch), expected)
-    torch.testing.assert_close(logits(Guard.from_pretrained(out, threshold=0.0).model, batch), expected)
+    torch.testing.assert_close(logits(Guard.from_pretrained(out, threshold=0.0).pipeline.model, batch), expected)
 
 
 class Interrupt(TrainerCallback):
@@ -260,7 +260,7 @@ def test_all_of_a_model_may_be_quantised_under_adapters(load, train, batch, way)
 def test_what_the_adapters_file_would_not_hold_is_refused(load, train, tmp_path, way):
     trainer = train(adapt(load(), way, "language"))
     trainer.bridge.model.model.multi_modal_projector.requires_grad_(True)
-    lost = r"4 trainable parameters are no part of the adapter .*multi_modal_projector.*modules_to_save"
+    lost = r"4 trainable parameters are not part of the saved adapter .*multi_modal_projector.*modules_to_save"
     with pytest.raises(ValueError, match=lost):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -297,7 +297,7 @@ def test_adapters_and_a_model_from_before_are_not_mixed(load, train, batch, tmp_
 def test_of_two_active_adapters_transformers_would_save_one(load, train):
     model = adapt(adapt(load(), "add_adapter", "vision"), "add_adapter", "language", "second")
     model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=r"4 trainable parameters are no part of the adapter .*lora_A\.second"):
+    with pytest.raises(ValueError, match=r"4 trainable parameters are not part of the saved adapter .*lora_A\.second"):
         train(model).train()
 
 
@@ -355,7 +355,7 @@ def test_weights_of_another_kind_are_refused(load, train, tmp_path, way):
         train(adapt(load(), way, "language", r=3)).train(resume_from_checkpoint=last)
     with pytest.raises(ValueError, match="do not fit those of the model"):
         train(adapt(load(), way, "vision")).train(resume_from_checkpoint=last)
-    with pytest.raises(ValueError, match="holds adapters alone, and the model has none"):
+    with pytest.raises(ValueError, match="holds only adapters, and the model has none"):
         train(load()).train(resume_from_checkpoint=last)
     train(load(), max_steps=2, output_dir=str(tmp_path / "plain")).train()
     with pytest.raises(ValueError, match=r"adapter_model.safetensors does not exist, and the model has adapters"):

@@ -208,5 +208,5 @@ def test_memory_that_runs_out_under_a_loss_of_the_users_is_said(make_tiny, tmp_p
 
     monkeypatch.setattr(trainer, "_attack", full)
     data = Answers()
-    with pytest.raises(torch.OutOfMemoryError, match="A step with a compute_loss_func is not cut into parts: halve"):
+    with pytest.raises(torch.OutOfMemoryError, match="A step with a compute_loss_func cannot be split: halve"):
         trainer.training_step(model, VQACollator(processor)([data[0], data[1]]), torch.tensor(7))

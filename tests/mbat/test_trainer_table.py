@@ -66,7 +66,7 @@ def test_fields_that_are_refused_are_refused_when_they_are_set_later(make_traine
 
 @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
 def test_optimizers_that_step_in_the_backward_pass_are_refused(tiny_model, tiny_processor, tmp_path, optim):
-    with pytest.raises(ValueError, match=r"optim is .* it steps during the backward pass, of which a step has several"):
+    with pytest.raises(ValueError, match=r"optim is .* it steps during the backward pass, and a step has several"):
         MBATTrainer(tiny_model, config(tmp_path, optim=optim), processing_class=tiny_processor)
 
 

@@ -118,7 +118,7 @@ def test_explicit_reference_does_not_touch_the_extension(monkeypatch: pytest.Mon
     ("name", "reason"),
     [
         ("cpu", "CMAI_FAST_BACKEND=cpu is unavailable: no compiler was there. Unset it, or choose one of: reference"),
-        ("CPU", "CMAI_FAST_BACKEND='CPU' is no backend; choose one of reference, cpu, cuda, triton"),
+        ("CPU", "CMAI_FAST_BACKEND='CPU' is not a backend; choose one of reference, cpu, cuda, triton"),
     ],
 )
 def test_a_backend_that_cannot_be_had_raises(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_the_variable_is_read_from_the_environment_of_the_process() -> None:
     )
     assert done.returncode == 1
     assert done.stdout.strip() == "ready"
-    assert "RuntimeError: CMAI_FAST_BACKEND='gpu' is no backend" in done.stderr
+    assert "RuntimeError: CMAI_FAST_BACKEND='gpu' is not a backend" in done.stderr
 
 
 def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_resuming_a_finished_run_gives_its_results(whole, fitted_folder, model_f
     assert appends.count == 0 and (out / "report.html").read_text() == "as it was"
     with pytest.raises(ValueError, match="holds a finished run"):
         run(fitted_folder, model_folder, out)
-    with pytest.raises(ValueError, match=r"begun with other settings \(seed was 0, now 1\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(seed was 0, now 1\)"):
         run(fitted_folder, model_folder, out, resume=True, seed=1)
 
 

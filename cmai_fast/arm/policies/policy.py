@@ -1,4 +1,4 @@
-"""What a policy is given, and what it gives back. Importing this does not load PyTorch, so names are checked early."""
+"""The input and output of a policy, and the registry. Importing it does not load PyTorch: names are checked early."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Decision:
     """What the guard decided about one image and one question.
 
     Attributes:
-        answer: for the one who asked; None when there is none for them.
+        answer: shown to the user; None if it is withheld.
         score: S_c of the image and the question with the model's answer, in [-1, 1]. NaN (a broken model) is never
             answered.
-        threshold: tau; what scores below it goes to the policies.
+        threshold: tau; lower scores go to the policies.
         route: "answer", or the name of the policy that decided.
         question: as asked.
-        withheld_answer: what the model said where that is not the answer: for the person who reviews the case, never
-            for the one who asked. None when the answer is the model's own.
-        id: of the sample, where the question came with one.
-        details: what the policy adds, such as votes; values that JSON can hold.
+        withheld_answer: the model's own answer if it differs from `answer`; for a reviewer, never for the user. None if
+            `answer` is the model's own.
+        id: of the sample, if it has one.
+        details: added by the policy, such as votes; values that JSON can hold.
     """
 
     answer: str | None
@@ -54,10 +54,10 @@ class Case:
 
     Attributes:
         sample: the images, as 8-bit RGB pictures, and the question.
-        answer: what the model said; withheld so far.
+        answer: the model's answer, withheld so far.
         score: S_c of that answer.
         threshold: tau.
-        pipeline: the model, for policies that ask it again.
+        pipeline: the model, for policies that query it again.
     """
 
     sample: Sample
@@ -92,7 +92,7 @@ POLICIES: Registry[Policy] = Registry("policy", "cmai_fast.arm.policies", frozen
 def policy(
     name: str, *, label: str
 ) -> Callable[[Callable[[Case], Decision | None]], Callable[[Case], Decision | None]]:
-    """Registers a function as the policy `name`; `label` is what lists call it."""
+    """Registers a function as the policy `name`; `label` is its name in lists."""
 
     def register(decide: Callable[[Case], Decision | None]) -> Callable[[Case], Decision | None]:
         POLICIES.add(name, Policy(name, label, decide))

@@ -17,7 +17,7 @@ def check(place: str) -> None:
     if not place or place.startswith(":") or place.count(":") > 1:
         raise ValueError(f"hf:{place} has no name; expected hf:REPO or hf:REPO:CONFIG, as in hf:user/questions:en")
     if "datasets" not in sys.modules and find_spec("datasets") is None:
-        raise ValueError(f"hf:{place} needs the package datasets: pip install datasets")
+        raise ValueError(f"hf:{place} needs the package datasets: pip install 'cmai-fast[datasets]'")
 
 
 def splits_of(place: str) -> tuple[str, ...]:

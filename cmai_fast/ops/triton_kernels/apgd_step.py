@@ -6,10 +6,10 @@
     previous = P(adv + momentum * (z - adv) + carry * (adv - previous)),  carry = 1 - momentum
 
 where P projects onto the ball and the box. L_inf, with sign(g): one pass. L2, with the unit vector along g / std: three
-passes, which keep the books and sum what gives the step its length; make the new point before its last projection, and
-sum its distance from clean; and project it. The last one writes model_input = (previous - mean) / std.
+passes. The first stores the best point and sums the norms for the step; the second makes the new point before its last
+projection, and sums its distance from clean; the third projects it, and writes model_input = (previous - mean) / std.
 
-`reference.py` is the definition of right.
+`reference.py` defines the right result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the step kernels walk a batch, and what they all read and write on the way.
+"""How the step kernels divide a batch, and their common loads and stores.
 
 An image tensor is contiguous, (rows, patches, channels, inner) in memory. A program takes a span of one segment, and a
 segment is never left: it is a run of one channel where runs are long, so that mean and std are two scalars of a
@@ -69,7 +69,7 @@ def count_nonfinite(nonfinite_ptr, grad, row):
 
 @triton.jit
 def load_gradient(grad_ptr, at, inside, nonfinite_ptr, row):
-    """float32 as it is, after its bad elements have been counted."""
+    """The gradient as float32, after counting its non-finite elements."""
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     count_nonfinite(nonfinite_ptr, grad, row)
     return grad
@@ -86,7 +86,7 @@ def in_pixels(grad, std_ptr, channel):
 
 @triton.jit
 def store_model_input(model_input_ptr, at, inside, image, mean_ptr, std_ptr, channel):
-    """(image - mean) / std, in the dtype of the model's input; nothing where there is none."""
+    """(image - mean) / std, in the dtype of the model's input; nothing if there is none."""
     if model_input_ptr is not None:
         if mean_ptr is not None:
             image = tl.div_rn(image - tl.load(mean_ptr + channel), tl.load(std_ptr + channel))
@@ -95,7 +95,7 @@ def store_model_input(model_input_ptr, at, inside, image, mean_ptr, std_ptr, cha
 
 @triton.jit
 def clamp(image, low, high):
-    # Both comparisons are false for NaN, which so stays where it is instead of becoming a bound.
+    # Both comparisons are false for NaN, which therefore stays NaN instead of becoming a bound.
     image = tl.where(image < low, low, image)
     return tl.where(image > high, high, image)
 
@@ -169,7 +169,7 @@ class Walk:
     """The arguments that all step kernels end in. `options` are the compiler's."""
 
     grid: tuple[int]
-    partials: int  # programs a row
+    partials: int  # programs per row
     sizes: tuple[int, ...]  # segment_size, segments, blocks, CHANNELS, INNER, SPAN, BLOCK
     options: dict[str, Any]
 
@@ -177,7 +177,7 @@ class Walk:
 @dataclass(frozen=True)
 class Layout:
     rows: int
-    segments: int  # a row
+    segments: int  # per row
     segment_size: int
     channels: int
     inner: int  # 0 where a segment is a run of one channel

@@ -7,7 +7,7 @@
 image, text (N, H, D) in float32, bfloat16 or float16, each its own; score and all sums float32. A pair with a vector
 of norm ZERO_NORM or less scores 0 and has zero gradients.
 
-`reference.py` is the definition of right.
+`reference.py` defines the right result.
 """
 
 from __future__ import annotations

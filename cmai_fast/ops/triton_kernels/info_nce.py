@@ -16,7 +16,7 @@ from one pass over the logits. Groups and spans are at most _MOST_PARTS, so memo
 O((N + M) _MOST_PARTS) for these. Backward: one kernel, over tiles of the query and then over tiles of the keys; each
 makes the logits again, and no two programs add to one number, so results do not depend on what runs first.
 
-`reference.py` is the definition of right.
+`reference.py` defines the right result.
 """
 
 from __future__ import annotations

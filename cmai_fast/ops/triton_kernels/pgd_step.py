@@ -8,7 +8,7 @@ and model_input = (adv - mean) / std in the same pass. The L_inf step is one ele
 that sums g * g, d * g and d * d over each row, with d = adv - clean, and one elementwise pass. With momentum two passes
 come before, and the step follows the velocity (see `velocity.py`).
 
-`reference.py` is the definition of right.
+`reference.py` defines the right result.
 """
 
 from __future__ import annotations

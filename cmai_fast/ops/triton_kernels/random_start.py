@@ -4,7 +4,7 @@ One SplitMix64 sequence (Steele, Lea, Flood 2014) for each (seed, sample id), an
 L_inf: one pass, the bits of the reference. L2: a pass that writes a Gaussian vector to adv and sums its squares, and
 one that scales it to the radius eps * u^(1 / elements), where u is drawn from the element after the row's last.
 
-`reference.py` is the definition of right.
+`reference.py` defines the right result.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and with R = sigmoid(l) - onehot,
 query (N, D), keys (M, D) in float32, bfloat16 or float16, alike; labels (N,) int64; scale and bias 0-d, read on the
 device; loss float32. The programs are those of `info_nce.py`, without log-sum-exps.
 
-`reference.py` is the definition of right.
+`reference.py` defines the right result.
 """
 
 from __future__ import annotations

@@ -169,5 +169,5 @@ def test_names_that_are_none(name, hub):
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
 def test_without_datasets_it_is_named():
-    with pytest.raises(ValueError, match="hf:me/set needs the package datasets: pip install datasets"):
+    with pytest.raises(ValueError, match=r"hf:me/set needs the package datasets: pip install 'cmai-fast\[datasets\]'"):
         DataSource("hf:me/set").check()
