@@ -61,8 +61,10 @@ class VQACollator:
 
     def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         asked = _checked(samples)
-        texts, rows, batch = self._encode(asked)
-        batch.update(self._close(texts, rows, [(_answer(s), f"{_name(s)}: its answer") for s in asked]))
+        texts, rows, images = self._encode(asked)
+        closed = self._close(texts, rows, [(_answer(s), f"{_name(s)}: its answer") for s in asked])
+        # Texts first: accelerate takes the rows of the first tensor for the number of samples, and images may be fewer.
+        batch = {**closed, **images}
         batch["sample_ids"] = torch.tensor([numeric_id(s.id) for s in asked])
         if self.negatives:
             wrong = [(answer, f"{_name(s)}: its choice") for s in asked for answer in self._wrong_answers(s)]
@@ -75,7 +77,7 @@ class VQACollator:
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch with prompts only, without labels, for `generate`."""
         _, rows, batch = self._encode(_checked(samples))
-        return {**batch, **self._padded(rows)}
+        return {**self._padded(rows), **batch}
 
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
         """Prompts as texts and as tokens, and the other inputs of the family's forward."""

@@ -12,6 +12,7 @@ from transformers import default_data_collator
 from cmai_fast.bridge import BatchImages, DualBridge, ModelBridge
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator
+from cmai_fast.data.records import IDS
 from cmai_fast.data.sample import numeric_id
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
@@ -24,7 +25,8 @@ class RecordCollator:
     """The default collator of a trainer: `VQACollator` for records, `ChoiceCollator` for dual encoders,
     `default_data_collator` for rows that already hold the model's inputs.
 
-    Wrong answers are added if every record of a batch has some and gamma is above 0.
+    Wrong answers are added if every record of a batch has some and gamma is above 0. Records without ids get no
+    `sample_ids`, so that those of different batches and processes are told apart.
     """
 
     def __init__(self, processor: Any, bridge: ModelBridge, args: MBATConfig) -> None:
@@ -34,16 +36,24 @@ class RecordCollator:
     def __call__(self, records: Sequence[Any]) -> dict[str, Tensor]:
         if isinstance(records[0], Mapping) and "labels" in records[0]:
             return default_data_collator(list(records))
-        if "input_ids" not in self.needs:
-            return ChoiceCollator(self.processor)(records)
         samples = [Sample.of(record, place) for place, record in enumerate(records)]
-        wrong = all(any(c not in s.references for c in s.choices) for s in samples)
-        return self._with_negatives(int(wrong and self.args.gamma > 0))(samples)
+        if "input_ids" not in self.needs:
+            batch = ChoiceCollator(self.processor)(samples)
+        else:
+            wrong = all(any(c not in s.references for c in s.choices) for s in samples)
+            batch = self._with_negatives(int(wrong and self.args.gamma > 0))(samples)
+        if not all(map(_has_id, records)):
+            del batch["sample_ids"]  # places in this batch
+        return batch
 
     def _with_negatives(self, negatives: int) -> VQACollator:
         if negatives not in self._collators:
             self._collators[negatives] = VQACollator(self.processor, negatives, self.context)
         return self._collators[negatives]
+
+
+def _has_id(record: Any) -> bool:
+    return isinstance(record, Sample) or any(record.get(key) is not None for key in IDS)
 
 
 def checked(bridge: ModelBridge, inputs: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
@@ -75,6 +85,14 @@ def checked(bridge: ModelBridge, inputs: Mapping[str, Any], first: int = 0) -> d
                 f"{key} has shape {tuple(value.shape)}; expected (N, K, M): K wrong answers of M tokens for each of "
                 f"the {rows} samples{_cut(key)}"
             )
+    values, grid = found.get("pixel_values"), found.get("image_grid_thw")
+    if values is not None and grid is not None and len(values) != int(grid.prod(-1).sum()):
+        raise ValueError(
+            f"pixel_values have {len(values)} patches, and image_grid_thw stands for {int(grid.prod(-1).sum())} of "
+            f"{len(grid)} images; expected the same{_CUT}"
+        )
+    if values is not None and isinstance(bridge, DualBridge) and len(values) != rows:
+        raise ValueError(f"pixel_values have {len(values)} rows and labels {rows}; expected one image per sample")
     return found
 
 
@@ -82,14 +100,29 @@ def rows_with_images(bridge: ModelBridge, inputs: Mapping[str, Any]) -> Tensor:
     """(N,) bool: the samples whose text has image tokens.
 
     Raises:
-        ValueError: image tokens but no `pixel_values`.
+        ValueError: image tokens, and no `pixel_values`; or images whose sample has no image tokens.
     """
-    labels = inputs["labels"]
-    if "input_ids" not in bridge.needs:  # these families always take an image
+    labels, values = inputs["labels"], inputs.get("pixel_values")
+    if "input_ids" not in bridge.needs:  # these families always look at an image
         there = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     else:
         there = (inputs["input_ids"] == bridge.model.config.image_token_id).any(1)
-    if there.any() and inputs.get("pixel_values") is None:
+    unseen = ~there.any().expand(len(there)) if values is not None and len(values) else torch.zeros_like(there)
+    if (
+        values is not None
+        and values.dim() == 5
+        and len(values) == len(there)
+        and "image_sizes" not in bridge.image_keys
+    ):
+        unseen = ~there & values.flatten(1).any(1)  # images by sample, with zeros where a sample has none
+    if unseen.any():
+        row = int(unseen.nonzero()[0])
+        raise ValueError(
+            f"the batch has pixel_values of shape {tuple(values.shape)}, and sample {row} of it has no image token (id "
+            f"{bridge.model.config.image_token_id}) to take an image; text and images come from one call of the "
+            "model's own processor. Leave pixel_values out for samples without an image"
+        )
+    if there.any() and values is None:
         raise ValueError(
             f"the batch has no pixel_values, and {int(there.sum())} of its {len(there)} samples have an image; it has "
             f"{', '.join(inputs)}. {_advice(bridge)}"
@@ -134,13 +167,14 @@ def _advice(bridge: ModelBridge) -> str:
     )
 
 
+_CUT = (
+    ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with a row "
+    "per sample, or set accelerator_config={'dispatch_batches': False}"
+)
+
+
 def _cut(key: str) -> str:
-    return (
-        ". accelerate cuts every tensor to the same number of rows when it dispatches the batches of a stream; make "
-        "tensors with one row per sample, or set accelerator_config={'dispatch_batches': False}"
-        if key.startswith(_NEGATIVE)
-        else ""
-    )
+    return _CUT if key.startswith(_NEGATIVE) else ""
 
 
 def _found(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer
 
 from cmai_fast.bridge import DualBridge
+from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.quantized import is_quantized
 
@@ -97,6 +98,23 @@ def check_loss(trainer: Any) -> None:
             "compute_loss_func is given, which MBATTrainer does not support for dual encoders: their loss is that of "
             "each image among the texts. Leave it out"
         )
+
+
+def check_dispatch(trainer: Any) -> None:
+    """Leaves the batches of a stream whole where accelerate would cut every tensor to as many rows: in one process, and
+    for dual encoders, whose texts belong to all samples.
+
+    Raises:
+        ValueError: it was asked to cut those.
+    """
+    asked, dual = trainer.accelerator.dispatch_batches, isinstance(trainer.bridge, DualBridge)
+    if asked and dual:
+        raise ValueError(
+            "dispatch_batches is set, which MBATTrainer does not support for dual encoders: accelerate would cut the "
+            "texts, which belong to all samples of a batch. Leave it out"
+        )
+    if asked is None and (dual or ranks.count() == 1):
+        trainer.accelerator.dataloader_config.dispatch_batches = False
 
 
 def check_sharding(trainer: Any) -> None:

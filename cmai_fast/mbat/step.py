@@ -23,6 +23,7 @@ from cmai_fast.pixels import PixelSpace
 from cmai_fast.threat import ThreatModel
 
 T = TypeVar("T")
+_COUNTS = ("nonfinite_gradients", "zero_gradients")
 
 
 class StepTrainer(CheckpointedTrainer):
@@ -58,6 +59,7 @@ class StepTrainer(CheckpointedTrainer):
         inputs = {**inputs, WEIGHTS: self._weights(inputs["labels"])}
         # accelerate puts autocast around the model's `forward`, which the parts of a model bypass.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
+            self._check_images(rows_with_images(self.bridge, inputs))
             seen, batches = self._batches(inputs, size)
             keep = size >= len(inputs["labels"])
             parts = self._together(lambda: [self._language_side(batch, keep=keep) for batch in batches])
@@ -81,10 +83,20 @@ class StepTrainer(CheckpointedTrainer):
             return shards.whole_or_not(run, "A step with a compute_loss_func")
         return agreed(run)
 
+    def _check_images(self, there: Tensor) -> None:
+        """Raises ValueError for samples with and without an image where they would not make one loss."""
+        if self.heads is not None or shards.is_sharded(self.model):  # which work on those of all processes together
+            ranks.check_equal(int(there.sum()), "samples with an image")
+        if self.compute_loss_func is not None and there.any() and not there.all():
+            raise ValueError(
+                f"{int(there.sum())} of {len(there)} samples of a batch have an image, and compute_loss_func is given: "
+                "samples with and without an image run apart, and a mean over a batch would be another one. Make "
+                "batches of one kind, or leave compute_loss_func out"
+            )
+
     def _batches(self, inputs: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The samples with images, and all samples in batches of at most `size`: those with images first."""
         there = rows_with_images(self.bridge, inputs)
-        ranks.check_equal(int(there.sum()), "samples with an image")
         if there.all() and size >= len(there):
             return inputs, [inputs]
         if there.all():
@@ -137,8 +149,8 @@ class StepTrainer(CheckpointedTrainer):
         self._count(full_forward=1, full_backward=1)
         if args.lam:
             self.accelerator.backward(self._share * args.lam * loss)
-        part.sums |= {"loss_adv": loss.detach(), "nonfinite_gradients": result.nonfinite.sum().float()}
-        part.sums["zero_gradients"] = result.zero_gradients.sum().float()
+        counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
+        part.sums |= {"loss_adv": loss.detach(), **dict(zip(_COUNTS, counts, strict=True))}
         return part
 
     def _text_side(self, text: dict[str, Tensor], weights: Tensor) -> Part:
@@ -148,7 +160,9 @@ class StepTrainer(CheckpointedTrainer):
         if loss.requires_grad:  # false if only the vision side learns
             self.accelerator.backward(self._share * loss)
         sums = {"loss_clean": loss.detach()}
-        return Part(text, [], None, None, sums if self.args.inner == "none" else sums | {"loss_adv": loss.detach()})
+        if self.args.inner != "none":
+            sums |= {"loss_adv": loss.detach(), **dict.fromkeys(_COUNTS, torch.zeros((), device=loss.device))}
+        return Part(text, [], None, None, sums)
 
     def _vision_side(self, parts: list[Part]) -> None:
         for part in (part for part in parts if part.views):
@@ -237,6 +251,7 @@ class StepTrainer(CheckpointedTrainer):
         with torch.set_grad_enabled(weight > 0):
             t = torch.cat([heads.project_text(part.own) for part in parts if part.own is not None])
             wrong = [heads.project_text(part.wrong) for part in parts if part.wrong is not None]
+            wrong = [] if ranks.any_of(not wrong) else wrong  # a batch has them where every sample has
             ranks.check_equal(sum(map(len, wrong)), "wrong answers")
             t_wrong = ranks.gather(torch.cat(wrong)) if wrong else None
             same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))

@@ -16,15 +16,15 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from cmai_fast.attacks import Passes
-from cmai_fast.bridge import BatchImages, bridge_of, frozen, lean_activations, set_recompute, unpack
+from cmai_fast.bridge import bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import optimizers, ranks, shards
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters
-from cmai_fast.mbat.batches import RecordCollator, checked, no_features, rows_with_images, without_images
+from cmai_fast.mbat.batches import RecordCollator, checked, no_features, rows_with_images
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, take
+from cmai_fast.mbat.parts import DoesNotFitError, RNGState, agreed, gradients_aside
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
-from cmai_fast.mbat.refused import check_arguments, check_loss, check_sharding
+from cmai_fast.mbat.refused import check_arguments, check_dispatch, check_loss, check_sharding
 from cmai_fast.mbat.robust_eval import untouched, verdicts
 from cmai_fast.mbat.step import StepTrainer
 from cmai_fast.pixels import PixelSpace
@@ -92,7 +92,9 @@ class MBATTrainer(StepTrainer):
         self.passes = Passes()
         self._sums: defaultdict[str, list[float]] = defaultdict(list)
         self._rows_at_once: int | None = None  # set when memory ran out
+        self._looks_at_once: int | None = None  # the same for an evaluation
         self._heads_optimizer: torch.optim.Optimizer | None = None
+        self._leader: torch.optim.Optimizer | None = None  # the one that the heads' optimizer follows
         self._named_optimizer = False  # whether args.optim says what steps the model
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the current evaluation
         self._seen = 0
@@ -104,9 +106,7 @@ class MBATTrainer(StepTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             check_sharding(self)
         check_loss(self)
-        if ranks.count() == 1 and self.accelerator.dispatch_batches is None:
-            # A single process would cut the batches of a stream too: every tensor to as many rows.
-            self.accelerator.dataloader_config.dispatch_batches = False
+        check_dispatch(self)
         if self.heads is not None:
             self.heads.to(args.device)
             ranks.copy_from_first(self.heads.parameters())
@@ -179,8 +179,15 @@ class MBATTrainer(StepTrainer):
         return super().create_optimizer(model)
 
     def _let_heads_learn(self) -> None:
-        """Creates the heads' optimizer, once, whatever optimizer the model has."""
-        if self.heads is None or not self.args.gamma or self._heads_optimizer is not None:
+        """Makes their optimizer, once, and lets it follow whatever steps the model: an optimizer of the user's, or of a
+        subclass."""
+        leader = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.heads is None or not self.args.gamma or leader is None:
+            return
+        if self._heads_optimizer is not None and leader is not self._leader:
+            optimizers.step_behind(leader, self._heads_optimizer, self.args)
+            self._leader = leader
+        if self._heads_optimizer is not None:
             return
         if not all(p.requires_grad for p in self.heads.parameters()):
             warnings.warn(
@@ -191,7 +198,8 @@ class MBATTrainer(StepTrainer):
             )
         named = self.get_optimizer_cls_and_kwargs(self.args, self.model) if self._named_optimizer else None
         self._heads_optimizer = optimizers.for_heads(self.heads, self.args, named)
-        optimizers.step_behind(getattr(self.optimizer, "optimizer", self.optimizer), self._heads_optimizer, self.args)
+        optimizers.step_behind(leader, self._heads_optimizer, self.args)
+        self._leader = leader
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -202,6 +210,8 @@ class MBATTrainer(StepTrainer):
         those of the whole batch. This takes a second pass of the vision side. With a sharded model, or if a single
         sample does not fit, torch.OutOfMemoryError says what helps.
         """
+        self._check_changes()
+        self._let_heads_learn()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # of a schedule-free optimizer
             self.optimizer.train()
@@ -221,8 +231,8 @@ class MBATTrainer(StepTrainer):
                     parts, total = self._step(inputs, size)
                     break
                 except DoesNotFitError as error:
-                    self._halve(size, error)
-                # Outside `except`, which keeps the tensors of the attempt alive.
+                    self._rows_at_once = _halved(size, error, "a step", "; its gradients are those of the whole batch")
+                # Out of `except`, which holds on to all that the attempt had made.
                 clear_device_cache(garbage_collection=True)
                 for p in trained:
                     p.grad = None
@@ -244,20 +254,6 @@ class MBATTrainer(StepTrainer):
 
     def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
         return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
-
-    def _halve(self, size: int, error: DoesNotFitError) -> None:
-        if size == 1:
-            raise torch.OutOfMemoryError(
-                f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
-                "4 bits (quantized_language_model), or let the processor make smaller images"
-            ) from error
-        self._rows_at_once = (size + 1) // 2
-        warnings.warn(
-            f"{size} samples at once do not fit into memory ({error}). From now on a step takes at most "
-            f"{self._rows_at_once} at once; its gradients are those of the whole batch",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Trainer's; a non-finite gradient must not reach the weights, nor they a checkpoint."""
@@ -326,25 +322,38 @@ class MBATTrainer(StepTrainer):
         return plain if loss is None else loss, logits, labels
 
     def _look(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`robust_eval.verdicts` (N,). A sample without an image cannot be attacked: its robust values are the
-        clean ones, and its S_c is NaN."""
+        """`robust_eval.verdicts` (N,). Nothing can be done to a sample without an image: its robust values are the
+        clean ones, and it has no S_c (NaN). Where memory runs out it is done in parts, as a step is."""
         there = rows_with_images(self.bridge, inputs)
-        if there.all():
-            return self._attacked(inputs)
-        images, rows = BatchImages(self.bridge, self.space, inputs), (~there).nonzero().squeeze(1)
-        _, text = self.bridge.inputs(without_images(images, inputs, rows))
-        with frozen(self.model), torch.no_grad():
-            loss, right = self.bridge.losses(no_features(self.bridge, text), **text)
-        found = {"loss": loss, "accuracy": right.to(loss)}
-        found |= {f"robust_{name}": value for name, value in found.items()} if self.args.eval_attack_steps else {}
-        others = self._attacked(take(images, inputs, there.nonzero().squeeze(1))) if there.any() else {}
-        whole = {name: loss.new_full((len(there),), float("nan")) for name in found | others}
-        for values, at in ((found, ~there), (others, there)):
-            for name, value in values.items():
-                whole[name][at] = value.to(loss)
-        return whole
+        while True:
+            size = min(len(there), self._looks_at_once or len(there))
+            try:
+                looks = self._looks(inputs, size)
+                break
+            except DoesNotFitError as error:
+                self._looks_at_once = _halved(size, error, "an evaluation")
+            clear_device_cache(garbage_collection=True)
+        order = torch.cat([there.nonzero().squeeze(1), (~there).nonzero().squeeze(1)])
+        nothing = [torch.full_like(look["loss"], float("nan")) for look in looks]
+        found = {}
+        for name in dict.fromkeys(name for look in looks for name in look):
+            value = torch.cat([look.get(name, nan).to(nan) for look, nan in zip(looks, nothing, strict=True)])
+            found[name] = torch.empty_like(value).index_copy_(0, order, value)
+        return found
 
-    def _attacked(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _looks(self, inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+        run = lambda: [self._look_at(batch) for batch in self._batches(inputs, size)[1]]  # noqa: E731
+        sharded = shards.is_sharded(self.model)
+        return shards.whole_or_not(run, "A sharded model's evaluation") if sharded else agreed(run)
+
+    def _look_at(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "pixel_values" not in inputs:
+            _, text = self.bridge.inputs(inputs)
+            with frozen(self.model), torch.no_grad():
+                loss, right = self.bridge.losses(no_features(self.bridge, text), **text)
+            found = {"loss": loss, "accuracy": right.to(loss)}
+            robust = {f"robust_{name}": value for name, value in found.items()} if self.args.eval_attack_steps else {}
+            return found | robust
         return verdicts(
             self.bridge, self.space, inputs, self.heads, self.args.threat, self.args.eval_attack_steps,
             seed=self.args.seed, sample_ids=inputs["sample_ids"],
@@ -359,6 +368,22 @@ class MBATTrainer(StepTrainer):
                 "cannot be distinguished from the others; give a dataset with __len__, or set dataloader_drop_last"
             )
         return self.accelerator.gather_for_metrics(rows).cpu()
+
+
+def _halved(size: int, error: DoesNotFitError, what: str, so: str = "") -> int:
+    """How many samples are tried at once after `size` were too many."""
+    if size == 1:
+        raise torch.OutOfMemoryError(
+            f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
+            "4 bits (quantized_language_model), or let the processor make smaller images"
+        ) from error
+    half = (size + 1) // 2
+    warnings.warn(
+        f"{size} samples at once do not fit into memory ({error}). From now on {what} takes at most {half} at once{so}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return half
 
 
 def _mean(name: str, parts: list[Tensor]) -> float:

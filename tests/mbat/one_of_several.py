@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.data import VQACollator, load_dataset
+from cmai_fast.data import Sample, VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 
 
@@ -106,6 +107,15 @@ def kill_at(trainer: MBATTrainer, where: str) -> None:
         save, trainer._save_optimizer_and_scheduler = trainer._save_optimizer_and_scheduler, in_mid_save
 
 
+def uneven(samples, texts: bool) -> list[Sample]:
+    """Every third answer is twice as long; with `texts` as many samples have no image."""
+    return [
+        replace(s, references=(f"{s.answer} {s.answer}",)) if i % 3 == 0
+        else replace(s, images=()) if texts and i % 3 == 1 else s
+        for i, s in enumerate(samples)
+    ]  # fmt: skip
+
+
 def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
@@ -118,15 +128,16 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     processor = AutoProcessor.from_pretrained(folder / "model")
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # heads of its own, until it is given those of the first
     width = model.config.get_text_config().hidden_size
-    heads = ConsistencyHeads(width, width, dim=8, hidden=16).double()
+    texts = settings.pop("texts", False)
+    heads = None if texts else ConsistencyHeads(width, width, dim=8, hidden=16).double()
     args = MBATConfig(output_dir=str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
     trainer = (ShardedOnTheCPU if args.fsdp else MBATTrainer)(
         model,
         args,
         heads=heads,
-        train_dataset=load_dataset("easyvqa", "train", 48, seed=3),
+        train_dataset=uneven(load_dataset("easyvqa", "train", 48, seed=3), texts),
         eval_dataset=load_dataset("easyvqa", "test", 10, seed=3),
-        data_collator=VQACollator(processor, negatives=1),
+        data_collator=VQACollator(processor, negatives=not texts),
         processing_class=processor,
     )
     counts = count_traffic(trainer)
@@ -138,7 +149,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     logs = [entry for entry in trainer.state.log_history if "loss_adv" in entry]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     weights = {f"model.{k}": v for k, v in trainer.model.named_parameters()}
-    weights |= {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
+    weights |= {} if texts else {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
     assert {isinstance(v, DTensor) for k, v in weights.items() if k.startswith("model.")} == {bool(args.fsdp)}
     weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()}
     if args.process_index == 0:
@@ -148,7 +159,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
                 {
                     "logs": logs,
                     "evaluations": evaluations,
-                    "arm": trainer.schedule.state_dict(),
+                    "arm": None if texts else trainer.schedule.state_dict(),
                     "counts": +counts,
                 }
             )

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 
-from cmai_fast.bridge import Bridge, bridge_of, task_loss
+from cmai_fast.bridge import BatchImages, Bridge, bridge_of, task_loss
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.mbat import MBATConfig, MBATTrainer
-from cmai_fast.mbat.batches import RecordCollator, checked
+from cmai_fast.mbat.batches import RecordCollator, checked, rows_with_images
+from cmai_fast.pixels import PixelSpace
 from families import FAMILIES
 
 
@@ -151,6 +152,17 @@ def test_samples_without_an_image_are_trained_cleanly(make_trainer, make_tiny, d
     assert trainer.passes.vision_forward == (1 if kind == "mixed" else 0)
 
 
+def test_a_loss_of_the_users_does_not_run_on_parts_of_a_batch(make_trainer, make_tiny, data):
+    """It may be a mean over its batch."""
+    processor, samples = make_tiny()[1], [data[i] for i in range(4)]
+    batch = mixed(VQACollator(processor)(samples[1:]), text_batch(processor, samples[:1]))
+    trainer = make_trainer(
+        given={"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.mean()}
+    )
+    with pytest.raises(ValueError, match=r"3 of 4 samples of a batch have an image, and compute_loss_func is given"):
+        trainer.training_step(trainer.model, batch)
+
+
 def test_heads_learn_from_the_samples_with_an_image_alone(make_trainer, make_tiny, data):
     processor, samples = make_tiny()[1], [data[i] for i in range(4)]
     whole = VQACollator(processor)(samples[1:])
@@ -217,6 +229,28 @@ def test_texts_alone_train_on_every_family(family, tmp_path):
     assert loss.isfinite() and trainer.passes.vision_forward == 0
 
 
+@pytest.mark.parametrize("family", GENERATIVE, ids=lambda f: f.name)
+def test_images_that_no_sample_takes_and_images_that_were_cut_are_refused(family):
+    """Trained on as texts, or on other samples' images, without a word."""
+    model = family.model()
+    bridge, batch = bridge_of(model), family.batch(model, family.samples())
+    unseen = torch.where(batch["input_ids"] == model.config.image_token_id, 11, batch["input_ids"])
+    with pytest.raises(ValueError, match=r"pixel_values of shape .*, and sample 0 of it has no image token \(id 5\)"):
+        rows_with_images(bridge, {**batch, "input_ids": unseen})
+    first = {**batch, "input_ids": torch.cat([unseen[:1], batch["input_ids"][1:]])}
+    space = PixelSpace.from_processor(family.processor)
+    with pytest.raises(ValueError, match="sample 0 of it has no image token|cannot be shared out in order"):
+        rows_with_images(bridge, first)
+        _ = BatchImages(bridge, space, first).layout
+    cut = {k: v[: len(batch["labels"])] for k, v in batch.items()}  # as accelerate does
+    if len(cut["pixel_values"]) < len(batch["pixel_values"]):
+        with pytest.raises(
+            ValueError, match=r"the images take .* tokens|image_grid_thw stands for 72.*dispatch_batches"
+        ):
+            _ = BatchImages(bridge, space, checked(bridge, cut)).layout
+            bridge.encode_image(**{k: cut[k] for k in ("pixel_values", *bridge.image_keys) if k in cut})
+
+
 def test_any_hashable_id_names_a_sample(tiny_model, batch):
     bridge = Bridge(tiny_model)
     ids = checked(bridge, {**batch, "sample_ids": ["a/1.png", 7, ("b", 2), None]})["sample_ids"]
@@ -254,5 +288,5 @@ def test_a_dual_encoder_says_what_it_learns_from(tmp_path):
     with pytest.raises(ValueError, match=r"the batch has no labels; it has .*the index of each image's own text"):
         checked(bridge, {k: v for k, v in batch.items() if k != "labels"})
     args = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match="data_collator is None and a record is a dict with image, text; this model"):
+    with pytest.raises(ValueError, match=r"record 0: no question; .*caption, for a picture and its text"):
         RecordCollator(family.processor, bridge, args)([{"image": None, "text": "a shape"}])

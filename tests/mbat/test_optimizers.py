@@ -65,6 +65,25 @@ def test_an_optimizer_made_by_a_subclass_moves_the_heads_too(make_trainer, monke
     assert type(trainer._heads_optimizer) is torch.optim.AdamW
 
 
+def test_heads_follow_another_optimizer_and_learn_from_a_later_gamma(make_trainer):
+    class Raise(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.gamma = 0.5
+
+    trainer = make_trainer(max_steps=1, save_strategy="no", gamma=0.0, callbacks=[Raise()])
+    begin = trainer.heads.image_out.weight.detach().clone()
+    trainer.train()
+    assert torch.equal(trainer.heads.image_out.weight, begin)
+    trainer.args.max_steps = 2
+    trainer.args.gamma = 0.0
+    trainer.train()  # the second step has a gamma
+    first = trainer.heads.image_out.weight.detach().clone()
+    assert not torch.equal(first, begin)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.01)
+    trainer.train()
+    assert not torch.equal(trainer.heads.image_out.weight, first)
+
+
 def test_heads_that_cannot_learn_are_named(make_trainer):
     trainer = make_trainer(max_steps=1, save_strategy="no")
     trainer.heads.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,28 @@ def test_gradients_of_earlier_micro_batches_stay(make_trainer, collate, data, mo
     with pytest.warns(RuntimeWarning, match="do not fit"):
         found = of_step(parts, batches[1])
     same(found, of_step(whole, batches[1]))
+
+
+def test_an_evaluation_in_parts_is_the_whole_evaluation(make_trainer, data, monkeypatch) -> None:
+    rows = [data[i] if i % 4 else replace(data[i], images=()) for i in range(5)]
+    found = []
+    for most in (None, 2):
+        trainer = make_trainer(eps=0.3, eval_attack_steps=2, eval_dataset=rows, per_device_eval_batch_size=5)
+        trainer.model.double(), trainer.heads.double()
+        collate = trainer.data_collator
+        trainer.data_collator = lambda samples, collate=collate: {
+            k: v.double() if k == "pixel_values" else v for k, v in collate(samples).items()
+        }
+        if most:
+            tried = scarce(trainer, most, "encode", monkeypatch)
+            with pytest.warns(RuntimeWarning, match="3 samples .*From now on an evaluation takes at most 2 at once"):
+                found.append(trainer.evaluate())
+            assert max(tried) == 3 and trainer._rows_at_once is None
+        else:
+            found.append(trainer.evaluate())
+    for name in ("loss", "accuracy", "s_c", "robust_loss", "robust_accuracy", "robust_s_c"):
+        assert found[1][f"eval_{name}"] == pytest.approx(found[0][f"eval_{name}"], rel=1e-6), name
+    assert found[0]["eval_robust_loss"] > found[0]["eval_loss"] + 1e-3
 
 
 def test_a_failed_attempt_leaves_gradients_as_they_were(make_trainer, batch, monkeypatch) -> None:

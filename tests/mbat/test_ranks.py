@@ -111,6 +111,19 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path
         assert_attacked(two_said)
 
 
+TEXTS = {
+    "texts": True, "gamma": 0.0, "beta": 0.0, "arm": False, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no",
+}  # fmt: skip
+
+
+def test_processes_with_unequally_many_images_train_as_one(folder: Path) -> None:
+    one, one_said = train(folder, "one-texts", 1, **TEXTS)
+    two, two_said = train(folder, "two-texts", 2, **TEXTS)
+    assert_same(one, two)
+    for mine, whole in zip(two_said["logs"], one_said["logs"], strict=True):
+        assert mine["loss_clean"] == pytest.approx(whole["loss_clean"], rel=1e-5)
+
+
 @pytest.mark.parametrize("side", ["_language_side", "_vision_side"])
 def test_memory_that_runs_out_in_one_process_makes_parts_in_both(folder: Path, side: str) -> None:
     """None waits for the other, and the step stays that of the whole batch, negatives included."""
