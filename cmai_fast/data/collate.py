@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cmai_fast.data.pictures import read_picture
-from cmai_fast.data.prompt import PromptForm
+from cmai_fast.data.prompt import PromptForm, check_text
 from cmai_fast.data.remembered import RememberedPictures
 from cmai_fast.data.sample import Sample, numeric_id
 
@@ -134,6 +134,8 @@ class VQACollator:
         return padded
 
     def _wrong_answers(self, sample: Sample) -> list[str]:
+        for choice in sample.choices:
+            check_text(choice, f"{_name(sample)}: its choice")
         others = sample.wrong_choices
         if not others:
             raise ValueError(

@@ -122,7 +122,7 @@ class PromptForm:
         return self._filled(lambda text: f"{self.lead}{text}{self.end}", "closing", answer, name)
 
     def _filled(self, form: Callable[[str], str], kind: Any, text: Any, name: str) -> str:
-        _check_text(text, name)
+        check_text(text, name)
         if kind not in self._own_control:
             self._own_control[kind] = self.control.find(form(_PROBE))
         filled = form(text)
@@ -159,7 +159,8 @@ class PromptForm:
         return [row[len(start) :] for start, row in zip(own, whole, strict=True)]
 
 
-def _check_text(text: Any, name: str) -> None:
+def check_text(text: Any, name: str) -> None:
+    """Raises ValueError where this is no text that a tokenizer takes; `name` is what the error calls it."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is {text!r:.80} ({type(text).__name__}); expected a text")
     bad = re.search(f"[\ud800-\udfff{BREAK}{GENUINE}]", text)

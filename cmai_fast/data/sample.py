@@ -68,17 +68,11 @@ class Sample:
 
 def differing(answers: Iterable[str], references: Iterable[str]) -> tuple[str, ...]:
     """The answers that say something else than the references, each once: `Yes.` and `yes` say the same."""
-    right = {said(r) for r in references}
+    right = {folded(r) for r in references}
     first: dict[str, str] = {}
     for answer in answers:
-        first.setdefault(said(answer), answer)
+        first.setdefault(folded(answer), answer)
     return tuple(answer for key, answer in first.items() if key not in right)
-
-
-def said(answer: str) -> str:
-    """What an answer says, to compare it with others: without case, extra spaces and the mark at its end."""
-    text = folded(answer)
-    return text.rstrip(" .!?") or text
 
 
 def numeric_id(sample_id: Hashable) -> int:

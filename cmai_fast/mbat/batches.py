@@ -168,8 +168,8 @@ def _advice(bridge: ModelBridge) -> str:
 
 
 _CUT = (
-    ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with a row "
-    "per sample, or set accelerator_config={'dispatch_batches': False}"
+    ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with one "
+    "row per sample, or set accelerator_config={'dispatch_batches': False}"
 )
 
 

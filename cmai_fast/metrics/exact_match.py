@@ -1,4 +1,4 @@
-"""Exact match: the share of predictions that equal one of their references, ignoring case and extra spaces."""
+"""Exact match: the share of predictions that equal a reference but for case, extra spaces and the mark at the end."""
 
 from __future__ import annotations
 
@@ -15,5 +15,6 @@ def exact_match(predictions: Sequence[str], references: Sequence[tuple[str, ...]
 
 
 def folded(text: str) -> str:
-    """The text case-folded, with single spaces, as it is compared."""
-    return " ".join(text.casefold().split())
+    """The text as it is compared: case-folded, with single spaces, without ".", "!" or "?" at the end."""
+    text = " ".join(text.casefold().split())
+    return text.rstrip(" .!?") or text

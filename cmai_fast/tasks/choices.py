@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cmai_fast.data.sample import Sample, differing, said
+from cmai_fast.data.sample import Sample, differing
+from cmai_fast.metrics.exact_match import folded
 
 if TYPE_CHECKING:
     from cmai_fast.tasks.task import Task
@@ -21,7 +22,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?\s*%?")
 
 def answer_kind(answer: str) -> str:
     """`yes/no`, `number` or `text`. Answers of one kind can serve as wrong answers to each other's questions."""
-    text = said(answer)
+    text = folded(answer)
     if text in YES_NO:
         return "yes/no"
     return "number" if _NUMBER.fullmatch(text) else "text"
@@ -89,8 +90,8 @@ class WithChoices(Sequence[Sample]):
         for i in range(len(self._samples)):
             sample = Sample.of(self._samples[i], i)
             for answer in sample.references[:1]:
-                count[said(answer)] += 1
-                first.setdefault(said(answer), replace(sample, images=(), references=(answer,)))
+                count[folded(answer)] += 1
+                first.setdefault(folded(answer), replace(sample, images=(), references=(answer,)))
         frequent: dict[str, list[Sample]] = {}
         for answer in sorted(count, key=lambda a: (-count[a], a)):  # independent of the order of the records
             of_kind = frequent.setdefault(answer_kind(answer), [])

@@ -13,7 +13,7 @@ from cmai_fast.tasks.task import task
 
 @task
 class VQA:
-    """An answer is right if it equals a reference, ignoring case and extra spaces."""
+    """An answer is right if it equals a reference, ignoring case, extra spaces and the mark at the end."""
 
     name = "vqa"
     label = "Question answering"
