@@ -247,7 +247,7 @@ def test_images_that_no_sample_takes_and_images_that_were_cut_are_refused(family
         rows_with_images(bridge, {**batch, "input_ids": unseen})
     first = {**batch, "input_ids": torch.cat([unseen[:1], batch["input_ids"][1:]])}
     space = PixelSpace.from_processor(family.processor)
-    with pytest.raises(ValueError, match=r"sample 0 of it has no image token|cannot be shared out in order"):
+    with pytest.raises(ValueError, match=r"sample 0 of it has no image token|cannot be assigned in order"):
         look(bridge, space, first)
     cut = {k: v[: len(batch["labels"])] for k, v in batch.items()}  # as accelerate does
     if len(cut["pixel_values"]) < len(batch["pixel_values"]):
