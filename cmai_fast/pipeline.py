@@ -106,6 +106,11 @@ class Pipeline:
             found = found.to(model.device)
         return cls(str(name), model, processor, found, saved, generation)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the model is a dual encoder, which takes no question and chooses its answer among texts."""
+        return isinstance(self.collate, ChoiceCollator)
+
     def choose_from(self, samples: Sequence[Sample]) -> None:
         """Sets the texts from which a dual encoder chooses its answers to those of these samples (`choices_of`).
 
@@ -188,7 +193,10 @@ class Pipeline:
     ) -> list[str]:
         texts = collate.texts
         if texts is None:
-            raise ValueError(f"{self.name} has no texts to choose from yet; call choose_from(samples)")
+            raise ValueError(
+                f"{self.name} has no texts to choose from; give records with choices (guard --data), or call "
+                "choose_from(samples)"
+            )
         with self._in_use():
             # Any text will do: labels do not affect the choice.
             batch = self._closed(samples, [texts[0]] * len(samples))

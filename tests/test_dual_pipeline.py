@@ -13,6 +13,7 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, load_dataset
 from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.data.easyvqa import COLORS
@@ -111,7 +112,7 @@ def test_it_needs_to_know_the_texts(samples):
 
 
 def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, tmp_path: Path):
-    from cmai_fast.workflows import attack, immunize
+    from cmai_fast.workflows import attack, guard, immunize
     from cmai_fast.workflows.settings import ImmunizeSettings
 
     pipeline.model.save_pretrained(tmp_path / "clip")
@@ -128,6 +129,19 @@ def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, t
         resume=False, device="cpu", dtype=None, attention=None, progress=False, command="",
     )  # fmt: skip
     assert record["acc_clean"] > 0.8 and record["asr"] > 0.5
+    captions = tmp_path / "captions.jsonl"  # no choices: they are chosen from
+    rows = [{"id": s.id, "image": f"{s.id}.png", "caption": s.answer} for s in samples]
+    captions.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    heads = ConsistencyHeads(pipeline.bridge.image_dim, pipeline.bridge.text_dim, dim=8, hidden=16)
+    heads.save_pretrained(tmp_path / "cmcv", Threshold(-1.0, 0.05, 100, "calibration"))
+    for file in (mine, str(captions)):
+        said: list[str] = []
+        guard.guard(clip, DataSource(file), heads=tmp_path / "cmcv", write=said.append, progress=False)
+        decided = [json.loads(line) for line in said]
+        assert [d["id"] for d in decided] == [s.id for s in samples]
+        assert sum(d["answer"] == s.answer for d, s in zip(decided, samples, strict=True)) >= 14
+    with pytest.raises(ValueError, match="give records with choices"):
+        guard.guard(clip, images=[tmp_path / f"{samples[0].id}.png"], text="?", heads=tmp_path / "cmcv")
     settings = ImmunizeSettings(
         model=clip, data=mine, split_seed=0, max_steps=2, batch_size=4, attack_steps=2, restarts=1, limit=2,
         calibration_samples=2, device="cpu",

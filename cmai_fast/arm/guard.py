@@ -138,5 +138,7 @@ class Guard:
         return next(decision for policy in self.policies if (decision := policy(case)) is not None)
 
     def _check_question(self, question: Any, name: str) -> None:
+        if question == "" and self.pipeline.chooses:
+            return
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name} is {question!r}; expected a text that is not empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -65,12 +66,21 @@ def guard(
         raise ValueError("--image and --text go together; add --text" if image else "add the --image of this --text")
     source = None if data is None else options.read_data(data, fields, split_seed)
     question = None if text is None else read_text(text)
+    if question is not None and not question.strip():
+        raise ValueError(f"--text is {question!r}; expected a question")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"--threshold is {threshold}; expected a finite number")
 
     from cmai_fast.arm.policies import POLICIES
 
     for name in policy or ():
         POLICIES.check(name)
     options.check([model], source, task=task, answers=False)
+    for path in image or ():
+        if not path.is_file():
+            raise ValueError(f"--image {path} is not a file; expected the path of an image")
+    if heads is not None and not heads.is_dir():
+        raise ValueError(f"--heads {heads} is not a folder; expected one that calibrate or immunize wrote")
 
     from cmai_fast.workflows import guard as workflow
 

@@ -57,9 +57,9 @@ def guard(
     if data is None:
         decisions: Iterator[Decision] = iter(guarded.decide_batch([list(images)], [text or ""]))
     else:
-        with_texts = [s for s in (samples[i] for i in range(len(samples))) if s.choices]
-        if with_texts:
-            guarded.pipeline.choose_from(with_texts)
+        if guarded.pipeline.chooses:  # among the choices of the records, or else their captions
+            every = [samples[i] for i in range(len(samples))]
+            guarded.pipeline.choose_from([s for s in every if s.choices or s.references])
         decisions = decided(guarded, samples, task, batch_size, progress)
     lines = []
     for decision in decisions:

@@ -174,6 +174,10 @@ BAD_NAMES = [
     ("guard --model easyvqa-llava --image x.png --text a --policy nope", "unknown policy 'nope'"),
     ("guard --model easyvqa-llava", "expected --image and --text, or --data"),
     ("guard --model easyvqa-llava --text a", "add the --image of this --text"),
+    ("guard --model easyvqa-llava --image none.png --text a", "--image none.png is not a file"),
+    ("guard --model easyvqa-llava --image bad.jsonl --text a --heads none", "--heads none is not a folder"),
+    ("guard --model easyvqa-llava --image bad.jsonl --text a --threshold nan", "--threshold is nan"),
+    ("guard --model easyvqa-llava --image a.png --text=", "--text is ''; expected a question"),
     ("guard --model easyvqa-llava --image a.png --text @none.txt", "--text @none.txt cannot be read: No such file"),
 ]
 

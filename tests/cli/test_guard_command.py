@@ -121,7 +121,7 @@ def test_bad_images_and_questions_are_named(run, folder, tmp_path):
         done = guard(run, folder, image)
         assert done.exit_code == 2 and message in done.stderr.splitlines()[-1] and not done.stdout
     done = run("guard", "--model", folder, "--image", folder / "x.png", "--text", " ")
-    assert done.exit_code == 2 and "question 0" in done.stderr
+    assert done.exit_code == 2 and "--text is ' '; expected a question" in done.stderr
 
 
 def test_a_model_that_is_not_there(run, folder):
