@@ -115,7 +115,7 @@ def rows_with_images(bridge: ModelBridge, inputs: Mapping[str, Any]) -> Tensor:
         and "image_sizes" not in bridge.image_keys
     ):
         unseen = ~there & values.flatten(1).any(1)  # images by sample, with zeros where a sample has none
-    if unseen.any():
+    if values is not None and unseen.any():
         row = int(unseen.nonzero()[0])
         raise ValueError(
             f"the batch has pixel_values of shape {tuple(values.shape)}, and sample {row} of it has no image token (id "
@@ -168,7 +168,7 @@ def _advice(bridge: ModelBridge) -> str:
 
 
 _CUT = (
-    ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with one "
+    ". accelerate cuts every tensor to as many rows when it dispatches the batches of a stream; make tensors with a "
     "row per sample, or set accelerator_config={'dispatch_batches': False}"
 )
 

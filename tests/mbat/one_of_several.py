@@ -137,7 +137,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
         heads=heads,
         train_dataset=uneven(load_dataset("easyvqa", "train", 48, seed=3), texts),
         eval_dataset=load_dataset("easyvqa", "test", 10, seed=3),
-        data_collator=VQACollator(processor, negatives=not texts),
+        data_collator=VQACollator(processor, negatives=0 if texts else 1),
         processing_class=processor,
     )
     counts = count_traffic(trainer)

@@ -229,6 +229,14 @@ def test_texts_alone_train_on_every_family(family, tmp_path):
     assert loss.isfinite() and trainer.passes.vision_forward == 0
 
 
+def look(bridge: Any, space: PixelSpace, batch: dict[str, torch.Tensor]) -> None:
+    """What a step does before it encodes images, and that."""
+    batch = checked(bridge, batch)
+    rows_with_images(bridge, batch)
+    _ = BatchImages(bridge, space, batch).layout
+    bridge.encode_image(**{k: batch[k] for k in ("pixel_values", *bridge.image_keys) if k in batch})
+
+
 @pytest.mark.parametrize("family", GENERATIVE, ids=lambda f: f.name)
 def test_images_that_no_sample_takes_and_images_that_were_cut_are_refused(family):
     """Trained on as texts, or on other samples' images, without a word."""
@@ -239,16 +247,12 @@ def test_images_that_no_sample_takes_and_images_that_were_cut_are_refused(family
         rows_with_images(bridge, {**batch, "input_ids": unseen})
     first = {**batch, "input_ids": torch.cat([unseen[:1], batch["input_ids"][1:]])}
     space = PixelSpace.from_processor(family.processor)
-    with pytest.raises(ValueError, match="sample 0 of it has no image token|cannot be shared out in order"):
-        rows_with_images(bridge, first)
-        _ = BatchImages(bridge, space, first).layout
+    with pytest.raises(ValueError, match=r"sample 0 of it has no image token|cannot be assigned in order"):
+        look(bridge, space, first)
     cut = {k: v[: len(batch["labels"])] for k, v in batch.items()}  # as accelerate does
     if len(cut["pixel_values"]) < len(batch["pixel_values"]):
-        with pytest.raises(
-            ValueError, match=r"the images take .* tokens|image_grid_thw stands for 72.*dispatch_batches"
-        ):
-            _ = BatchImages(bridge, space, checked(bridge, cut)).layout
-            bridge.encode_image(**{k: cut[k] for k in ("pixel_values", *bridge.image_keys) if k in cut})
+        with pytest.raises(ValueError, match=r"the images take .* tokens|image_grid_thw stands for .*dispatch_batches"):
+            look(bridge, space, cut)
 
 
 def test_any_hashable_id_names_a_sample(tiny_model, batch):

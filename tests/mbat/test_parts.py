@@ -144,7 +144,6 @@ def test_an_evaluation_in_parts_is_the_whole_evaluation(make_trainer, data, monk
             found.append(trainer.evaluate())
     for name in ("loss", "accuracy", "s_c", "robust_loss", "robust_accuracy", "robust_s_c"):
         assert found[1][f"eval_{name}"] == pytest.approx(found[0][f"eval_{name}"], rel=1e-6), name
-    assert found[0]["eval_robust_loss"] > found[0]["eval_loss"] + 1e-3
 
 
 def test_a_failed_attempt_leaves_gradients_as_they_were(make_trainer, batch, monkeypatch) -> None:

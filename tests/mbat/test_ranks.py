@@ -112,7 +112,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path
 
 
 TEXTS = {
-    "texts": True, "gamma": 0.0, "beta": 0.0, "arm": False, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no",
+    "texts": True, "gamma": 0.0, "beta": 0.0, "arm": False, "max_steps": 2, "eval_strategy": "no",
+    "save_strategy": "no",
 }  # fmt: skip
 
 
