@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import BatchImages, DualBridge, bridge_of, frozen
+from cmai_fast.bridge import BatchImages, DualBridge, EncoderDecoderBridge, bridge_of, frozen
 from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator
@@ -59,6 +59,11 @@ class Pipeline:
     ) -> None:
         self.name, self.model, self.processor, self.heads, self.threshold = name, model, processor, heads, threshold
         self.bridge = bridge_of(model)
+        if isinstance(self.bridge, EncoderDecoderBridge):
+            raise ValueError(
+                f"{type(model).__name__} only describes images and takes no questions; expected a model that answers "
+                "questions about images, or a dual encoder. MBATTrainer and the attacks take it"
+            )
         calibrated = threshold.generation if threshold is not None else None
         self.generation = generation or calibrated or Generation()
         if calibrated is not None and calibrated != self.generation:

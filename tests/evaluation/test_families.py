@@ -162,10 +162,9 @@ def test_images_made_on_another_kind_of_model_are_refused(subject, samples, meas
 def test_what_gives_no_answers_is_refused(tiny_processor):
     from families import FAMILIES
 
-    for name in ("CLIP", "ViT-GPT2"):
-        model = next(f for f in FAMILIES if f.name == name).model()
-        with pytest.raises(ValueError, match=rf"{type(model).__name__} .*questions"):
-            Pipeline(name, model, tiny_processor)
+    model = next(f for f in FAMILIES if f.name == "ViT-GPT2").model()
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} .*questions"):
+        Pipeline("ViT-GPT2", model, tiny_processor)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from cmai_fast.bridge import Bridge, task_loss
-from cmai_fast.bridge import bridge as bridge_module
+from cmai_fast.bridge import Bridge, output_layer, task_loss
+from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.data import Sample, VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer
@@ -101,8 +101,8 @@ def assert_same(one: Any, two: Any, start: Any) -> None:
 )
 def test_weights_are_those_of_plain_trainer(make_tiny, tmp_path, monkeypatch, data, chunks, changes):
     calls: list[int] = []
-    monkeypatch.setattr(Bridge, "_pays", lambda *_: chunks)
-    monkeypatch.setattr(bridge_module, "token_losses", lambda *a: calls.append(1) or token_losses(*a))
+    monkeypatch.setattr(OutputLayer, "_pays", lambda *_: chunks)
+    monkeypatch.setattr(output_layer, "token_losses", lambda *a: calls.append(1) or token_losses(*a))
     ours = trained(make_tiny, tmp_path, False, data(), {}, **changes)
     assert bool(calls) == chunks
     assert_same(ours, trained(make_tiny, tmp_path, True, data(), {}, **changes), make_tiny()[0])

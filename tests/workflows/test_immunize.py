@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,15 +22,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
+from cmai_fast.defences import DEFENCES
 from cmai_fast.evaluation import comparison
 from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATTrainer
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.workflows import calibrate, training
 from cmai_fast.workflows import folder as folders
 from cmai_fast.workflows import immunize as workflow
 from cmai_fast.workflows import samples as sampled
-from cmai_fast.workflows import training
 from cmai_fast.workflows.immunize import ImmunizeSettings, immunize
 from shortened import shorten
 
@@ -176,8 +176,8 @@ def test_a_model_without_heads_goes_on_with_the_same_ones(make_tiny, settings, t
     model, processor = make_tiny()
     model.save_pretrained(tmp_path / "bare")
     processor.save_pretrained(tmp_path / "bare")
-    fit_heads = training.fit_heads
-    monkeypatch.setattr(training, "fit_heads", lambda *a, **k: fit_heads(*a, **{**k, "steps": 3}))
+    fit_heads = calibrate.fit_heads
+    monkeypatch.setattr(calibrate, "fit_heads", lambda *a, **k: fit_heads(*a, **{**k, "steps": 3}))
     settings = replace(settings, model=str(tmp_path / "bare"))
     immunize(settings, tmp_path / "whole", progress=False)
     torch.manual_seed(99)
@@ -427,8 +427,8 @@ def test_a_sample_without_an_answer_is_named(monkeypatch):
 
 def test_a_defence_sets_what_the_user_left(settings, monkeypatch, tmp_path):
     values = {"inner": "pgd", "trainable": "vision", "beta": 0.0, "weight_decay": 0.1}
-    defences = SimpleNamespace(DEFENCES={"planted": SimpleNamespace(values=values)})
-    monkeypatch.setitem(sys.modules, "cmai_fast.defences", defences)
+    monkeypatch.setattr(DEFENCES, "check", lambda name: None)
+    monkeypatch.setattr(training, "DEFENCES", {"planted": SimpleNamespace(values=values)})
     chosen = replace(settings, defence="planted", beta=0.7)
     assert training.defence_values(chosen) == {"inner": "pgd", "trainable": "vision", "weight_decay": 0.1}
     args = training.training_arguments(chosen, tmp_path)
