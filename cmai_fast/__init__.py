@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmai_fast.lazy import lazily
 
 if TYPE_CHECKING:
     from cmai_fast.arm import ARMSchedule, Decision, Guard
@@ -30,28 +31,22 @@ __all__ = [
     "quantized_language_model",
 ]
 
-_HOMES = {
-    "ARMSchedule": "cmai_fast.arm",
-    "Bridge": "cmai_fast.bridge",
-    "ConsistencyHeads": "cmai_fast.cmcv",
-    "Decision": "cmai_fast.arm",
-    "Guard": "cmai_fast.arm",
-    "MBATConfig": "cmai_fast.mbat",
-    "MBATTrainer": "cmai_fast.mbat",
-    "PixelSpace": "cmai_fast.pixels",
-    "ThreatModel": "cmai_fast.threat",
-    "parse_eps": "cmai_fast.threat",
-    "quantized_language_model": "cmai_fast.mbat",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # PyTorch and transformers take seconds to import; a command's --help should not wait for them.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "ARMSchedule": "arm",
+        "Bridge": "bridge",
+        "ConsistencyHeads": "cmcv",
+        "Decision": "arm",
+        "Guard": "arm",
+        "MBATConfig": "mbat",
+        "MBATTrainer": "mbat",
+        "PixelSpace": "pixels",
+        "ThreatModel": "threat",
+        "parse_eps": "threat",
+        "quantized_language_model": "mbat",
+    },
+)
 
 
 def __dir__() -> list[str]:

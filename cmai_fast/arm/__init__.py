@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmai_fast.lazy import lazily
 
 if TYPE_CHECKING:
     from cmai_fast.arm.guard import Guard
@@ -12,17 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["POLICIES", "ARMSchedule", "Case", "Decision", "Guard"]
 
-_HOMES = {
-    "ARMSchedule": "schedule",
-    "Case": "policies",
-    "Decision": "policies",
-    "Guard": "guard",
-    "POLICIES": "policies",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # A command checks the names of policies before it loads PyTorch, which the guard needs.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "ARMSchedule": "schedule",
+        "Case": "policies",
+        "Decision": "policies",
+        "Guard": "guard",
+        "POLICIES": "policies",
+    },
+)

@@ -5,10 +5,10 @@ result = ATTACKS["pgd"](Victim(bridge, space, batch), clean, ThreatModel("linf",
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cmai_fast.attacks.attack import ATTACKS, Attack, attack
+from cmai_fast.lazy import lazily
 
 if TYPE_CHECKING:
     from cmai_fast.attacks.gradients import GRADIENTS, Exact, MeanOverTransforms, StaleBridge, exact_gradient
@@ -35,19 +35,21 @@ __all__ = [
     "weighted",
 ]
 
-_HOMES = {
-    "gradients": ("GRADIENTS", "Exact", "MeanOverTransforms", "StaleBridge", "exact_gradient"),
-    "losses": ("LOSSES", "targeted", "weighted"),
-    "state": ("AttackResult",),
-    "victim": ("Evaluation", "Outputs", "Passes", "Victim"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    # PyTorch takes seconds to import; a misspelt name of an attack should not wait for it.
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "GRADIENTS": "gradients",
+        "Exact": "gradients",
+        "MeanOverTransforms": "gradients",
+        "StaleBridge": "gradients",
+        "exact_gradient": "gradients",
+        "LOSSES": "losses",
+        "targeted": "losses",
+        "weighted": "losses",
+        "AttackResult": "state",
+        "Evaluation": "victim",
+        "Outputs": "victim",
+        "Passes": "victim",
+        "Victim": "victim",
+    },
+)

@@ -5,8 +5,9 @@ Names load on first use, so that data can be checked without loading PyTorch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmai_fast.lazy import lazily
 
 if TYPE_CHECKING:
     from cmai_fast.data.collate import VQACollator
@@ -32,28 +33,23 @@ __all__ = [
     "numeric_id",
 ]
 
-_HOMES = {
-    "FORMATS": "cmai_fast.data.formats",
-    "SPLITS": "cmai_fast.data.splits",
-    "DataSource": "cmai_fast.data.sources",
-    "EasyVQA": "cmai_fast.data.easyvqa",
-    "Format": "cmai_fast.data.formats",
-    "Sample": "cmai_fast.data.sample",
-    "VQACollator": "cmai_fast.data.collate",
-    "answer_choices": "cmai_fast.data.easyvqa",
-    "data_format": "cmai_fast.data.formats",
-    "format_prompt": "cmai_fast.data.prompt",
-    "load_dataset": "cmai_fast.data.sources",
-    "numeric_id": "cmai_fast.data.sample",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "FORMATS": "formats",
+        "SPLITS": "splits",
+        "DataSource": "sources",
+        "EasyVQA": "easyvqa",
+        "Format": "formats",
+        "Sample": "sample",
+        "VQACollator": "collate",
+        "answer_choices": "easyvqa",
+        "data_format": "formats",
+        "format_prompt": "prompt",
+        "load_dataset": "sources",
+        "numeric_id": "sample",
+    },
+)
 
 
 def __dir__() -> list[str]:
