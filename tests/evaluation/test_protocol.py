@@ -265,7 +265,7 @@ def test_bad_specs(bare, samples):
         AttackSpec("squares", 10)
     with pytest.raises(ValueError, match="steps is -1"):
         AttackSpec("pgd", -1)
-    with pytest.raises(ValueError, match="restarts 0"):
+    with pytest.raises(ValueError, match="restarts is 0"):
         AttackSpec("apgd", 5, 0)
     with pytest.raises(ValueError, match="has no setting 'stepsize'"):
         AttackSpec("pgd", settings={"stepsize": 1})

@@ -402,7 +402,7 @@ class Open:
     name = "open"
 
     def load(self, split, limit=None, seed=0):
-        return [Sample(i, (), f"what is {i}?", (a,)) for i, a in enumerate(("a cat", "a dog", "A cat", "rain"))]
+        return [Sample(i, ("x.png",), f"what is {i}?", (a,)) for i, a in enumerate(("a cat", "a dog", "A cat", "rain"))]
 
 
 def test_wrong_answers_come_from_other_samples_where_there_are_no_choices():
