@@ -25,7 +25,7 @@ from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.generation import Generation, own_settings
 from cmai_fast.pixels import PixelSpace
 
-__all__ = ["Generation", "Pipeline", "alone", "in_parts"]
+__all__ = ["Generation", "Pipeline", "alone", "in_parts", "out_of_memory"]
 
 T = TypeVar("T")
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
@@ -263,6 +263,11 @@ def alone(*things: Any) -> Iterator[None]:
         yield
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out; on the CPU PyTorch says so in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def in_parts(count: int, run: Callable[[slice], Sequence[T]]) -> list[T]:
     """`run` over `count` rows, at once if they fit into memory, else in halves, and so on.
 
@@ -277,7 +282,7 @@ def in_parts(count: int, run: Callable[[slice], Sequence[T]]) -> list[T]:
             done += run(rows)
             continue
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             failed = str(error).splitlines()[0]
         tried = rows.stop - rows.start

@@ -23,7 +23,7 @@ from cmai_fast.data import Sample
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
-from cmai_fast.pipeline import Pipeline
+from cmai_fast.pipeline import Pipeline, out_of_memory
 from cmai_fast.pixels import round_to_8bit
 from cmai_fast.tasks import TASKS, Task
 from cmai_fast.threat import ThreatModel
@@ -51,7 +51,7 @@ class Parts:
             try:
                 result = work(part)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(part) == 1:
                     raise torch.OutOfMemoryError(
@@ -76,10 +76,6 @@ class Parts:
                 stacklevel=4,
             )
         self._warned = True
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass

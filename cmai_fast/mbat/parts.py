@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmai_fast.bridge import BatchImages
 from cmai_fast.mbat import ranks
+from cmai_fast.pipeline import out_of_memory
 
 T = TypeVar("T")
 WEIGHTS = "loss_weights"  # of the samples in the loss of a batch
@@ -31,7 +32,7 @@ def agreed(run: Callable[[], T]) -> T:
     try:
         result = run()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         failed = error
     if ranks.any_of(failed is not None):
