@@ -36,11 +36,11 @@ def divide(samples: Sequence[Sample], seed: int) -> dict[str, list[int]]:
     waiting = sorted(groups, key=lambda group: _digest(f"{seed} {min(group.pictures)}".encode()))
     target = max(1, round(SHARE * sum(len(group.pictures) for group in groups)))
     places: dict[str, list[int]] = {}
-    for split in ("test", "calibration"):
+    for split, others in (("test", 2), ("calibration", 1)):
         taken: list[_Group] = []
         room = target
         for group in waiting:
-            if len(group.pictures) <= room:
+            if len(group.pictures) <= room and len(taken) < len(waiting) - others:  # the others need a group each
                 taken.append(group)
                 room -= len(group.pictures)
         taken = taken or [min(waiting, key=lambda group: len(group.pictures))]  # every group is larger than a tenth
