@@ -13,6 +13,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.pixels import PixelSpace
+from launcher import Launcher
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,13 @@ def folder(make_tiny, tmp_path_factory):
     for part in make_tiny():
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    started = Launcher()
+    yield started
+    started.close()
 
 
 @pytest.fixture

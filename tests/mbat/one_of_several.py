@@ -1,11 +1,13 @@
-"""Run by other tests in one or several processes: trains the model in a folder and saves what became of it."""
+"""Run by `tests/launcher.py`, in one or several processes: trains the model in a folder and saves what became of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -165,11 +167,55 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
             )
         )
     if dist.is_initialized():
-        dist.barrier()  # or the launcher could end the first, which still writes, with the others
-        # An interpreter that shuts down in the usual way aborts now and then ("terminate called without an active
-        # exception"): a thread of gloo's is still there.
-        os._exit(0)
+        dist.barrier()  # the first still writes, and talks to the others for as long as it lives
+
+
+def serve() -> None:
+    """Runs of standard input, a JSON object per line; answers with the exit codes of each one's processes.
+
+    Every process is a fork of this one, which has imported everything and done nothing: an import takes longer than
+    most runs do.
+    """
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)
+
+
+def run(folder: str, name: str, settings: dict, processes: int, kill: str) -> list[int]:
+    environment = {}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children, codes = [], {}
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                log = os.open(Path(folder) / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                os.environ |= environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if environment else {})
+                main(Path(folder), name, settings, kill)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                # An interpreter that shuts down in the usual way aborts now and then ("terminate called without an
+                # active exception"): a thread of gloo's is still there.
+                os._exit(code)
+        children.append(child)
+    while len(codes) < processes:
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child]:  # the others would wait for it
+            for other in set(children) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), *sys.argv[4:])
+    serve()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from cmai_fast.mbat import last_checkpoint
+from launcher import Launcher, said
 
-SCRIPT = Path(__file__).with_name("one_of_several.py")
 SETTINGS: dict[str, Any] = {
     "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
     "eval_strategy": "steps", "eval_steps": 1, "eval_attack_steps": 1, "inner_steps": 2, "gamma": 0.5, "tau_train": 0.9,
@@ -34,33 +31,35 @@ def folder(make_tiny, tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, kill: str = "", **changes: Any) -> int:
-    """The exit code of a run; `kill` is where it kills itself, as `one_of_several.kill_at` reads it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(SCRIPT), str(folder), name, json.dumps(SETTINGS | changes), kill]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-    return done.returncode
+@pytest.fixture(scope="module")
+def run(folder: Path, launcher: Launcher) -> Callable[..., int]:
+    def run(name: str, kill: str = "", **changes: Any) -> int:
+        """The exit code of a run; `kill` is where it kills itself, as `one_of_several.kill_at` reads it."""
+        (code,) = launcher.run(folder, name, SETTINGS | changes, kill=kill)
+        assert code in (0, -signal.SIGKILL), said(folder, name)
+        return code
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> dict[str, torch.Tensor]:
-    assert run(folder, "whole") == 0
+def whole(folder: Path, run: Callable[..., int]) -> dict[str, torch.Tensor]:
+    assert run("whole") == 0
     return load_file(folder / "whole.safetensors")
 
 
 @pytest.mark.parametrize("where, whole_one", [("in step 6", "checkpoint-4"), ("saving step 4", "checkpoint-2")])
 def test_a_killed_run_resumes_to_the_very_same_weights(
-    make_tiny, folder: Path, whole: dict[str, torch.Tensor], where: str, whole_one: str
+    make_tiny, folder: Path, run: Callable[..., int], whole: dict[str, torch.Tensor], where: str, whole_one: str
 ) -> None:
     name = where.replace(" ", "-")
-    assert run(folder, name, where) == -signal.SIGKILL
+    assert run(name, where) == -signal.SIGKILL
     assert not (folder / f"{name}.safetensors").exists()
     last = last_checkpoint(folder / name)
     assert last is not None and last.name == whole_one
     if where.startswith("saving"):
         assert (folder / name / "checkpoint-4" / "model.safetensors").exists()
-    assert run(folder, name, resume_from_checkpoint=str(last)) == 0
+    assert run(name, resume_from_checkpoint=str(last)) == 0
     resumed = load_file(folder / f"{name}.safetensors")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[key], weight) for key, weight in whole.items())

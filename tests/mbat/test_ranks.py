@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +21,8 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.adapters import WEIGHTS
 from cmai_fast.mbat.refused import check_sharding
+from launcher import Launcher, said
 
-SCRIPT = Path(__file__).with_name("one_of_several.py")
 # A step of plain SGD shows every gradient as it is; adaptive steps would hide a wrong scale.
 SETTINGS: dict[str, Any] = {
     "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.5,
@@ -43,18 +41,21 @@ def folder(make_tiny, tmp_path_factory) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, processes: int, **changes: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and what the run said of itself; a run of this name is made once."""
-    settings = SETTINGS | {"per_device_train_batch_size": 8 // processes} | changes
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    if not (folder / f"{name}.safetensors").exists():
-        done = subprocess.run(
-            [*command, json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+Trained = tuple[dict[str, torch.Tensor], dict[str, Any]]
+Train = Callable[..., Trained]
+
+
+@pytest.fixture(scope="module")
+def train(folder: Path, launcher: Launcher) -> Train:
+    def train(name: str, processes: int, **changes: Any) -> Trained:
+        """Weights and what the run said of itself; a run of this name is made once."""
+        settings = SETTINGS | {"per_device_train_batch_size": 8 // processes} | changes
+        if not (folder / f"{name}.safetensors").exists():
+            codes = launcher.run(folder, name, settings, processes)
+            assert codes == [0] * processes, f"{codes}:\n{said(folder, name)}"
+        return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+
+    return train
 
 
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
@@ -94,10 +95,10 @@ MUON = {"gradient_accumulation_steps": 2, "inner": "pgd", "muon": True, "learnin
 
 
 @pytest.mark.parametrize("changes", [{}, MUON])
-def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, folder: Path, changes: dict[str, Any]) -> None:
+def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, train: Train, changes: dict[str, Any]) -> None:
     tag = "-".join(map(str, changes.values()))
-    one, one_said = train(folder, f"one{tag}", 1, **changes)
-    two, two_said = train(folder, f"two{tag}", 2, **changes)
+    one, one_said = train(f"one{tag}", 1, **changes)
+    two, two_said = train(f"two{tag}", 2, **changes)
     start = {f"model.{k}": v.detach().double() for k, v in make_tiny()[0].named_parameters()}
     parts = ("language_model", "vision_tower", "multi_modal_projector")
     assert all(any(part in k and not torch.equal(v, one[k]) for k, v in start.items()) for part in parts)
@@ -117,26 +118,26 @@ TEXTS = {
 }  # fmt: skip
 
 
-def test_processes_with_unequally_many_images_train_as_one(folder: Path) -> None:
-    one, one_said = train(folder, "one-texts", 1, **TEXTS)
-    two, two_said = train(folder, "two-texts", 2, **TEXTS)
+def test_processes_with_unequally_many_images_train_as_one(train: Train) -> None:
+    one, one_said = train("one-texts", 1, **TEXTS)
+    two, two_said = train("two-texts", 2, **TEXTS)
     assert_same(one, two)
     for mine, whole in zip(two_said["logs"], one_said["logs"], strict=True):
         assert mine["loss_clean"] == pytest.approx(whole["loss_clean"], rel=1e-5)
 
 
 @pytest.mark.parametrize("side", ["_language_side", "_vision_side"])
-def test_memory_that_runs_out_in_one_process_makes_parts_in_both(folder: Path, side: str) -> None:
+def test_memory_that_runs_out_in_one_process_makes_parts_in_both(train: Train, side: str) -> None:
     """None waits for the other, and the step stays that of the whole batch, negatives included."""
-    one, one_said = train(folder, "one", 1)
-    two, two_said = train(folder, f"two-scarce{side}", 2, scarce=[side, 2])
+    one, one_said = train("one", 1)
+    two, two_said = train(f"two-scarce{side}", 2, scarce=[side, 2])
     assert_same(one, two)
     assert two_said["arm"] == pytest.approx(one_said["arm"])
 
 
-def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
-    whole, _ = train(folder, "two", 2)
-    rest, _ = train(folder, "rest", 2, resume_from_checkpoint=str(folder / "two" / "checkpoint-2"))
+def test_two_processes_resume_to_the_same_weights(folder: Path, train: Train) -> None:
+    whole, _ = train("two", 2)
+    rest, _ = train("rest", 2, resume_from_checkpoint=str(folder / "two" / "checkpoint-2"))
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
 
@@ -157,9 +158,9 @@ LANGUAGE = {"freeze": ["vision_tower", "multi_modal_projector"], "inner": "none"
 @pytest.mark.parametrize(
     "tag, changes", [("-adaptive", ADAPTIVE), ("-adversarial", ADVERSARIAL), ("-language", LANGUAGE)]
 )
-def test_shards_train_as_one_process_with_the_whole_model(folder: Path, tag: str, changes: dict[str, Any]) -> None:
-    one, one_said = train(folder, f"one{tag}", 1, **changes)
-    two, two_said = train(folder, f"shards{tag}", 2, fsdp=True, **changes)
+def test_shards_train_as_one_process_with_the_whole_model(train: Train, tag: str, changes: dict[str, Any]) -> None:
+    one, one_said = train(f"one{tag}", 1, **changes)
+    two, two_said = train(f"shards{tag}", 2, fsdp=True, **changes)
     assert_same(one, two)
     assert two_said["arm"] == pytest.approx(one_said["arm"])
     assert two_said["counts"]["reduce_scatter outside"] > 0
@@ -170,8 +171,8 @@ def test_shards_train_as_one_process_with_the_whole_model(folder: Path, tag: str
         assert_attacked(two_said)
 
 
-def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path) -> None:
-    whole, _ = train(folder, "shards-adaptive", 2, fsdp=True, **ADAPTIVE)
+def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path, train: Train) -> None:
+    whole, _ = train("shards-adaptive", 2, fsdp=True, **ADAPTIVE)
     saved = folder / "shards-adaptive" / "checkpoint-8"
     model = AutoModelForImageTextToText.from_pretrained(saved)
     assert type(model).__name__ == model.config.architectures[0] == "LlavaForConditionalGeneration"
@@ -181,17 +182,17 @@ def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path) -> 
     assert all(torch.equal(p, whole[f"heads.{name}"]) for name, p in heads.named_parameters())
     assert not list(saved.glob("pytorch_model*"))
     before = str(folder / "shards-adaptive" / "checkpoint-4")
-    rest, _ = train(folder, "rest-of-shards", 2, fsdp=True, **ADAPTIVE, resume_from_checkpoint=before)
+    rest, _ = train("rest-of-shards", 2, fsdp=True, **ADAPTIVE, resume_from_checkpoint=before)
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
 
-def test_adapters_in_a_sharded_model_train_and_resume_as_in_one_process(folder: Path) -> None:
+def test_adapters_in_a_sharded_model_train_and_resume_as_in_one_process(folder: Path, train: Train) -> None:
     changes = ADAPTIVE | {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "adapters": True}
-    one, _ = train(folder, "one-adapters", 1, **changes)
-    two, _ = train(folder, "shards-adapters", 2, fsdp=True, **changes)
+    one, _ = train("one-adapters", 1, **changes)
+    two, _ = train("shards-adapters", 2, fsdp=True, **changes)
     assert_same(one, two)
     before = str(folder / "shards-adapters" / "checkpoint-2")
-    rest, _ = train(folder, "rest-of-adapters", 2, fsdp=True, **changes, resume_from_checkpoint=before)
+    rest, _ = train("rest-of-adapters", 2, fsdp=True, **changes, resume_from_checkpoint=before)
     assert all(torch.equal(rest[name], weight) for name, weight in two.items())
     saved = load_file(folder / "shards-adapters" / "checkpoint-4" / WEIGHTS)
     learnt = {k: v for k, v in one.items() if "lora_" in k}
