@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmai_fast import ops
+from cmai_fast.bridge.backward import differentiate, unit
 from cmai_fast.attacks.losses import Loss, Weighted, cross_entropy
 from cmai_fast.attacks.victim import Evaluation, Victim
 from cmai_fast.registry import Registry
@@ -52,26 +53,6 @@ def gradient_of(named: str | Gradient | None) -> Gradient:
     if named is None:
         return Exact()
     return GRADIENTS[named] if isinstance(named, str) else named
-
-
-def differentiate(model: nn.Module, losses: Tensor, leaf: Tensor) -> Tensor:
-    """d sum(losses) / d leaf, each row's from its own loss.
-
-    Unscaled, in float16, 39% of the pixels of `easyvqa-llava` would have no gradient (62% with the immunised model),
-    since it underflows (6e-8), the more so the surer the model is. So each loss is scaled up as far as the row's
-    gradient stays finite.
-    """
-    if all(p.dtype != torch.float16 for p in model.parameters()):
-        return torch.autograd.grad(losses.sum(), leaf)[0]
-    surety = torch.exp2(torch.log2(losses.detach().abs().clamp(2.0**-24, 1.0)).floor())
-    found, rows = torch.empty_like(leaf), torch.ones_like(losses, dtype=torch.bool)
-    for scale in (2.0**10 / surety, 2.0**4 / surety, torch.ones_like(surety)):
-        (grad,) = torch.autograd.grad((losses * scale).sum(), leaf, retain_graph=True)
-        found[rows] = (grad / scale.view(-1, *[1] * (leaf.dim() - 1)))[rows]
-        rows = rows & ~grad.flatten(1).isfinite().all(1)
-        if not rows.any():
-            break
-    return found
 
 
 def exact_gradient(
@@ -116,7 +97,7 @@ class StaleBridge:
     """A frozen co-state p = d(alpha * L)/d h_v, refreshed `refreshes` times by a pass through the whole model.
 
     Between refreshes, <p, h_v(x + delta)> is maximised through E_v, whose gradient is exact: only the language model is
-    linearised. S_c of a `Weighted` loss depends on the vision side only and stays exact.
+    linearised. S_c of a `Weighted` loss depends on the vision side only, and its gradient is always that of the image.
 
     Whether a sample is fooled is known only at refreshes and at the end.
 
@@ -168,39 +149,29 @@ def refresh(
         outputs = victim.outputs(features, rows)
         losses = loss.loss(features, outputs, victim, rows)
         # Stops at the bridge, which keeps the graph of the vision side for the second half.
-        (p,) = torch.autograd.grad(loss.alpha * losses.sum(), features)
+        p = loss.alpha * differentiate(victim.bridge.model, losses, features)
         victim.passes.full_backward += 1
-        grad, score = _pull_back(victim, features, leaf, p, rows, loss)
+        way, score = loss.direction(p, features, victim, rows)
+        (grad,) = torch.autograd.grad((way * features).sum(), leaf)
     total = loss.alpha * losses.detach()
     with torch.no_grad():
         return p, grad, Evaluation(total if score is None else total - loss.beta * score, outputs.right)
 
 
 def vision_gradient(victim: Victim, model_input: Tensor, p: Tensor, rows: Tensor | None, loss: Weighted) -> Tensor:
-    """d/dx of alpha * <p / ||p||, h_v(x)> - beta * S_c(x), through E_v alone. Only the direction of p (n, T, D) counts.
+    """d/dx of <way, h_v(x)> through E_v alone, where `way` is the direction of `Weighted.direction` for a p
+    (n, T, D) of an earlier image, and S_c of this one.
 
-    The gradient of the cross-entropy is that of the margin times the probability of a wrong answer: 1e-5 for a sample
-    that the model is sure of. The exact gradient grows during the attack but a frozen p does not, so any beta would
-    outweigh it. The scale of p says how sure the model was, not in which direction to go.
+    The length of p says how sure the model was, not in which direction to go: alone, it does not count.
     """
-    norm = p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
-    p = loss.alpha * p / norm.clamp_min(torch.finfo(p.dtype).tiny)
+    p = p if loss.beta else unit(p)
     with torch.enable_grad():
         leaf = model_input.detach().clone().requires_grad_()
         features = victim.encode(leaf, rows)
         victim.passes.vision_forward += 1
         victim.passes.vision_backward += 1
-        return _pull_back(victim, features, leaf, p, rows, loss)[0]
-
-
-def _pull_back(
-    victim: Victim, features: Tensor, leaf: Tensor, p: Tensor, rows: Tensor | None, loss: Weighted
-) -> tuple[Tensor, Tensor | None]:
-    target, score = (p * features).sum(), None
-    if loss.beta:
-        score = victim.score(features, rows)
-        target = target - loss.beta * score.sum()
-    return torch.autograd.grad(target, leaf)[0], None if score is None else score.detach()
+        way, _ = loss.direction(p, features, victim, rows)
+        return torch.autograd.grad((way * features).sum(), leaf)[0]
 
 
 @dataclass(frozen=True)

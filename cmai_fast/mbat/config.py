@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from cmai_fast.attacks.losses import BALANCES
 from cmai_fast.bridge.recompute import MODES
 from cmai_fast.mbat.inner import SOLVERS, refresh_steps
 from cmai_fast.threat import ThreatModel
@@ -36,6 +37,13 @@ class MBATConfig(TrainingArguments):
     refreshes: int = field(default=0, metadata={"help": "R, refreshes of the bridge gradient; 0: the clean branch's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})
     beta: float = field(default=0.1, metadata={"help": "Weight of S_c in the inner problem; ARM starts from it."})
+    balance: str = field(
+        default="direction",
+        metadata={
+            "help": "direction: gradients of L_task and S_c are normalised where they meet, so that beta / alpha is the "
+            "share of S_c in a step; none: the gradient of the plain sum."
+        },
+    )
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
@@ -94,6 +102,7 @@ class MBATConfig(TrainingArguments):
         for name, choices in (
             ("inner", (*SOLVERS, "none")),
             ("loss_reduction", REDUCTIONS),
+            ("balance", BALANCES),
             ("recompute", MODES),
             ("trainable", ("all", "vision")),
         ):

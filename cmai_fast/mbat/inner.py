@@ -8,8 +8,8 @@
 
 `bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and maximises <p, h_v(x + delta)> through E_v,
 whose gradient is exact: only the language model is linearised. S_c depends on the vision side only and stays exact.
-Between refreshes only the direction of p counts, so that beta has the same weight for samples of which the model is
-sure.
+In every solver p and q = dS_c/d h_v are balanced where they meet (`cmai_fast.attacks.losses.Weighted`), so that beta
+means the same for each of them, and for samples of which the model is sure.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def maximise(
     *,
     alpha: float = 1.0,
     beta: float = 0.0,
+    balance: str = "direction",
     steps: int = 10,
     step_size: float | None = None,
     refreshes: int = 0,
@@ -65,7 +66,7 @@ def maximise(
         clean: (N, C, H, W) pixels in [0, 1], or what `victim.pixels` gives.
         threat: the ball.
         solver: `pgd` (exact), `bridge`, or `fgsm` (FGSM-RS: one step from a random start, Wong et al. 2020).
-        alpha, beta: weights of L_task and of S_c.
+        alpha, beta, balance: weights of L_task and of S_c, and how their gradients are balanced; see `Weighted`.
         steps: K.
         step_size: of every step, in the [0, 1] pixel range; None: decreasing linearly from 2 * eps towards 0, as in
             `attacks.pgd` (on a half-trained `easyvqa-llava` at 16/255, 256 questions, a mean loss of 0.210 after 10
@@ -89,7 +90,9 @@ def maximise(
     try:
         with victim.attack_mode():
             clean, eps, sample_ids = prepare(victim, clean, threat, sample_ids)
-            estimate = gradient.start(Course(victim, weighted(alpha, beta), clean, sample_ids, steps, seed))
+            estimate = gradient.start(
+                Course(victim, weighted(alpha, beta, balance=balance), clean, sample_ids, steps, seed)
+            )
             at, tally = Ascent.begin(victim, clean, eps, threat.norm, noise=(seed, sample_ids)), Tally(victim, clean)
             ascend(victim, at, estimate, step_sizes(threat.eps, steps, step_size), threat.norm, tally)
             return InnerResult(at.adv, at.model_input, victim.passes, staleness, tally.nonfinite, tally.zero_gradients)

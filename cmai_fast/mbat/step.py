@@ -222,6 +222,7 @@ class StepTrainer(CheckpointedTrainer):
                 args.inner,
                 alpha=args.alpha,
                 beta=self.beta,
+                balance=args.balance,
                 steps=args.inner_steps,
                 step_size=args.inner_step_size,
                 refreshes=args.refreshes,

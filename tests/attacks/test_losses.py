@@ -148,6 +148,6 @@ def test_each_output_is_computed_once(case64):
 def test_a_loss_of_features_alone_is_differentiated_through_the_vision_side(case64, heads):
     victim, values = case64.victim(heads=heads), case64.space.to_model(case64.clean)
     grad, at = exact_gradient(victim, values, None, LOSSES["lower-consistency"])
-    expected, _ = exact_gradient(victim, values, None, weighted(0.0, 1.0))
+    expected, _ = exact_gradient(victim, values, None, weighted(0.0, 1.0, balance="none"))
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-10)
     assert at.right.all() and (victim.passes.vision_backward, victim.passes.full_backward) == (1, 1)
