@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cmai_fast import ops
-from cmai_fast.bridge.backward import differentiate, unit
 from cmai_fast.attacks.losses import Loss, Weighted, cross_entropy
 from cmai_fast.attacks.victim import Evaluation, Victim
+from cmai_fast.bridge.backward import differentiate, unit
 from cmai_fast.registry import Registry
 
 # (images in the model's input space (n, ...), their rows of the batch (None: all), step number) -> (gradient like the

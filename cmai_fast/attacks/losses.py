@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge.backward import differentiate, unit
 from cmai_fast.attacks.victim import Outputs, Victim
+from cmai_fast.bridge.backward import differentiate, unit
 from cmai_fast.registry import Registry
 
 

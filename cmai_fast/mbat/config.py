@@ -40,8 +40,8 @@ class MBATConfig(TrainingArguments):
     balance: str = field(
         default="direction",
         metadata={
-            "help": "direction: gradients of L_task and S_c are normalised where they meet, so that beta / alpha is the "
-            "share of S_c in a step; none: the gradient of the plain sum."
+            "help": "direction: gradients of L_task and S_c are normalised where they meet, so that beta / alpha is "
+            "the share of S_c in a step; none: the gradient of the plain sum."
         },
     )
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
