@@ -20,6 +20,9 @@ from torch import Tensor
 from cmai_fast.bridge import BatchImages, DualBridge, EncoderDecoderBridge, bridge_of, frozen
 from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.cmcv.heads import RECORD as HEADS
+from cmai_fast.cmcv.verifier import RECORD as VERIFIER
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.generation import Generation, own_settings
@@ -39,9 +42,10 @@ class Pipeline:
         name: its name in errors and progress.
         model: an image-text model of `transformers`. It is used in evaluation mode and restored afterwards.
         processor: its processor, one that `VQACollator` takes.
-        heads: trained with this model.
-        threshold: of these heads.
+        heads: trained with this model; S_c is their score.
+        threshold: of the score.
         generation: None: that of the threshold's calibration, else 16 tokens.
+        verifier: made for this model; with one, the score of an answer is its margin instead of S_c.
 
     Raises:
         ValueError: a model that cannot be bridged, a processor that the collator refuses, heads of another model's
@@ -56,7 +60,9 @@ class Pipeline:
         heads: ConsistencyHeads | None = None,
         threshold: Threshold | None = None,
         generation: Generation | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
+        self.verifier = verifier
         self.name, self.model, self.processor, self.heads, self.threshold = name, model, processor, heads, threshold
         self.bridge = bridge_of(model)
         if isinstance(self.bridge, EncoderDecoderBridge):
@@ -93,23 +99,37 @@ class Pipeline:
         *,
         heads: str | Path | None = None,
         generation: Generation | None = None,
+        calibrated: bool = True,
         **how: Any,
     ) -> Pipeline:
         """By name, folder, run or hub id, as `cmai_fast.models.loading.load_model`.
 
         Args:
-            heads: a folder of heads; None: `cmcv/` in the model's folder or beside it, if there is one.
+            heads: a folder of heads or a verifier; None: `cmcv/` in the model's folder or beside it, if there is one.
             generation: see the class.
+            calibrated: False leaves the saved threshold out; answers are generated as it was calibrated, unless
+                `generation` says otherwise.
             how: `device`, `dtype`, `attention` and other arguments of `load_model`.
         """
         from cmai_fast.models.loading import find_heads, load_model
 
         place = find_heads(name) if heads is None else Path(heads)
-        found, saved = (None, None) if place is None else ConsistencyHeads.from_pretrained(place)
+        found, saved, verifier = None, None, None
+        verified = place is not None and (place / VERIFIER).is_file()
+        if place is not None and ((place / HEADS).is_file() or not verified):
+            found, saved = ConsistencyHeads.from_pretrained(place)  # before the model, which takes longer
         model, processor = load_model(name, **how)
-        if found is not None:
-            found = found.to(model.device)
-        return cls(str(name), model, processor, found, saved, generation)
+        found = None if found is None else found.to(model.device)
+        if place is not None and verified:
+            verifier, saved = Verifier.from_pretrained(place, bridge_of(model), processor.tokenizer)
+        if saved is not None and not calibrated:
+            generation, saved = generation or saved.generation, None
+        return cls(str(name), model, processor, found, saved, generation, verifier)
+
+    @property
+    def scores(self) -> bool:
+        """Whether answers can be scored."""
+        return self.heads is not None or self.verifier is not None
 
     @property
     def chooses(self) -> bool:
@@ -138,35 +158,28 @@ class Pipeline:
             return []
         if isinstance(self.collate, ChoiceCollator):
             return self._nearest(self.collate, samples, images)
-        with self._in_use(), own_settings(self.model):
-            prompts = self.on_device(self.collate.prompts(samples))
-            if images is not None:
-                prompts = self._with(images, self._closed(samples, [""] * len(samples)), prompts)
-            if "pixel_values" in prompts:
-                prompts["pixel_values"] = prompts["pixel_values"].to(self.model.dtype)
-            self._check_context(samples, prompts["attention_mask"])
-            output = self.model.generate(**prompts, generation_config=self.generation.config())
-            new = output if self.model.config.is_encoder_decoder else output[:, prompts["input_ids"].shape[1] :]
-            return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        with self._in_use():
+            return self._say(samples, self._prompts(samples, images))
 
     def score(
         self, samples: Sequence[Sample], answers: Sequence[str], images: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """S_c (N,) of each image with its prompt and this answer; `images` as for `generate`.
+        """The score (N,) of each image with its prompt and this answer: the verifier's margin, or S_c without one.
+
+        `images`: as for `generate`.
 
         Raises:
-            ValueError: there are no heads, or a sample has no image.
+            ValueError: there are neither heads nor a verifier, or a sample has no image.
         """
-        if self.heads is None:
+        if not self.scores:
             raise ValueError(f"{self.name} has no consistency heads; train them (cmai-fast calibrate)")
         if not samples:
             return torch.zeros(0)
-        for i, sample in enumerate(samples):
-            if not (found := Sample.of(sample, i)).images:
-                raise ValueError(
-                    f"{found.name} has no image, and S_c says how well image and answer agree; expected at least one"
-                )
+        _check_images(samples)
         with self._in_use():
+            if self.verifier is not None:
+                return self._verify(samples, answers, self._prompts(samples, images))
+            assert self.heads is not None
             batch = self._closed(samples, answers)
             if images is not None:
                 batch = self._with(images, batch, batch)
@@ -179,7 +192,7 @@ class Pipeline:
     def answer(
         self, samples: Sequence[Sample], images: Sequence[Tensor] | None = None
     ) -> tuple[list[str], list[float]]:
-        """Greedy answers and the S_c of each; images are encoded once for both if the model's family allows it.
+        """Greedy answers and the score of each; images are encoded once for both if the model's family allows it.
 
         Samples that do not fit into memory at once are answered in halves.
         """
@@ -187,11 +200,39 @@ class Pipeline:
         def part(rows: slice) -> list[tuple[str, float]]:
             own = None if images is None else images[rows]
             with self._in_use(), images_encoded_once(self.model):
+                if self.verifier is not None:
+                    _check_images(samples[rows])
+                    prompts = self._prompts(samples[rows], own)
+                    said = self._say(samples[rows], prompts)
+                    return list(zip(said, self._verify(samples[rows], said, prompts).tolist(), strict=True))
                 said = self.generate(samples[rows], own)
                 return list(zip(said, self.score(samples[rows], said, own).tolist(), strict=True))
 
         rows = in_parts(len(samples), part)
         return [answer for answer, _ in rows], [score for _, score in rows]
+
+    def _prompts(self, samples: Sequence[Sample], images: Sequence[Tensor] | None) -> dict[str, Tensor]:
+        prompts = self.on_device(self.collate.prompts(samples))  # type: ignore[union-attr]  # a model that generates
+        if images is not None:
+            prompts = self._with(images, self._closed(samples, [""] * len(samples)), prompts)
+        if "pixel_values" in prompts:
+            prompts["pixel_values"] = prompts["pixel_values"].to(self.model.dtype)
+        return prompts
+
+    def _say(self, samples: Sequence[Sample], prompts: Mapping[str, Tensor]) -> list[str]:
+        self._check_context(samples, prompts["attention_mask"])
+        with own_settings(self.model):
+            output = self.model.generate(**prompts, generation_config=self.generation.config())
+        new = output if self.model.config.is_encoder_decoder else output[:, prompts["input_ids"].shape[1] :]
+        return [a.strip() for a in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _verify(self, samples: Sequence[Sample], answers: Sequence[str], prompts: Mapping[str, Tensor]) -> Tensor:
+        assert self.verifier is not None
+        asked = [Sample.of(s, i) for i, s in enumerate(samples)]
+        texts = self.verifier.texts([s.prompt for s in asked], answers, [s.choices for s in asked])
+        image_inputs, text = self.bridge.inputs(prompts)
+        features = self.verifier.bridge.encode_image(prompts["pixel_values"], **image_inputs)
+        return self.verifier.margin(features, texts, self.bridge.image_tokens(text))
 
     def _nearest(
         self, collate: ChoiceCollator, samples: Sequence[Sample], images: Sequence[Tensor] | None
@@ -246,6 +287,14 @@ class Pipeline:
                     f"{self.generation.max_new_tokens}; the model's context is {self.bridge.context}. Shorten the "
                     "question or set max_new_tokens lower"
                 )
+
+
+def _check_images(samples: Sequence[Sample]) -> None:
+    for i, sample in enumerate(samples):
+        if not (found := Sample.of(sample, i)).images:
+            raise ValueError(
+                f"{found.name} has no image, and its score says how well image and answer agree; expected at least one"
+            )
 
 
 @contextmanager

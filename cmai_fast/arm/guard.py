@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cmai_fast.arm.policies import POLICIES, Case, Decision
-from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import Sample
 from cmai_fast.data.pictures import read_picture
 from cmai_fast.pipeline import Generation, Pipeline
@@ -35,7 +34,7 @@ class Guard:
     def __init__(
         self, pipeline: Pipeline, policies: Sequence[str | Decider] = ("reject",), *, threshold: float | None = None
     ) -> None:
-        if pipeline.heads is None:
+        if not pipeline.scores:
             raise ValueError(f"{pipeline.name} has no consistency heads; train them (cmai-fast calibrate)")
         if threshold is None:
             if pipeline.threshold is None:
@@ -77,7 +76,7 @@ class Guard:
             ValueError: no such model, weights damaged or not safetensors, no heads, no threshold, or `max_new_tokens`
                 other than those of the saved threshold.
         """
-        from cmai_fast.models.loading import find_heads, load_model
+        from cmai_fast.models.loading import find_heads
 
         place = find_heads(name) if heads is None else Path(heads)
         if place is None:
@@ -85,14 +84,9 @@ class Guard:
                 f"no consistency heads for {name}: there is no cmcv/ in its folder or beside it. Train them (cmai-fast "
                 "calibrate), immunise the model (cmai-fast immunize), or name the folder that holds them"
             )
-        found, saved = ConsistencyHeads.from_pretrained(place)
-        if saved is None and threshold is None:
-            raise ValueError(f"the heads in {place} were saved without a threshold; calibrate them or set threshold")
         generation = None if max_new_tokens is None else Generation(max_new_tokens)
-        if threshold is not None and saved is not None:  # the user's own threshold, for answers of any length
-            generation, saved = generation or saved.generation, None
-        model, processor = load_model(name, **how)
-        pipeline = Pipeline(str(name), model, processor, found.to(model.device), saved, generation)
+        # The user's own threshold is for answers of any length.
+        pipeline = Pipeline.load(name, heads=place, generation=generation, calibrated=threshold is None, **how)
         return cls(pipeline, policies, threshold=threshold)
 
     def decide(self, image: Any, question: str) -> Decision:
@@ -124,7 +118,7 @@ class Guard:
         for sample in samples:
             self._check_question(sample.prompt, f"the question of sample {sample.id!r}")
             pictures = tuple(read_picture(image, name=f"image of sample {sample.id!r}") for image in sample.images)
-            asked.append(Sample(sample.id, pictures, sample.prompt))
+            asked.append(replace(sample, images=pictures, references=()))
         return self._decide(asked)
 
     def _decide(self, samples: Sequence[Sample]) -> list[Decision]:

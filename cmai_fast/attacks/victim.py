@@ -25,6 +25,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.pixels import PixelSpace
 
 if TYPE_CHECKING:
+    from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
 
 
@@ -59,6 +60,9 @@ class Victim(BatchImages):
             depend on the image and is computed once.
         text_features: h_t (N, text_dim) of the batch, if the caller has it already.
 
+    Attributes:
+        deployed: the guard around the model, for the adaptive attack; None: there is none.
+
     `passes` counts the model passes.
 
     Raises:
@@ -76,6 +80,7 @@ class Victim(BatchImages):
         super().__init__(bridge, space, batch)
         self.heads, self.text_features = heads, text_features
         self.passes = Passes()
+        self.deployed: Deployed | None = None
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None
         self._tokens = bridge.image_tokens(self.batch)
@@ -128,10 +133,13 @@ class Victim(BatchImages):
         Raises:
             ValueError: there are no heads.
         """
-        heads, text, tokens = self._heads(), self.text_projection(), self._tokens
-        if rows is not None:
-            text, tokens = text[rows], None if tokens is None else tokens[rows]
-        return heads.score(heads.project_image(image_features, tokens), text)
+        heads, text = self._heads(), self.text_projection()
+        text = text if rows is None else text[rows]
+        return heads.score(heads.project_image(image_features, self.image_tokens(rows)), text)
+
+    def image_tokens(self, rows: Tensor | None = None) -> Tensor | None:
+        """How many tokens of h_v are no padding (n,); None: all."""
+        return self._tokens if rows is None or self._tokens is None else self._tokens[rows]
 
     def own_features(self, rows: Tensor | None = None) -> Tensor:
         """h_v (n, T, image_dim) of the batch's own images, no gradient, computed once."""

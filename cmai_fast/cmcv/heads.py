@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from cmai_fast import ops
 from cmai_fast.cmcv.calibration import Threshold
+from cmai_fast.files import write_bytes, write_text
 from cmai_fast.generation import Generation
 
 FORMAT = 2
@@ -97,8 +96,8 @@ class ConsistencyHeads(nn.Module):
             "threshold": threshold.to_dict() if threshold else None,
             "sha256": hashlib.sha256(weights).hexdigest(),
         }
-        _write_atomic(folder / WEIGHTS, weights)
-        _write_atomic(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        write_bytes(weights, folder / WEIGHTS)
+        write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", folder / RECORD)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> tuple[ConsistencyHeads, Threshold | None]:
@@ -146,17 +145,3 @@ def _threshold(record: dict[str, Any]) -> Threshold | None:
     if saved and record["format"] == 1:  # always 8 tokens then, and not stored
         saved = {**saved, "generation": Generation(max_new_tokens=8).to_dict()}
     return Threshold.from_dict(saved) if saved else None
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes the file private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -93,7 +93,7 @@ def measure(
     measured.record["metrics"] = _corpus_metrics(measured, metrics)
     if curve is not None:
         measured.record["curve"] = _curve(runner, curve, threat)
-    if pipeline.heads is not None:
+    if pipeline.scores:
         _add_consistency(measured)
     return measured
 
@@ -237,11 +237,10 @@ def own_scores(
     images: Sequence[Tensor] | None = None,
     progress: Overall | None = None,
 ) -> np.ndarray:
-    """S_c (N,) with the model's own answers, of the samples' own images, or of `images` as for `Pipeline.generate`."""
+    """The score (N,) of the model's own answers, for the samples' own images or `images` as for `Pipeline.generate`."""
 
     def score(rows: list[int]) -> list[float]:
-        part, given = [samples[i] for i in rows], None if images is None else [images[i] for i in rows]
-        return pipeline.score(part, pipeline.generate(part, given), given).double().tolist()
+        return pipeline.answer([samples[i] for i in rows], None if images is None else [images[i] for i in rows])[1]
 
     found: list[float] = []
     for rows, scores in Parts(batch_size).over(range(len(samples)), score):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
+from cmai_fast.attacks.deployed import Deployed
 from cmai_fast.attacks.state import random_start
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.progress import Overall, Silent
@@ -219,8 +220,11 @@ class Runner:
         self, spec: AttackSpec, threat: ThreatModel, rows: list[int], keep: bool, brief: bool
     ) -> tuple[dict[str, Any], dict[int, Tensor] | None]:
         start = time.perf_counter()
-        batch = self.pipeline.collate([self._target(i) for i in rows])
+        targets = [self._target(i) for i in rows]
+        batch = self.pipeline.collate(targets)
         victim = victim_of(self.pipeline, batch)
+        if self.pipeline.scores and self.pipeline.threshold is not None:
+            victim.deployed = Deployed(self.pipeline, targets)
         clean = victim.pixels()
         result: AttackResult = ATTACKS[spec.name](
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
@@ -307,7 +311,7 @@ class Runner:
             own: the samples' own images; if an image is unchanged, the clean answer is reused.
             known: other images of these samples with their results, which are reused for equal images.
         """
-        scored = scored and self.pipeline.heads is not None
+        scored = scored and self.pipeline.scores
         found: dict[str, Any] = {"predictions": [""] * len(rows), "scores": [0.0] * len(rows) if scored else None}
         left = []
         for k, (row, image) in enumerate(zip(rows, images, strict=True)):

@@ -1,31 +1,42 @@
-"""Fits heads to an unchanged model, and sets the threshold below which the guard withholds an answer."""
+"""Fits a verifier to an unchanged model, and sets the threshold below which the guard withholds an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.cmcv.alternatives import Alternatives
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
+from cmai_fast.cmcv.tower import beside
+from cmai_fast.cmcv.verifier import Verifier, set_tower, tower_weights
 from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.protocol import own_scores
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_folder
+from cmai_fast.mbat.verifier import fit_verifier
 from cmai_fast.metrics import auroc
+from cmai_fast.models.loading import load_model
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.tasks import TASKS
+from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import data_settings
 from cmai_fast.workflows.samples import asked, training_batches, training_samples
 
 RECORD = "calibration.json"
-_FILES = {"heads.safetensors", "cmcv.json", RECORD}
-HEADS, _OWN, _WRONG = "consistency heads", "own answers", "wrong answers"
+_FILES = {"heads.safetensors", "cmcv.json", "verifier.safetensors", "verifier.json", RECORD}
+HEADS, VERIFIER, _OWN, _WRONG = "consistency heads", "verifier", "own answers", "wrong answers"
+OWN, COPY = "own", "copy"  # towers; anything else is the name of a model
 
 
 def calibrate(
@@ -36,6 +47,9 @@ def calibrate(
     heads: str | Path | None = None,
     refit: bool = False,
     head_steps: int = 300,
+    verifier_steps: int = 1000,
+    tower: str = COPY,
+    eps: float = 8 / 255,
     false_rejection_rate: float = 0.05,
     task: str = "vqa",
     limit: int = 1000,
@@ -48,22 +62,30 @@ def calibrate(
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
-    """Fits heads if the model has none, sets the threshold, and writes both to `out` atomically.
+    """Fits a verifier if the model has none, sets the threshold of its score, and writes both to `out` atomically.
+
+    A dual encoder has no questions to verify: it gets consistency heads, whose score is S_c.
 
     Args:
-        data: heads are fitted on its train split, and the threshold is set on its calibration split.
+        data: verifier and heads are fitted on its train split, and the threshold is set on its calibration split.
         out: a folder that is new, empty, or from an earlier calibration, which is then replaced.
-        heads: a folder of heads to start from; None: `cmcv/` in the model's folder or beside it, if there is one.
-        refit: fit new heads even if there are some.
+        heads: a folder of heads or a verifier to start from; None: `cmcv/` in the model's folder or beside it, if there
+            is one.
+        refit: fit a new verifier (or heads) even if there is one.
         head_steps: number of batches that new heads are fitted on.
+        verifier_steps: the same for a new verifier, each clean and attacked; 0: no verifier, S_c of heads is the score.
+        tower: what the verifier sees with. `copy`: a copy of the model's vision side, which is hardened with it; `own`:
+            the model's own features, for a model that is already immunised; or the name of an immunised model of the
+            same architecture, whose vision side is taken.
+        eps: radius of the attacks that the verifier is hardened against, in the [0, 1] pixel range.
         false_rejection_rate: the maximum share of clean inputs that the threshold rejects.
         limit: samples of the calibration split to use.
-        max_new_tokens: length of an answer; None: that of the existing heads' calibration, else 16. It is saved
-            with the threshold, and the guard uses it.
+        max_new_tokens: length of an answer; None: that of the existing calibration, else 16. It is saved with the
+            threshold, and the guard uses it.
 
     Returns:
-        The threshold and, under `wrong_answers`, how well S_c separates the model's own answers from the task's wrong
-        ones (`auroc`) and the share of wrong ones that the threshold rejects. Also written to `calibration.json`.
+        The threshold and, under `wrong_answers`, how well the score separates the model's own answers from the task's
+        wrong ones (`auroc`) and the share of wrong ones that the threshold rejects. Also written to `calibration.json`.
 
     Raises:
         ValueError: unknown names, data without these splits, samples without wrong answers if heads are fitted, a
@@ -79,24 +101,39 @@ def calibrate(
     pipeline.choose_from(held_out)
     if max_new_tokens is not None:
         pipeline.generation = Generation(max_new_tokens)
-    fitted = refit or pipeline.heads is None
-    stages = {HEADS: 3.0 * head_steps * batch_size} if fitted else {}
+    verifies = verifier_steps > 0 and not pipeline.chooses
+    if not verifies or refit:
+        pipeline.verifier = None
+    fitted = refit or (pipeline.verifier if verifies else pipeline.heads) is None
+    stage, cost = (VERIFIER, 20.0 * verifier_steps) if verifies else (HEADS, 3.0 * head_steps)
+    stages = {stage: cost * batch_size} if fitted else {}
     with Overall(stages | {_OWN: 6.0 * len(held_out), _WRONG: 2.0 * len(held_out)}, progress) as overall:
         if fitted:
             train = training_samples(data, task, pipeline)
-            pipeline.heads = new_heads(pipeline, train, head_steps, batch_size, seed, overall)
-        scores = _own_scores(pipeline, held_out, batch_size, overall)
-        threshold = fit_threshold(torch.tensor(scores), "calibration", false_rejection_rate, pipeline.generation)
+            if verifies:
+                ball = ThreatModel("linf", eps)
+                pipeline.verifier = new_verifier(
+                    pipeline, train, verifier_steps, tower, ball, batch_size, seed, overall
+                )
+            else:
+                pipeline.heads = new_heads(pipeline, train, head_steps, batch_size, seed, overall)
+        overall.start(_OWN, len(held_out))
+        scores = own_scores(pipeline, held_out, batch_size, progress=overall)
+        threshold = fit_threshold(torch.from_numpy(scores), "calibration", false_rejection_rate, pipeline.generation)
         wrong = _wrong_scores(pipeline, held_out, TASKS[task], batch_size, seed, overall)
     record = {
-        "model": model, **data_settings(data), "task": task, "heads": "fitted" if fitted else "as found",
-        "threshold": threshold.to_dict(), "wrong_answers": _separation(scores, wrong, threshold), "seed": seed,
-        "versions": versions(), "command": command,
+        "model": model, **data_settings(data), "task": task, "score": "verifier" if verifies else "heads",
+        "fitted": fitted, "threshold": threshold.to_dict(), "wrong_answers": _separation(scores, wrong, threshold),
+        "seed": seed, "versions": versions(), "command": command,
     }  # fmt: skip
+    if verifies and fitted:
+        record["verifier"] = {"steps": verifier_steps, "tower": tower, "eps": eps, "batch_size": batch_size}
 
     def save(folder: Path) -> None:
-        assert pipeline.heads is not None
-        pipeline.heads.save_pretrained(folder, threshold)
+        if pipeline.heads is not None:
+            pipeline.heads.save_pretrained(folder, None if verifies else threshold)
+        if pipeline.verifier is not None:
+            pipeline.verifier.save_pretrained(folder, threshold)
         write_results(record, folder / RECORD)
 
     write_folder(out, save)
@@ -116,14 +153,51 @@ def new_heads(
     return heads
 
 
-def _own_scores(pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, progress: Overall) -> list[float]:
-    """S_c of clean samples with the model's own answers, on which the threshold is set."""
-    progress.start(_OWN, len(samples))
-    found: list[float] = []
-    for start in range(0, len(samples), batch_size):
-        found += pipeline.answer(samples[start : start + batch_size])[1]
-        progress.advance(len(found) - start)
-    return found
+def new_verifier(
+    pipeline: Pipeline,
+    train: Sequence[Sample],
+    steps: int,
+    tower: str,
+    threat: ThreatModel,
+    batch_size: int,
+    seed: int,
+    progress: Overall,
+) -> Verifier:
+    """A verifier fitted to samples with answers; the same seed gives the same one. `tower`: as for `calibrate`."""
+    bridge, beside_it = pipeline.bridge, None
+    if tower != OWN:
+        beside_it = beside(bridge)
+        if tower != COPY:
+            set_tower(
+                bridge_of(beside_it), tower_weights(bridge_of(load_model(tower, device=str(bridge.model.device))[0]))
+            )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        verifier = Verifier.new(bridge, pipeline.processor.tokenizer, Alternatives.of(train), beside_it)
+    progress.start(VERIFIER, steps)
+    fit_verifier(
+        verifier, pipeline.space, _with_samples(pipeline, train, batch_size, seed), steps, threat,
+        train_tower=tower == COPY, seed=seed, on_step=lambda *_: progress.advance(),
+    )  # fmt: skip
+    return verifier
+
+
+def _with_samples(
+    pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int
+) -> Iterator[tuple[list[Sample], dict[str, Tensor]]]:
+    """Endless batches, and their samples; a kind of answers is drawn by the square root of its frequency, so that rare
+    kinds are learnt too."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = defaultdict(list)
+    for i in range(len(samples)):
+        kinds[samples[i].choices].append(i)
+    pools = [torch.tensor(rows) for rows in kinds.values()]
+    weights = torch.tensor([len(pool) ** 0.5 for pool in pools])
+    while True:
+        which = torch.multinomial(weights, batch_size, replacement=True, generator=generator).tolist()
+        rows = [int(pools[k][torch.randint(len(pools[k]), (1,), generator=generator)]) for k in which]
+        drawn = [samples[i] for i in rows]
+        yield drawn, pipeline.on_device(pipeline.collate(drawn))
 
 
 def _wrong_scores(
@@ -144,10 +218,10 @@ def _wrong_scores(
     return found
 
 
-def _separation(scores: Sequence[float], wrong: dict[int, float], threshold: Threshold) -> dict[str, Any] | None:
+def _separation(scores: np.ndarray, wrong: dict[int, float], threshold: Threshold) -> dict[str, Any] | None:
     if not wrong:
         return None
-    own, other = np.array([scores[i] for i in wrong]), np.array(list(wrong.values()))
+    own, other = scores[list(wrong)], np.array(list(wrong.values()))
     return {"n": len(wrong), "auroc": auroc(own, other), "rejected": float((other < threshold.tau).mean())}
 
 

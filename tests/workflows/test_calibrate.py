@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.cmcv.verifier import tower_weights
 from cmai_fast.data.sources import DataSource
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.workflows.calibrate import calibrate
 
 DATA = DataSource("easyvqa")
-FAST = {"limit": 24, "batch_size": 8, "head_steps": 3, "progress": False, "max_new_tokens": 3}
+FAST = {"limit": 24, "batch_size": 8, "head_steps": 3, "verifier_steps": 0, "progress": False, "max_new_tokens": 3}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_heads_are_fitted_and_the_threshold_rejects_its_share(folder, tmp_path):
     record = calibrate(str(folder), DATA, out=tmp_path / "a", false_rejection_rate=0.25, **FAST)
     heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
     assert threshold == Threshold(threshold.tau, 0.25, 24, "calibration", Generation(3))
-    assert record["heads"] == "fitted" and record["threshold"] == threshold.to_dict()
+    assert record["fitted"] and record["score"] == "heads" and record["threshold"] == threshold.to_dict()
     samples = DATA.load("calibration", 24, 0)
     pipeline = Pipeline.load(str(folder), heads=tmp_path / "a")
     _, scores = pipeline.answer([samples[i] for i in range(24)])
@@ -54,12 +55,12 @@ def test_heads_that_are_there_are_kept_unless_they_are_refitted(folder, tmp_path
     settings = FAST | {"max_new_tokens": None}
     kept = calibrate(str(folder), DATA, out=tmp_path / "a", heads=tmp_path / "own", **settings)
     heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
-    assert kept["heads"] == "as found" and heads.settings == own.settings
+    assert not kept["fitted"] and heads.settings == own.settings
     assert all(torch.equal(v, heads.state_dict()[k]) for k, v in own.state_dict().items())
     assert threshold.generation == Generation(2) and threshold.tau < 0.9
     new = calibrate(str(folder), DATA, out=tmp_path / "a", heads=tmp_path / "own", refit=True, **FAST)
     heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
-    assert new["heads"] == "fitted" and heads.settings["dim"] == 128 and threshold.generation == Generation(3)
+    assert new["fitted"] and heads.settings["dim"] == 128 and threshold.generation == Generation(3)
 
 
 def test_other_files_are_left_alone_and_a_failure_leaves_the_old_heads(folder, tmp_path, monkeypatch):
@@ -88,4 +89,45 @@ def test_answers_of_other_samples_are_wrong_ones_where_there_are_no_choices(fold
 
     monkeypatch.setattr(DataSource, "load", open_questions)
     record = calibrate(str(folder), DATA, out=tmp_path / "a", **FAST)
-    assert record["heads"] == "fitted" and record["wrong_answers"]["n"] == 24
+    assert record["fitted"] and record["wrong_answers"]["n"] == 24
+
+
+VERIFIED = FAST | {"verifier_steps": 3}
+
+
+def test_a_verifier_is_fitted_and_its_margin_is_the_score(folder, tmp_path):
+    before = Pipeline.load(str(folder)).model.state_dict()
+    record = calibrate(str(folder), DATA, out=tmp_path / "a", false_rejection_rate=0.25, **VERIFIED)
+    assert record["score"] == "verifier" and record["verifier"]["tower"] == "copy"
+    assert sorted(files(tmp_path / "a")) == ["calibration.json", "verifier.json", "verifier.safetensors"]
+    pipeline = Pipeline.load(str(folder), heads=tmp_path / "a")
+    assert pipeline.heads is None and pipeline.threshold.to_dict() == record["threshold"]
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.model.state_dict().items())
+    vision = tower_weights(pipeline.verifier.bridge)
+    assert any(not torch.equal(v, before[k]) for k, v in vision.items()), "the copy was hardened"
+    samples = [DATA.load("calibration", 24, 0)[i] for i in range(24)]
+    answers, scores = pipeline.answer(samples)
+    assert sum(score < pipeline.threshold.tau for score in scores) == 6 and pipeline.generation == Generation(3)
+    assert scores == pytest.approx(pipeline.score(samples, answers).tolist(), abs=1e-5)
+    assert min(scores) < -1, "log-odds, not a cosine"
+    kept = calibrate(str(folder), DATA, out=tmp_path / "b", heads=tmp_path / "a", **VERIFIED)
+    assert (
+        not kept["fitted"]
+        and files(tmp_path / "b")["verifier.safetensors"] == files(tmp_path / "a")["verifier.safetensors"]
+    )
+
+
+def test_a_verifier_sees_with_the_model_itself_or_with_another_one(folder, make_tiny, tmp_path):
+    other = tmp_path / "other"
+    for part in make_tiny(seed=5):
+        part.save_pretrained(other)
+    calibrate(str(folder), DATA, out=tmp_path / "own", tower="own", **VERIFIED)
+    own = Pipeline.load(str(folder), heads=tmp_path / "own")
+    assert own.verifier.tower is None and own.verifier.bridge.model is own.model
+    calibrate(str(folder), DATA, out=tmp_path / "named", tower=str(other), **VERIFIED)
+    named = Pipeline.load(str(folder), heads=tmp_path / "named")
+    theirs = tower_weights(Pipeline.load(str(other)).bridge)
+    assert all(torch.equal(v, theirs[k]) for k, v in tower_weights(named.verifier.bridge).items())
+    with pytest.raises(ValueError, match="cannot load the model 'nowhere/none'"):
+        calibrate(str(folder), DATA, out=tmp_path / "c", tower="nowhere/none", **VERIFIED)
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,58 @@
+"""The answers with which an answer is compared: those that a question of its kind could have had."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cmai_fast.data.sample import Sample, differing
+from cmai_fast.metrics.exact_match import folded
+
+MOST = 64
+_OPENING = 2  # words by which open questions are of one kind: "what color", "how many", "is there"
+_OF_A_KIND = 16
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """Kinds of answers, each a tuple of texts, the most frequent kind first."""
+
+    kinds: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len({folded(answer) for kind in self.kinds for answer in kind}) < 2:
+            raise ValueError(
+                f"the answers to compare with are {self.kinds}; expected at least two that differ. Give records with "
+                "choices, or with more than one answer"
+            )
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Alternatives:
+        """The kinds of these samples: their choices or, of samples without, the most frequent answers to questions
+        that begin with the same two words.
+
+        Raises:
+            ValueError: all samples have the same answer.
+        """
+        closed: Counter[tuple[str, ...]] = Counter()
+        opened: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            if sample.choices:
+                closed[tuple(sample.choices)] += 1
+            elif sample.references:
+                opened[" ".join(folded(sample.prompt).split()[:_OPENING])][sample.references[0]] += 1
+        counted = closed + Counter(
+            {tuple(a for a, _ in answers.most_common(_OF_A_KIND)): sum(answers.values()) for answers in opened.values()}
+        )
+        return cls(tuple(kind for kind, _ in counted.most_common()))
+
+    def to(self, answer: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
+        """At most 64 answers that say something else than `answer`: the choices of its question if it has any, then
+        kinds with this answer, then the other kinds.
+
+        The other kinds count because a model under attack answers "yes" when asked for a colour.
+        """
+        own = folded(answer)
+        kinds = sorted(self.kinds, key=lambda kind: own not in {folded(a) for a in kind})
+        return differing([*choices, *(a for kind in kinds for a in kind)], [answer])[:MOST]

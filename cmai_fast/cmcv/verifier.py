@@ -1,0 +1,235 @@
+"""The verifier: how much better an answer agrees with the image than its alternatives do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cmai_fast.bridge import ModelBridge, bridge_of
+from cmai_fast.cmcv.alternatives import Alternatives
+from cmai_fast.cmcv.calibration import Threshold
+from cmai_fast.cmcv.network import VerifyNetwork
+from cmai_fast.cmcv.tower import beside
+from cmai_fast.files import write_bytes, write_text
+
+FORMAT = 1
+WEIGHTS, RECORD = "verifier.safetensors", "verifier.json"
+_NETWORK, _TOWER = "network.", "tower."
+_REMEMBERED = 4096  # answers
+
+
+@dataclass
+class Texts:
+    """Questions and their answers as the verifier reads them; nothing of it depends on an image.
+
+    question: states (N, L, width) of the words, and mask: (N, L), which are no padding. answers: (N, K, dim): first
+    the answer, then its alternatives. real: (N, K), which are no padding.
+    """
+
+    question: Tensor
+    mask: Tensor
+    answers: Tensor
+    real: Tensor
+
+    def rows(self, rows: Tensor | None) -> Texts:
+        return self if rows is None else Texts(*(value[rows] for value in vars(self).values()))
+
+
+class Verifier:
+    """Scores an answer by its margin: the log-odds of the answer against its alternatives, given image and question.
+
+    The raw cosine S_c varies mostly between questions; among answers to one question it does not. The score of an
+    attacked input says little if it is read from features that the attack moves together with the answer, so the
+    verifier may have a vision side of its own (`tower`).
+
+    Args:
+        bridge: of the model.
+        tokenizer: of the model.
+        network: made for the widths of this model.
+        alternatives: what answers are compared with.
+        tower: a model beside this one, from `cmcv.tower.beside`; None: the verifier reads the model's own h_v.
+    """
+
+    def __init__(
+        self, bridge: ModelBridge, tokenizer: Any, network: VerifyNetwork, alternatives: Alternatives, tower: Any = None
+    ) -> None:
+        self.tokenizer, self.network, self.alternatives, self.tower = tokenizer, network, alternatives, tower
+        self.bridge = bridge if tower is None else bridge_of(tower)
+        self._embed = bridge.model.get_input_embeddings()
+        self._known: dict[str, Tensor] = {}  # answers that the network has read since it was frozen
+        theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed.weight.shape[1]}
+        made_for = {name: network.settings[name] for name in theirs}
+        if made_for != theirs:
+            raise ValueError(
+                f"the verifier was made for {made_for}, the model has {theirs}; use one calibrated for this model "
+                "(cmai-fast calibrate)"
+            )
+
+    @classmethod
+    def new(
+        cls, bridge: ModelBridge, tokenizer: Any, alternatives: Alternatives, tower: Any = None, **sizes: int
+    ) -> Verifier:
+        """With an untrained network; `sizes` as of `VerifyNetwork`."""
+        text_dim = bridge.model.get_input_embeddings().weight.shape[1]
+        network = VerifyNetwork(bridge.image_dim, text_dim, **sizes).to(bridge.model.device)
+        return cls(bridge, tokenizer, network, alternatives, tower)
+
+    def texts(
+        self, questions: Sequence[str], answers: Sequence[str], choices: Sequence[Sequence[str]] | None = None
+    ) -> Texts:
+        """Reads the questions with these answers; `choices` are those of each question, if known."""
+        given = [()] * len(answers) if choices is None else choices
+        rows = [[a, *self.alternatives.to(a, own)] for a, own in zip(answers, given, strict=True)]
+        place = {text: i for i, text in enumerate(dict.fromkeys(text for row in rows for text in row))}
+        longest = max(map(len, rows))
+        index = torch.zeros(len(rows), longest, dtype=torch.long)
+        real = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            index[i, : len(row)] = torch.tensor([place[text] for text in row])
+            real[i, : len(row)] = True
+        every = self._answers(list(place))
+        asked = list(dict.fromkeys(questions))
+        states, mask = self._read(asked)
+        states = self.network.words(states, mask)
+        which = torch.tensor([asked.index(question) for question in questions], device=states.device)
+        device = every.device
+        return Texts(states[which], mask[which], every[index.to(device)], real.to(device))
+
+    def _answers(self, texts: list[str]) -> Tensor:
+        """(M, dim); those of a network that does not learn are read once."""
+        if any(p.requires_grad for p in self.network.parameters()):
+            self._known.clear()
+            return self.network.answers(*self._read(texts))
+        if new := [text for text in texts if text not in self._known]:
+            if len(self._known) > _REMEMBERED:
+                self._known.clear()
+                new = texts
+            with torch.no_grad():
+                self._known |= dict(zip(new, self.network.answers(*self._read(new)), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+    def cosines(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
+        """S_c (N, K) of features (N, T, image_dim) of `self.bridge` with each answer."""
+        return self.network.cosine(self.network.see(features, texts.question, texts.mask, tokens), texts.answers)
+
+    def logits(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
+        """(N, K), differentiable: S_c over the temperature; -inf where a row has no answer."""
+        logits = self.network.scale * self.cosines(features, texts, tokens)
+        return logits.masked_fill(~texts.real, float("-inf"))
+
+    def margin(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
+        """(N,), differentiable: log p / (1 - p) of the answer among its alternatives."""
+        logits = self.logits(features, texts, tokens)
+        return logits[:, 0] - logits[:, 1:].logsumexp(1)
+
+    def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Input embeddings (N, L, text_dim) of texts and their mask (N, L); an empty text has one padding token."""
+        made = self.tokenizer(
+            list(texts), add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+        )
+        device = self._embed.weight.device
+        ids, mask = made["input_ids"].long().to(device), made["attention_mask"].bool().to(device)
+        if not ids.shape[1]:
+            ids, mask = (value.new_zeros(len(texts), 1) for value in (ids, mask))
+        mask[:, 0] = True
+        with torch.no_grad():
+            return self._embed(ids), mask
+
+    def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
+        """Writes verifier.safetensors (network, tower) and verifier.json (settings, threshold), each atomically.
+
+        verifier.json holds the digest of the weights, so files of two interrupted saves are not mistaken for one.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {_NETWORK + k: v for k, v in self.network.state_dict().items()}
+        if self.tower is not None:
+            tensors |= {_TOWER + k: v for k, v in tower_weights(self.bridge).items()}
+        weights = save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
+        record = {
+            "format": FORMAT,
+            "network": self.network.settings,
+            "kinds": self.alternatives.kinds,
+            "tower": self.tower is not None,
+            "threshold": threshold.to_dict() if threshold else None,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        write_bytes(weights, folder / WEIGHTS)
+        write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", folder / RECORD)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, bridge: ModelBridge, tokenizer: Any
+    ) -> tuple[Verifier, Threshold | None]:
+        """The verifier of `folder` for this model, frozen, and its threshold if one was saved.
+
+        Raises:
+            ValueError: files are missing, damaged or do not belong together, or are of a model of another size.
+        """
+        folder = Path(folder)
+        for name in (WEIGHTS, RECORD):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} has no {name}; expected a folder written by cmai-fast calibrate")
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']!r}, and this version reads {FORMAT}")
+            network = VerifyNetwork(**record["network"])
+            alternatives = Alternatives(tuple(tuple(kind) for kind in record["kinds"]))
+            has_tower, digest = bool(record["tower"]), record["sha256"]
+            threshold = Threshold.from_dict(record["threshold"]) if record["threshold"] else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / RECORD} cannot be read ({error}); calibrate again") from error
+        weights = (folder / WEIGHTS).read_bytes()
+        if hashlib.sha256(weights).hexdigest() != digest:
+            raise ValueError(
+                f"{folder / WEIGHTS} is not the file that {RECORD} was written with: it is damaged, or a save was "
+                "interrupted; calibrate again"
+            )
+        try:
+            tensors = load(weights)
+            own = {k.removeprefix(_NETWORK): v for k, v in tensors.items() if k.startswith(_NETWORK)}
+            network.load_state_dict(own, assign=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder / WEIGHTS} does not fit {RECORD} ({error}); calibrate again") from error
+        network = network.to(bridge.model.device).eval().requires_grad_(False)
+        tower = None
+        if has_tower:
+            tower = beside(bridge)
+            set_tower(bridge_of(tower), {k.removeprefix(_TOWER): v for k, v in tensors.items() if k.startswith(_TOWER)})
+        return cls(bridge, tokenizer, network, alternatives, tower), threshold
+
+
+def tower_weights(bridge: ModelBridge) -> dict[str, Tensor]:
+    """The parameters and buffers of the vision side, by their names in the model."""
+    owned = {id(p) for p in bridge.vision_parameters}
+    owned |= {id(b) for side in bridge.vision_side for b in side.buffers()}
+    named = [*bridge.model.named_parameters(), *bridge.model.named_buffers()]
+    return {name: value.detach() for name, value in named if id(value) in owned}
+
+
+def set_tower(bridge: ModelBridge, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights from `tower_weights` of a model of the same family and size into this vision side.
+
+    Raises:
+        ValueError: other names or shapes.
+    """
+    own = tower_weights(bridge)
+    wrong = sorted(own.keys() ^ weights.keys()) or [k for k, v in own.items() if v.shape != weights[k].shape]
+    if wrong:
+        raise ValueError(
+            f"the vision side of {type(bridge.model).__name__} and the tower differ in {', '.join(wrong[:3])}; "
+            "expected a tower of a model of the same family and size"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
