@@ -28,7 +28,7 @@ def _refuse(**settings: object) -> None:
         raise ValueError(f"targets is {settings['targets']}; expected at least 1 wrong answer per sample")
 
 
-@attack("adaptive", label="Adaptive", steps=100, restarts=3, refuse=_refuse)
+@attack("adaptive", label="Adaptive", steps=100, restarts=3, guard=True, refuse=_refuse)
 def adaptive(
     victim: Victim,
     clean: Tensor,

@@ -37,6 +37,7 @@ class Attack:
         steps, restarts: the default budget.
         least: the smallest number of steps.
         single: the budget is fixed.
+        guard: it attacks a model with its guard, and needs one.
         threats: norms of the balls it searches.
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
@@ -51,6 +52,7 @@ class Attack:
     restarts: int
     least: int
     single: bool
+    guard: bool
     threats: tuple[str, ...]
     settings: Mapping[str, Any]
     kinds: Mapping[str, tuple[type, ...]]
@@ -170,6 +172,7 @@ def attack(
     restarts: int = 1,
     least: int = 1,
     single: bool = False,
+    guard: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
     refuse: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
@@ -195,6 +198,7 @@ def attack(
             restarts=restarts,
             least=least,
             single=single,
+            guard=guard,
             threats=tuple(threats),
             settings={p.name: p.default for p in own},
             kinds={p.name: _kinds(p.annotation, function) for p in own},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ def measure(
     every attack on every sample.
 
     Args:
-        suite: Acc_robust counts the worst of these per sample. The first attack runs on every sample whose clean answer
+        suite: Acc_robust counts the worst of these per sample; attacks on a guard are left out for a model without
+            one. The first attack runs on every sample whose clean answer
             is right; its images are kept, and give S_c of attacked inputs.
         curve: the attack for robust accuracy over eps; None leaves out the curve.
         transferred: adversarial images of other models for the same samples, by name and row. They join the suite, and
@@ -83,6 +85,10 @@ def measure(
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()
+    guarded = pipeline.scores and pipeline.threshold is not None
+    if left_out := [spec.key for spec in suite if spec.attacks_guard and not guarded]:
+        measured.record["left_out"] = dict.fromkeys(left_out, "the model has no guard")
+    suite = [spec for spec in suite if spec.key not in left_out]
     for i, spec in enumerate(suite):
         attacked = runner.attack(spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0)
         measured.attacked[spec.key] = attacked
@@ -206,7 +212,11 @@ def _add_consistency(measured: Measured) -> None:
     if adv is None:  # no sample was right
         return
     record, broken = measured.record, ~measured.attacked[first].right
-    record["s_c"] = {"clean": _distribution(clean), "adversarial": _distribution(adv), "attack": first}
+    both = np.concatenate([clean, adv])
+    record["s_c"] = {
+        "clean": _distribution(clean, both), "adversarial": _distribution(adv, both), "attack": first,
+        "score": "verifier" if measured.runner.pipeline.verifier is not None else "heads",
+    }  # fmt: skip
     fpr, tpr = roc_curve(clean, adv)
     keep = np.unique(np.linspace(0, len(fpr) - 1, 200).astype(int))
     detection: dict[str, Any] = {
@@ -214,20 +224,39 @@ def _add_consistency(measured: Measured) -> None:
         "auroc_successful": auroc(clean, adv[broken]) if broken.any() else None,
         "tpr_at_1_fpr": tpr_at_fpr(clean, adv, 0.01),
         "tpr_at_5_fpr": tpr_at_fpr(clean, adv, 0.05),
+        "tpr_at_5_fpr_successful": tpr_at_fpr(clean, adv[broken], 0.05) if broken.any() else None,
         "roc": {"fpr": fpr[keep].tolist(), "tpr": tpr[keep].tolist()},
     }
     threshold = measured.runner.pipeline.threshold
     if threshold is not None:
-        tau, count = threshold.tau, len(clean)
-        pairs = [
-            (attacked.over(count, attacked.right), attacked.over(count, attacked.scores >= tau))
-            for attacked in measured.attacked.values()
-            if attacked.scores is not None  # no sample was left to attack
-        ]
-        detection["threshold"] = tau
-        detection["clean_rejection_rate"] = float((clean < tau).mean())
-        detection["acc_robust_with_rejection"] = rejection_accuracy(measured.clean.right, clean >= tau, *pairs)
+        detection |= _at_threshold(measured, clean, threshold.tau)
     record["detection"] = detection
+
+
+def _at_threshold(measured: Measured, clean: np.ndarray, tau: float) -> dict[str, Any]:
+    """What the detector does at its threshold, over all attacks, and the share that each of them gets past it.
+
+    A sample counts as fooled and accepted if its answer was right and an image makes it wrong with a score of at least
+    the threshold. `fooled_and_accepted` of an attack is cumulative over it and those before it, as its `acc_robust`.
+    """
+    count, right = len(clean), measured.clean.right
+    attacks = {key: attacked for key, attacked in measured.attacked.items() if attacked.scores is not None}
+    passed, shares = np.zeros(count, dtype=bool), {}
+    for key, attacked in attacks.items():
+        assert attacked.scores is not None
+        passed[attacked.rows] |= right[attacked.rows] & ~attacked.right & (attacked.scores >= tau)
+        shares[key] = float(passed.mean())
+    pairs = [
+        (attacked.over(count, attacked.right), attacked.over(count, attacked.scores >= tau))  # type: ignore[operator]
+        for attacked in attacks.values()
+    ]
+    return {
+        "threshold": tau,
+        "clean_rejection_rate": float((clean < tau).mean()),
+        "acc_robust_with_rejection": rejection_accuracy(right, clean >= tau, *pairs),
+        "fooled_and_accepted": float(passed.mean()),
+        "fooled_and_accepted_by_attack": shares,
+    }
 
 
 def own_scores(
@@ -264,8 +293,10 @@ def stages(
     return {f"{name}: {stage}": cost for stage, cost in found.items()}
 
 
-def _distribution(scores: np.ndarray) -> dict[str, Any]:
-    counts, edges = np.histogram(scores, bins=40, range=(-1, 1))
+def _distribution(scores: np.ndarray, both: np.ndarray) -> dict[str, Any]:
+    """`both`: the scores that share its bins. S_c is in [-1, 1], a margin anywhere."""
+    low, high = (-1.0, 1.0) if np.abs(both).max() <= 1 else (math.floor(both.min()), math.ceil(both.max()))
+    counts, edges = np.histogram(scores, bins=40, range=(low, high))
     return {
         "mean": float(scores.mean()),
         "quantiles": {str(q): float(np.quantile(scores, q)) for q in QUANTILES},

@@ -37,6 +37,11 @@ class AttackSpec:
         """Its name in reports."""
         return ATTACKS[self.name].label
 
+    @property
+    def attacks_guard(self) -> bool:
+        """Whether it needs a model with a guard."""
+        return ATTACKS[self.name].guard
+
     def check(self, norm: str) -> None:
         """Raises ValueError if the attack does not support this norm."""
         ATTACKS[self.name].check(norm, int(self.steps or 0), self.restarts)

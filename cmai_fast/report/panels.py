@@ -84,7 +84,9 @@ def consistency(results: Results, models: Sequence[Shown]) -> dict[str, Any] | N
         return None
     steps = [shape for _, shapes in found for shape in shapes]
     filled = [edge for shape in steps for edge in _filled(shape)]
-    x = charts.number_axis("S_c, the cosine of image and text projections (no unit)", filled, ticks=6)
+    margins = any((model.record.get("s_c") or {}).get("score") == "verifier" for model, _ in found)
+    named = "score: log-odds of the answer against its alternatives" if margins else "S_c, a cosine"
+    x = charts.number_axis(f"{named} (no unit)", filled, ticks=6)
     y = charts.percent_axis("share of samples per bin", max(max(shape.heights) for shape in steps))
     cards = []
     for model, shapes in found:
@@ -220,8 +222,11 @@ def _detector_rows(detected: Sequence[Shown], settings: dict[str, Any]) -> list[
         ("AUROC", field("auroc"), decimal),
         ("Attacks found at 1% false positives", field("tpr_at_1_fpr"), percent),
         ("Attacks found at 5% false positives", field("tpr_at_5_fpr"), percent),
+        ("Successful attacks: AUROC", field("auroc_successful"), decimal),
+        ("Successful attacks found at 5% false positives", field("tpr_at_5_fpr_successful"), percent),
         ("Threshold, tau", field("threshold"), decimal),
         ("Clean inputs rejected at it", field("clean_rejection_rate"), percent),
+        ("Fooled and accepted, worst of the suite", field("fooled_and_accepted"), percent),
         ("Robust accuracy with rejection", rejecting, percent),
         ("Robust accuracy without", [m.record["acc_robust"] for m in detected] if any(rejecting) else [], percent),
         (f"Robust accuracy at eps/2 ({eps_text(half)})", at_half if any(rejecting) else [], percent),
