@@ -15,6 +15,7 @@ from torch import Tensor
 MARGIN = 0.5  # standard deviations
 VARIANCE_RATIO = 1.5
 _STEPS = 20  # updates from base to bound by default
+_PARTS = ("count", "sum", "squares")  # of the state of an average
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,6 @@ class ARMSchedule:
         for name, average in (("adversarial", self._adversarial), ("clean", self._clean)):
             for part in _PARTS:
                 setattr(average, part, state[f"{name}_{part}"])
-
-
-_PARTS = ("count", "sum", "squares")
 
 
 class _Average:

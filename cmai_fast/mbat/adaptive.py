@@ -14,7 +14,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 
-# Optimiser steps that new heads learn before ARM heeds them, as many as `cmai-fast calibrate` fits heads for: until
+# Optimiser steps that new heads learn before ARM uses their S_c, as many as `cmai-fast immunize` fits heads for: until
 # then a low S_c says nothing about an image.
 HEADS_LEARN = 300
 
@@ -25,10 +25,10 @@ class AdaptiveTrainer(Trainer):
     """A `Trainer` with ARM: `beta`, `eps` and `lam` are those of the next step.
 
     ARM needs heads that know what is consistent: given ones, or, after `HEADS_LEARN` steps, those that this run trains
-    (gamma above 0). Its thresholds come from S_c of the clean images of the same steps, with their true answers, as in
-    the adversarial branch: they are there for nothing, in every run, and follow the heads while these learn. A
-    threshold of the calibration split has none of the three: it is of the model's own answers, and of the heads as
-    they were before training.
+    (gamma above 0). Its thresholds come from S_c of the clean images of the same steps. They are of the same samples
+    and true answers as the adversarial branch, cost nothing, exist in every run, and follow the heads while these
+    learn. A threshold of the calibration split is of the model's own answers and of the heads before training, and a
+    plain trainer has no such split.
     """
 
     args: MBATConfig
@@ -98,6 +98,7 @@ class AdaptiveTrainer(Trainer):
         processes; returns what is logged of it then: the settings of this step, and what ARM has measured."""
         schedule = self.schedule
         if schedule is None:
+            self._scores = []
             return {}
         if "s_c_adv" in parts:
             self._scores.append((parts["s_c_adv"], parts["s_c_clean"]))

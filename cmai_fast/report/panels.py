@@ -168,7 +168,7 @@ def training(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
             series("total", "loss", "total") + series("contrastive", "loss_contrastive", "part-loss"),
         ),
         (
-            "S_c, and the mean below which ARM acts",
+            "S_c, and ARM's threshold of its mean" if any(log.get("tau_train") or []) else "S_c of training images",
             "S_c (no unit)",
             series("clean", "s_c_clean", "clean")
             + series("adversarial", "s_c_adv", _TRAINED)

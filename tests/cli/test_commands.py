@@ -68,7 +68,7 @@ def test_immunize_hands_on_every_option(run, replace_workflow, results, mine):
     assert called.kwargs == {"resume": True, "progress": False}
 
 
-def test_immunize_names_a_bound_of_eps_that_is_none(run, replace_workflow, results):
+def test_immunize_names_a_bound_of_eps_that_is_no_radius(run, replace_workflow, results):
     replace_workflow("immunize", results)
     done = run("immunize", "--out", "x", "--eps-max", "12")
     assert done.exit_code != 0 and "--eps-max is 12; " in as_one_line(done.output)
