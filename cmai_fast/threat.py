@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 NORMS = ("linf", "l2")
 
 
-def parse_eps(value: str | float, norm: str = "linf") -> float:
+def parse_eps(value: str | float, norm: str = "linf", name: str = "eps") -> float:
     """A radius in the [0, 1] pixel range from `8/255`, `0.03` or a number.
 
     Raises:
@@ -23,13 +23,15 @@ def parse_eps(value: str | float, norm: str = "linf") -> float:
         eps = float(number)
     except (ValueError, ZeroDivisionError, OverflowError):
         example = "128/255 or a number such as 1.5" if norm == "l2" else "8/255 or a number such as 0.03"
-        raise ValueError(f"eps is {value!r}; expected a fraction such as {example}") from None
+        raise ValueError(f"{name} is {value!r}; expected a fraction such as {example}") from None
     if norm == "l2":
         if not 0.0 <= eps < float("inf"):
-            raise ValueError(f"eps is {value}; an l2 radius is a finite number of at least 0")
+            raise ValueError(f"{name} is {value}; an l2 radius is a finite number of at least 0")
     elif not 0.0 <= eps <= 1.0:  # also refuses NaN
         hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
-        raise ValueError(f"eps is {value}; it is measured in the [0, 1] pixel range, so it lies between 0 and 1{hint}")
+        raise ValueError(
+            f"{name} is {value}; it is measured in the [0, 1] pixel range, so it lies between 0 and 1{hint}"
+        )
     return eps
 
 

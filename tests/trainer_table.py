@@ -158,6 +158,22 @@ each one's mean over tokens. `loss_reduction="samples"` takes the mean over samp
 tokens. `eval_loss` is a mean over samples.
 
 A sample without image tokens is trained on its text: there is no image to perturb, so its loss counts once, in full.
+
+## ARM
+
+ARM raises `beta`, and `eps` and `lam` if they have a bound, while S_c of adversarial images is low. It returns them to
+their values afterwards, so that they do not stay up: a higher beta itself lowers S_c. S_c is low if its mean is below
+`tau_train`, or its variance above `variance_max`; both come from S_c of the clean images of the last steps. There is
+one update per optimizer step, with all its micro-batches and processes.
+
+ARM needs trained consistency heads: those given as `heads=`, or, after 300 steps, those that this run trains (`gamma`
+above 0). Without them it is off, and `arm=True` is refused.
+
+The log holds `beta`, `eps` (before `eps_warmup`), `lam` and `arm_level` (0: none is raised, 1: all are at their bounds)
+of the step, and the averages `arm_mean` and `arm_variance` of S_c beside `tau_train`. Evaluations keep to `eps`.
+
+With `gamma` above 0 the heads learn from adversarial images too, as images that fit their texts. So S_c of adversarial
+images comes close to that of clean ones, and ARM acts less the longer the heads learn.
 """
 CHANGED = """A field changed after construction takes effect at once, in training and evaluation. Later changes of
 `trainable` and `recompute` are refused.

@@ -1,4 +1,4 @@
-"""Adaptive robustness: the schedule of beta in training, the guard in use. Names load on first use."""
+"""Adaptive robustness: the schedule of beta, eps and lam in training, the guard in use. Names load on first use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cmai_fast.lazy import lazily
 if TYPE_CHECKING:
     from cmai_fast.arm.guard import Guard
     from cmai_fast.arm.policies import POLICIES, Case, Decision
-    from cmai_fast.arm.schedule import ARMSchedule
+    from cmai_fast.arm.schedule import ARMSchedule, Range
 
-__all__ = ["POLICIES", "ARMSchedule", "Case", "Decision", "Guard"]
+__all__ = ["POLICIES", "ARMSchedule", "Case", "Decision", "Guard", "Range"]
 
 __getattr__ = lazily(
     __name__,
@@ -21,5 +21,6 @@ __getattr__ = lazily(
         "Decision": "policies",
         "Guard": "guard",
         "POLICIES": "policies",
+        "Range": "schedule",
     },
 )

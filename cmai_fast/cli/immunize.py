@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from cmai_fast.cli import lists, options
 from cmai_fast.cli.summary import print_summary
+from cmai_fast.threat import parse_eps
 
 EXAMPLE = "cmai-fast immunize --model easyvqa-llava --data easyvqa --eps 8/255 --inner bridge --steps 10 --out runs/a"
 
-_INNER, _LOSS, _TRAINING, _EVALUATION = "Inner problem", "Loss", "Training", "Evaluation"
+_INNER, _ARM, _LOSS, _TRAINING, _EVALUATION = "Inner problem", "ARM", "Loss", "Training", "Evaluation"
+
+
+def _step(name: str) -> Any:
+    """The option for the step of a setting that ARM moves."""
+    return typer.Option(
+        help=f"Rise of {name} per optimiser step.", show_default="a twentieth of its range", rich_help_panel=_ARM
+    )
 
 
 def immunize(
@@ -47,8 +55,43 @@ def immunize(
         float, typer.Option(help="Weight of consistency in the attack, where ARM starts.", rich_help_panel=_INNER)
     ] = 0.1,
     arm: Annotated[
-        bool, typer.Option("--arm/--no-arm", help="Let ARM move beta while training.", rich_help_panel=_INNER)
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--arm/--no-arm",
+            help="Let ARM raise beta, eps and lam while S_c of adversarial images is low.",
+            show_default="on if beta or gamma is above 0",
+            rich_help_panel=_ARM,
+        ),
+    ] = None,
+    tau_train: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean S_c of adversarial images below which ARM acts.",
+            show_default="clean mean - 0.5 standard deviations",
+            rich_help_panel=_ARM,
+        ),
+    ] = None,
+    variance_max: Annotated[
+        float | None,
+        typer.Option(
+            help="Variance of S_c of adversarial images above which ARM acts; 1: none.",
+            show_default="1.5 times the clean variance",
+            rich_help_panel=_ARM,
+        ),
+    ] = None,
+    beta_max: Annotated[
+        float, typer.Option(help="Bound of beta; at most beta: it is not moved.", rich_help_panel=_ARM)
+    ] = 1.0,
+    beta_step: Annotated[float | None, _step("beta")] = None,
+    eps_max: Annotated[
+        str | None,
+        typer.Option(help="Bound of eps, such as 12/255.", show_default="eps is not moved", rich_help_panel=_ARM),
+    ] = None,
+    eps_step: Annotated[str | None, _step("eps")] = None,
+    lam_max: Annotated[
+        float | None, typer.Option(help="Bound of lam.", show_default="lam is not moved", rich_help_panel=_ARM)
+    ] = None,
+    lam_step: Annotated[float | None, _step("lam")] = None,
     lam: Annotated[float, typer.Option(help="Weight of the adversarial branch, 0 to 1.", rich_help_panel=_LOSS)] = 0.5,
     gamma: Annotated[float, typer.Option(help="Weight of the contrastive loss.", rich_help_panel=_LOSS)] = 0.1,
     trainable: Annotated[
@@ -80,6 +123,8 @@ def immunize(
     Writes model/ (a plain transformers folder), cmcv/ (consistency heads and threshold), results.json and report.html.
     """
     threat = options.read_threat(norm, eps)
+    largest = None if eps_max is None else parse_eps(eps_max, norm, "--eps-max")
+    rise = None if eps_step is None else parse_eps(eps_step, norm, "--eps-step")
     options.is_stdout(out, "model, results and report")
     source = options.read_data(data, fields, split_seed)
 
@@ -93,10 +138,11 @@ def immunize(
     settings = workflow.ImmunizeSettings(
         model=model, data=data, fields=dict(source.fields), split_seed=split_seed, task=task, defence=defence,
         eps=threat.eps, norm=norm, inner=inner, inner_steps=inner_steps, refreshes=refreshes, alpha=alpha, beta=beta,
-        lam=lam, gamma=gamma, arm=arm, trainable=trainable, max_steps=max_steps, batch_size=batch_size,
-        learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps,
-        restarts=restarts, limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device,
-        dtype=dtype, attention=attention, command=ctx.obj,
+        lam=lam, gamma=gamma, arm=arm, tau_train=tau_train, variance_max=variance_max, beta_max=beta_max,
+        beta_step=beta_step, eps_max=largest, eps_step=rise, lam_max=lam_max, lam_step=lam_step, trainable=trainable,
+        max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup,
+        seed=seed, attack_steps=attack_steps, restarts=restarts, limit=limit, max_new_tokens=max_new_tokens,
+        save_steps=save_steps, device=device, dtype=dtype, attention=attention, command=ctx.obj,
     )  # fmt: skip
     results = workflow.immunize(settings, out, resume=resume, progress=progress)
     print_summary(results, out)

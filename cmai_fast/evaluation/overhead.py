@@ -126,7 +126,7 @@ def stepper(
     for name, value in changes.items():
         setattr(args, name, value)
     model = copy.deepcopy(subject.model).to(args.device)
-    heads: ConsistencyHeads | None = copy.deepcopy(subject.heads) if args.gamma or args.beta else None
+    heads: ConsistencyHeads | None = copy.deepcopy(subject.heads) if args.gamma or args.beta or args.arm else None
     trainer = MBATTrainer(model, args, processing_class=subject.processor, heads=heads)
     trainer.create_optimizer()
 

@@ -23,6 +23,15 @@ def has_adapters(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Makes only `parameters` trainable; with adapters, only those of them that already were."""
+    keep = set(parameters)
+    if has_adapters(model):
+        keep = {p for p in keep if p.requires_grad}
+    for p in model.parameters():
+        p.requires_grad_(p in keep)
+
+
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters that `save_pretrained` writes: all of the adapters, and the copies of `modules_to_save`."""
     if not has_adapters(model):

@@ -9,46 +9,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
-from cmai_fast.arm import ARMSchedule
 from cmai_fast.attacks import Passes
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import shards
 from cmai_fast.mbat.adapters import WEIGHTS, check_saving, has_adapters, load_adapters
-from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.adaptive import AdaptiveTrainer
 from cmai_fast.mbat.quantized import is_quantized
 
 COMPLETE = "complete"  # written last; a checkpoint without it was interrupted
 _STATE = "mbat.json"
 _HEADS_OPTIMIZER = "heads_optimizer.pt"
 # `eps` in the [0, 1] pixel range.
-_IN_CARD = ("eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "trainable")
+_IN_CARD = (
+    "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "beta_max", "eps_max",
+    "lam_max", "trainable",
+)  # fmt: skip
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(AdaptiveTrainer):
     """A `Trainer` whose checkpoints hold the heads (`cmcv/`) and their optimizer, ARM's state and the passes so far
     (`mbat.json`) and, written last, the file `complete`."""
 
-    args: MBATConfig
     optimizer: Any
-    heads: ConsistencyHeads | None
     passes: Passes
-    _heads_optimizer: torch.optim.Optimizer | None
-    _schedule: ARMSchedule | None
-
-    @property
-    def schedule(self) -> ARMSchedule | None:
-        """ARM with the current settings; None if `arm` is off or there are no heads."""
-        args = self.args
-        if not args.arm or self.heads is None:
-            return None
-        settings = (args.tau_train, args.beta, max(args.beta, args.beta_max), args.beta_step)
-        if self._schedule is None:
-            self._schedule = ARMSchedule(*settings)
-        self._schedule.follow(*settings)
-        return self._schedule
 
     def _let_heads_learn(self) -> None:
         raise NotImplementedError
@@ -151,7 +137,8 @@ class CheckpointedTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / "README.md"
-        settings = "\n".join(f"- {name}: {getattr(self.args, name)}" for name in _IN_CARD)
+        values = {name: getattr(self.args, name) for name in _IN_CARD} | {"arm": self.schedule is not None}
+        settings = "\n".join(f"- {name}: {value}" for name, value in values.items())
         before, heading, after = path.read_text(encoding="utf-8").partition("### Framework versions")
         card = f"{before}### Adversarial training (MBAT)\n\n{settings}\n\n{heading}{after}"
         path.write_text(card, encoding="utf-8")

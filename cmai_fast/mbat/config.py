@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from cmai_fast.attacks.losses import BALANCES
 from cmai_fast.bridge.recompute import MODES
 from cmai_fast.mbat.inner import SOLVERS, refresh_steps
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import ThreatModel, parse_eps
 
 REDUCTIONS = ("tokens", "samples")
 
@@ -21,7 +21,8 @@ class MBATConfig(TrainingArguments):
     """All fields of `transformers.TrainingArguments`, and the following. `eps` is in the [0, 1] pixel range.
 
     The loss is (1 - lam) * L_task(clean) + lam * L_task(adversarial) + gamma * L_contrastive, and adversarial images
-    maximise alpha * L_task - beta * S_c.
+    maximise alpha * L_task - beta * S_c. ARM moves beta, eps and lam between their values here and their bounds
+    (`ARMSchedule`).
 
     A field changed later takes effect at once, in training and evaluation. A bad value raises ValueError when it is
     set. `trainable` has to be set before the trainer is made.
@@ -57,10 +58,47 @@ class MBATConfig(TrainingArguments):
     )
     eps_warmup: float = field(default=0.0, metadata={"help": "Share of training over which eps rises from 0."})
     trainable: str = field(default="all", metadata={"help": "all, or vision (vision tower and projector alone)."})
-    arm: bool = field(default=True, metadata={"help": "Let ARM adapt beta to S_c of adversarial batches."})
-    tau_train: float = field(default=0.3, metadata={"help": "S_c of adversarial batches below which beta rises."})
-    beta_max: float = field(default=1.0, metadata={"help": "Upper bound of beta under ARM."})
-    beta_step: float = field(default=0.05, metadata={"help": "Rise of beta in one update."})
+    arm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let ARM raise beta, eps and lam while S_c of adversarial images is low. Default: where there are "
+            "trained heads. Heads that this run trains count after 300 steps."
+        },
+    )
+    tau_train: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean S_c of adversarial images below which ARM acts. Default: that of the clean images less half "
+            "their standard deviation."
+        },
+    )
+    variance_max: float | None = field(
+        default=None,
+        metadata={
+            "help": "Variance of S_c of adversarial images above which ARM acts; 1: none. Default: 1.5 times that of "
+            "the clean images."
+        },
+    )
+    # Only beta moves by default: it redirects the attack. A larger eps is another threat than the one asked for, and a
+    # larger lam costs clean accuracy.
+    beta_max: float | None = field(
+        default=1.0, metadata={"help": "Bound of beta under ARM. None, or at most beta: beta is not moved."}
+    )
+    beta_step: float | None = field(
+        default=None, metadata={"help": "Rise of beta per optimizer step. Default: a twentieth of its range."}
+    )
+    eps_max: float | None = field(
+        default=None, metadata={"help": "Bound of eps under ARM. None, or at most eps: eps is not moved."}
+    )
+    eps_step: float | None = field(
+        default=None, metadata={"help": "Rise of eps per optimizer step. Default: a twentieth of its range."}
+    )
+    lam_max: float | None = field(
+        default=None, metadata={"help": "Bound of lam under ARM. None, or at most lam: lam is not moved."}
+    )
+    lam_step: float | None = field(
+        default=None, metadata={"help": "Rise of lam per optimizer step. Default: a twentieth of its range."}
+    )
     muon: bool = field(
         default=False, metadata={"help": "Train hidden matrices with Muon, the rest with AdamW; `optim` is not used."}
     )
@@ -119,14 +157,22 @@ class MBATConfig(TrainingArguments):
             "alpha": (0 <= self.alpha < math.inf, "a finite weight of at least 0"),
             "beta": (0 <= self.beta < math.inf, "a finite weight of at least 0"),
             "gamma": (0 <= self.gamma < math.inf, "a finite weight of at least 0"),
-            "tau_train": (-1 <= self.tau_train <= 1, "a value of S_c in [-1, 1]"),
-            "beta_max": (0 <= self.beta_max < math.inf, "a finite weight of at least 0"),
-            "beta_step": (0 < self.beta_step < math.inf, "above 0 and finite"),
+            "tau_train": (self.tau_train is None or -1 <= self.tau_train <= 1, "a value of S_c in [-1, 1], or None"),
+            "variance_max": (self.variance_max is None or self.variance_max > 0, "above 0, or None"),
+            "beta_max": (
+                self.beta_max is None or 0 <= self.beta_max < math.inf, "a finite weight of at least 0, or None"
+            ),
+            "lam_max": (self.lam_max is None or 0 <= self.lam_max <= 1, "a weight in [0, 1], or None"),
             "heads_learning_rate": (0 < self.heads_learning_rate < math.inf, "above 0 and finite"),
         }  # fmt: skip
+        for name in ("beta_step", "eps_step", "lam_step"):
+            step = getattr(self, name)
+            requirements[name] = step is None or 0 < step < math.inf, "above 0 and finite, or None"
         for name, (met, expected) in requirements.items():
             if not met:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
+        if self.eps_max is not None:
+            parse_eps(self.eps_max, self.norm, "eps_max")
         if self.inner == "bridge":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on

@@ -38,11 +38,6 @@ class StepTrainer(CheckpointedTrainer):
     _items: Tensor | int | None = None  # tokens of the current optimizer step, as Trainer counts them
 
     @property
-    def beta(self) -> float:
-        """The weight of S_c in the next inner problem."""
-        return self.args.beta if self.schedule is None else self.schedule.beta
-
-    @property
     def _share(self) -> float:
         """The share of a batch in the gradients of an optimizer step."""
         return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
@@ -67,8 +62,8 @@ class StepTrainer(CheckpointedTrainer):
             found = {name: torch.stack([p.sums[name] for p in parts if name in p.sums]).sum() for name in names}
             looked = [part for part in parts if part.views]
             if self.heads is not None and looked:
-                found["loss_contrastive"], found["s_c_adv"] = self._contrast(looked, self.bridge.inputs(seen)[1])
-        weights = {"loss_clean": 1 - args.lam if args.inner != "none" else 1.0, "loss_adv": args.lam}
+                found |= self._contrast(looked, self.bridge.inputs(seen)[1])
+        weights = {"loss_clean": 1 - self.lam if args.inner != "none" else 1.0, "loss_adv": self.lam}
         weights["loss_contrastive"] = args.gamma
         total = torch.stack([weights[k] * v for k, v in found.items() if k in weights]).sum()
         self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
@@ -144,11 +139,12 @@ class StepTrainer(CheckpointedTrainer):
         model_input = result.model_input.to(clean.leaf.dtype)
         adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
         part.views.append(adversarial)
-        with torch.set_grad_enabled(args.lam > 0):
+        lam = self.lam
+        with torch.set_grad_enabled(lam > 0):
             loss = self._outer_loss(adversarial.leaf, text, weights)
         self._count(full_forward=1, full_backward=1)
-        if args.lam:
-            self.accelerator.backward(self._share * args.lam * loss)
+        if lam:
+            self.accelerator.backward(self._share * lam * loss)
         counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
         part.sums |= {"loss_adv": loss.detach(), **dict(zip(_COUNTS, counts, strict=True))}
         return part
@@ -180,7 +176,7 @@ class StepTrainer(CheckpointedTrainer):
         loss of a sample that the model is sure of falls while L_task rises.)
         """
         args = self.args
-        weight = 1 - args.lam if args.inner != "none" else 1.0
+        weight = 1 - self.lam if args.inner != "none" else 1.0
         wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps and self._by_task_loss
         if not weight and not wants_p:
             with torch.no_grad():
@@ -218,7 +214,7 @@ class StepTrainer(CheckpointedTrainer):
             result = maximise(
                 victim,
                 victim.pixels(),
-                ThreatModel(args.threat.norm, args.eps * self._eps_share()),
+                ThreatModel(args.threat.norm, self.eps * self._eps_share()),
                 args.inner,
                 alpha=args.alpha,
                 beta=self.beta,
@@ -238,8 +234,8 @@ class StepTrainer(CheckpointedTrainer):
         warmup = self.args.eps_warmup * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup >= 1 else 1.0
 
-    def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of the latter, detached.
+    def _contrast(self, parts: list[Part], text: dict[str, Tensor]) -> dict[str, Tensor]:
+        """L_contrastive over clean and adversarial images (0-d), and S_c (N,) of each, by name, detached.
 
         Its gradients stay at the heads and at the leaves of all views. `text` is that of all these parts.
 
@@ -266,7 +262,9 @@ class StepTrainer(CheckpointedTrainer):
             loss = torch.stack(losses).mean()
         if weight:
             self.accelerator.backward(weight * loss)
-        return loss.detach(), heads.score(projected[-1], t).detach()
+        # A run without attacks has the clean view alone.
+        scores = [heads.score(v, t).detach() for v in projected]
+        return {"loss_contrastive": loss.detach(), **dict(zip(("s_c_clean", "s_c_adv"), scores, strict=False))}
 
     def _count(self, **passes: int) -> None:
         self.passes = self.passes + Passes(**passes)

@@ -19,7 +19,7 @@ from cmai_fast.attacks import Passes
 from cmai_fast.bridge import bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import optimizers, ranks, shards
-from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters
+from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters, train_only
 from cmai_fast.mbat.batches import RecordCollator, checked, no_features, rows_with_images
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.parts import DoesNotFitError, RNGState, agreed, gradients_aside
@@ -40,7 +40,7 @@ class MBATTrainer(StepTrainer):
         processing_class: the model's processor; its mean and std turn `eps` into the model's input space.
         compute_loss_func: as for `Trainer`, for both branches. Attacks still maximise L_task, so the `bridge` solver
             takes one more full pass.
-        heads: consistency heads to continue with; None: new ones if beta or gamma needs them.
+        heads: trained consistency heads to continue with; None: new ones if beta or gamma needs them.
         All other arguments are `Trainer`'s own.
 
     Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
@@ -87,13 +87,13 @@ class MBATTrainer(StepTrainer):
             raise ValueError("model is None; MBATTrainer needs the model itself, not model_init")
         self.bridge = bridge_of(model)
         self.space = PixelSpace.from_processor(processor)
-        self.heads = self._new_heads(args) if heads is None and (args.beta or args.gamma or args.arm) else heads
-        self._schedule = None
+        self.heads = self._new_heads(args) if heads is None and (args.beta or args.gamma) else heads
         self.passes = Passes()
         self._sums: defaultdict[str, list[float]] = defaultdict(list)
         self._rows_at_once: int | None = None  # set when memory ran out
         self._looks_at_once: int | None = None  # the same for an evaluation
-        self._heads_optimizer: torch.optim.Optimizer | None = None
+        self._heads_given, self._heads_optimizer, self._scores = heads is not None, None, []
+        self._check_arm(args)
         self._leader: torch.optim.Optimizer | None = None  # the one that the heads' optimizer follows
         self._named_optimizer = False  # whether args.optim says what steps the model
         self._verdicts: defaultdict[str, list[Tensor]] | None = None  # of the current evaluation
@@ -121,7 +121,7 @@ class MBATTrainer(StepTrainer):
         check_adapters_learn(model)
         self._made_for = args.trainable
         if args.trainable == "vision":
-            _train_only(model, self.bridge.vision_parameters)
+            train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
             freeze_language_model(self.bridge, adapter_parameters(model))
             unpack(model)  # permanently: evaluation during training would round the weights
@@ -142,6 +142,7 @@ class MBATTrainer(StepTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._check_changes()
+        self._scores = []  # of a step that was interrupted
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._let_heads_learn()
         shards.run_through_root(self.bridge)
@@ -151,6 +152,7 @@ class MBATTrainer(StepTrainer):
         """Settings that were changed since the trainer was made take effect, or are refused."""
         args = self.args
         check_arguments(self, args, {})
+        self._check_arm(args)
         if args.trainable != self._made_for:
             raise ValueError(
                 f"trainable was {self._made_for!r} when the trainer was made and is {args.trainable!r} now; set it "
@@ -241,11 +243,7 @@ class MBATTrainer(StepTrainer):
         if self.accelerator.sync_gradients:
             ranks.average_gradients(shards.whole(trained))
             shards.reshard(self.model)
-        schedule = self.schedule
-        if schedule is not None and "s_c_adv" in parts and self.args.inner != "none":
-            schedule.update(ranks.gather(parts["s_c_adv"]))
-            parts["beta"] = torch.tensor(schedule.beta)
-        for name, value in parts.items():
+        for name, value in (parts | self._adapt(parts)).items():
             self._sums[name].append(float(value.mean()))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -389,12 +387,3 @@ def _halved(size: int, error: DoesNotFitError, what: str, so: str = "") -> int:
 def _mean(name: str, parts: list[Tensor]) -> float:
     values = torch.cat(parts).double()
     return float(values.nanmean() if name.endswith("s_c") else values.mean())
-
-
-def _train_only(model: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Makes only `parameters` trainable; with adapters, only those of them that already were."""
-    keep = set(parameters)
-    if has_adapters(model):
-        keep = {p for p in keep if p.requires_grad}
-    for p in model.parameters():
-        p.requires_grad_(p in keep)

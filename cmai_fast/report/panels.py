@@ -144,14 +144,20 @@ def detector(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
 
 
 def training(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None:
-    """Loss parts, S_c on adversarial batches and beta over optimiser steps, as small panels."""
+    """Loss parts, S_c and what ARM moved over optimiser steps, as small panels."""
     log = results.get("training") or {}
     steps = log.get("step") or []
 
-    def series(name: str, field: str, look: str) -> list[charts.Line]:
-        points = [(s, v if is_number(v) else None) for s, v in zip(steps, log.get(field) or [], strict=False)]
+    def series(name: str, field: str, look: str, scale: float = 1.0) -> list[charts.Line]:
+        points = [(s, scale * v if is_number(v) else None) for s, v in zip(steps, log.get(field) or [], strict=False)]
         return [_thinned(name, look, points)] if any(value is not None for _, value in points) else []
 
+    def moved(name: str, scale: float = 1.0) -> list[charts.Line]:
+        """The line of a setting, if ARM moved it."""
+        values = {value for value in log.get(name) or [] if is_number(value)}
+        return series(name, name, _TRAINED, scale) if values and max(values) - min(values) > 1e-6 * max(values) else []
+
+    unit, scale = _eps_unit(results["settings"])
     panels = (
         (
             "Task loss",
@@ -163,16 +169,24 @@ def training(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
             "loss (nats)",
             series("total", "loss", "total") + series("contrastive", "loss_contrastive", "part-loss"),
         ),
-        ("S_c on adversarial batches", "S_c (no unit)", series("S_c", "s_c_adv", _TRAINED)),
-        ("Weight of consistency in the attack", "beta (no unit)", series("beta", "beta", _TRAINED)),
+        (
+            "S_c, and ARM's threshold of its mean" if any(log.get("tau_train") or []) else "S_c of training images",
+            "S_c (no unit)",
+            series("clean", "s_c_clean", "clean")
+            + series("adversarial", "s_c_adv", _TRAINED)
+            + series("threshold", "tau_train", "chance"),
+        ),
+        ("ARM: weight of consistency in the attack", "beta (no unit)", moved("beta")),
+        ("ARM: radius of the attack", f"eps ({unit})", moved("eps", scale)),
+        ("ARM: weight of the adversarial branch", "lam (no unit)", moved("lam")),
     )
     cards = []
-    for title, unit, lines in panels:
+    for title, label, lines in panels:
         if not lines:
-            continue  # a defence without this part
+            continue  # a defence without this part, or a setting that stayed
         values = [value for line in lines for _, value in line.points if value is not None]
         values += [value for line in lines for _, low, high in line.band for value in (low, high)]
-        y = charts.number_axis(unit, [0.0, *values], ticks=4)
+        y = charts.number_axis(label, [0.0, *values], ticks=4)
         x = charts.number_axis("optimiser step", [0.0, *[s for line in lines for s, _ in line.points]])
         ends = ", ".join(f"{line.name} ends at {decimal(_last(line))}" for line in lines)
         chart = charts.line_chart(

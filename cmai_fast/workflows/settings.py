@@ -16,7 +16,7 @@ class ImmunizeSettings:
 
     `data`, `fields` and `split_seed` are those of a `DataSource`. Values of the `defence` (a name of `DEFENCES`)
     replace fields left at their defaults; a field that differs from its default takes precedence. `max_new_tokens`
-    None: that of the threshold's calibration, else 16.
+    None: that of the threshold's calibration, else 16. `arm` and what follows it are those of `MBATConfig`.
     """
 
     model: str = "easyvqa-llava"
@@ -34,7 +34,15 @@ class ImmunizeSettings:
     beta: float = 0.1
     lam: float = 0.5
     gamma: float = 0.1
-    arm: bool = True
+    arm: bool | None = None
+    tau_train: float | None = None
+    variance_max: float | None = None
+    beta_max: float | None = 1.0
+    beta_step: float | None = None
+    eps_max: float | None = None
+    eps_step: float | None = None
+    lam_max: float | None = None
+    lam_step: float | None = None
     trainable: str = "all"
     max_steps: int = 1000
     batch_size: int = 64

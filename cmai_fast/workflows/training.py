@@ -30,8 +30,8 @@ HEAD_STEPS = 300
 TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
-    "eps inner inner_steps refreshes alpha beta lam gamma arm trainable eps_warmup max_steps seed save_steps "
-    "learning_rate muon"
+    "eps inner inner_steps refreshes alpha beta lam gamma arm tau_train variance_max beta_max beta_step eps_max "
+    "eps_step lam_max lam_step trainable eps_warmup max_steps seed save_steps learning_rate muon"
 ).split()
 
 
@@ -97,9 +97,6 @@ def train(
     progress, checkpoints = progress or Silent(), checkpoints or out
     subject = load(settings, settings.model)
     args = training_arguments(settings, checkpoints)
-    if before.threshold is not None:
-        # The scale of S_c depends on the heads; inconsistent means below the scores of nearly all clean inputs.
-        args.tau_train = before.threshold.tau
     needs_heads = bool(args.beta or args.gamma or args.arm)
     trainer = MBATTrainer(
         subject.model,
@@ -126,7 +123,10 @@ def train(
 
 def _curves(trainer: MBATTrainer) -> dict[str, list[Any]]:
     logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry]
-    curves = ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta")
+    curves = (
+        "loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_clean", "s_c_adv", "beta", "eps", "lam", "arm_level",
+        "arm_mean", "arm_variance", "tau_train",
+    )  # fmt: skip
     return {
         "step": [entry["step"] for entry in logs],
         **{k: [entry.get(k) for entry in logs] for k in curves if any(k in entry for entry in logs)},

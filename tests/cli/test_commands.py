@@ -45,7 +45,9 @@ def test_immunize_hands_on_every_option(run, replace_workflow, results, mine):
         "immunize --model easyvqa-llava-immune --data my.jsonl --map question=text --split-seed 3 --task vqa "
         "--defence mbat --max-new-tokens 5 "
         "--eps 4/255 --norm l2 --inner pgd --steps 7 --refreshes 2 --alpha 0.5 --beta 0.2 "
-        "--lam 0.3 --gamma 0.4 --no-arm --trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 --muon "
+        "--lam 0.3 --gamma 0.4 --arm --tau-train 0.15 --variance-max 0.2 --beta-max 0.8 --beta-step 0.1 "
+        "--eps-max 16/255 --eps-step 1/255 --lam-max 0.7 --lam-step 0.05 "
+        "--trainable vision --max-steps 11 --batch-size 12 --learning-rate 1e-5 --muon "
         "--eps-warmup 0.6 --save-steps 13 --attack-steps 14 --restarts 3 --limit 15 --seed 16 --out 'a b' --resume "
         "--no-progress --device cuda:1 --dtype bfloat16 --attention sdpa"
     )
@@ -55,14 +57,21 @@ def test_immunize_hands_on_every_option(run, replace_workflow, results, mine):
         ImmunizeSettings(
             model="easyvqa-llava-immune", data=mine, fields={"question": "text"}, split_seed=3, task="vqa",
             defence="mbat", max_new_tokens=5, eps=4 / 255, norm="l2", inner="pgd", inner_steps=7, refreshes=2,
-            alpha=0.5, beta=0.2,
-            lam=0.3, gamma=0.4, arm=False, trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5,
-            muon=True, eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16,
+            alpha=0.5, beta=0.2, lam=0.3, gamma=0.4, arm=True, tau_train=0.15, variance_max=0.2,
+            beta_max=0.8, beta_step=0.1, eps_max=16 / 255, eps_step=1 / 255, lam_max=0.7, lam_step=0.05,
+            trainable="vision", max_steps=11, batch_size=12, learning_rate=1e-5, muon=True,
+            eps_warmup=0.6, save_steps=13, attack_steps=14, restarts=3, limit=15, seed=16,
             device="cuda:1", dtype="bfloat16", attention="sdpa", command=f"cmai-fast {typed}",
         ),
         Path("a b"),
     )  # fmt: skip
     assert called.kwargs == {"resume": True, "progress": False}
+
+
+def test_immunize_names_a_bound_of_eps_that_is_no_radius(run, replace_workflow, results):
+    replace_workflow("immunize", results)
+    done = run("immunize", "--out", "x", "--eps-max", "12")
+    assert done.exit_code != 0 and "--eps-max is 12; " in as_one_line(done.output)
 
 
 def test_immunize_shows_the_defaults_that_the_library_has(run, replace_workflow, results):

@@ -112,6 +112,24 @@ def test_two_processes_train_as_one_with_the_whole_batch(make_tiny, train: Train
         assert_attacked(two_said)
 
 
+# Long enough for ARM to act.
+RISING = {
+    "max_steps": 12, "gradient_accumulation_steps": 2, "eps_max": 0.06, "lam_max": 0.9, "learning_rate": 0.01,
+    "eval_strategy": "no", "save_strategy": "no",
+}  # fmt: skip
+
+
+def test_two_processes_and_micro_batches_move_the_same_settings(train: Train) -> None:
+    _, one_said = train("one-rising", 1, **RISING)
+    _, two_said = train("two-rising", 2, **RISING)
+    assert one_said["arm"]["level"] > 0 and one_said["arm"]["clean_count"] == 12
+    assert two_said["arm"] == pytest.approx(one_said["arm"])
+    for mine, whole in zip(two_said["logs"], one_said["logs"], strict=True):
+        for key in ("beta", "eps", "lam", "arm_level", "arm_mean", "arm_variance", "tau_train"):
+            assert mine[key] == pytest.approx(whole[key], rel=1e-5), key
+    assert [entry["lam"] for entry in two_said["logs"]][-2:] == pytest.approx([0.52, 0.54])
+
+
 TEXTS = {
     "texts": True, "gamma": 0.0, "beta": 0.0, "arm": False, "max_steps": 2, "eval_strategy": "no",
     "save_strategy": "no",

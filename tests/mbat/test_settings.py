@@ -59,14 +59,16 @@ def test_arm_follows_its_settings(make_trainer):
     schedule = trainer.schedule
     assert trainer.beta == 0.1
     trainer.args.beta = 0.3
-    assert trainer.beta == 0.3 and trainer.schedule is schedule and schedule.base == 0.3
+    assert trainer.beta == 0.3 and trainer.schedule is schedule
     for _ in range(12):
-        trainer.schedule.update(torch.tensor([-0.5]))
+        trainer.schedule.update(torch.tensor([-0.5]), torch.tensor([0.5]))
     raised = trainer.beta
-    assert raised > 0.3
-    trainer.args.beta_max, trainer.args.tau_train, trainer.args.beta_step = 0.32, 0.9, 0.01
-    assert trainer.beta == 0.32 < raised
-    assert (schedule.tau_train, schedule.beta_step) == (0.9, 0.01)
+    assert raised > 0.3 and trainer.lam == 0.5
+    trainer.args.beta_max, trainer.args.beta_step, trainer.args.lam_max = 0.32, 0.01, 0.9
+    assert 0.3 < trainer.beta <= 0.32 < raised
+    assert trainer.lam > 0.5
+    trainer.args.tau_train = 0.9
+    assert trainer.schedule.tau_train == 0.9
     trainer.args.arm = False
     assert trainer.schedule is None and trainer.beta == 0.3
 

@@ -130,6 +130,21 @@ def test_holes_in_the_training_log_break_the_line() -> None:
     assert re.search(r'class="line hue1 solid" d="M[^M]+M[^M]+"', drawn)
 
 
+def test_what_arm_moved_is_drawn_and_what_it_left_is_not() -> None:
+    results, steps = fake_results(), list(range(1, 6))
+    rest = {"step": steps, "s_c_adv": [0.1] * 5, "beta": [0.1] * 5, "eps": [16 / 255] * 5, "lam": [0.5] * 5}
+    results["training"] = rest
+    drawn = section(render_report(results), "training")
+    assert charts(drawn) == 1 and "ARM:" not in drawn
+    results["training"] = rest | {
+        "eps": [16 / 255, 16 / 255, 0.07, 20 / 255, 20 / 255],
+        "tau_train": [None, *[0.2] * 4],
+    }
+    drawn = section(render_report(results), "training")
+    assert charts(drawn) == 2 and "ARM: radius of the attack" in drawn
+    assert "eps ends at 20.000" in drawn and "eps (n/255" in drawn and "threshold ends at 0.200" in drawn
+
+
 def test_caveats_stand_at_the_top() -> None:
     results = fake_results()
     models_of(results)[0]["n"] = models_of(results)[1]["n"] = 200

@@ -126,7 +126,10 @@ def test_results_are_complete(finished, settings):
     assert results["seed"] == 0 and len(results["sample_ids"]) == 6
     training = results["training"]
     assert training["step"] == [1, 2, 3, 4] and training["passes"]["vision_forward"] == 8
-    for curve in ("loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_adv", "beta"):
+    for curve in (
+        "loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_clean", "s_c_adv", "beta", "eps", "lam",
+        "arm_level", "arm_mean", "arm_variance",
+    ):  # fmt: skip
         assert len(training[curve]) == 4 and all(np.isfinite(training[curve]))
 
 
