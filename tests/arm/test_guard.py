@@ -346,7 +346,7 @@ def test_a_folder_without_heads_is_refused(run_folder, tmp_path):
 def test_heads_without_a_threshold_are_refused_unless_one_is_given(run_folder, dims, tmp_path):
     folder = copied(run_folder, tmp_path, heads=False)
     make_heads(dims).save_pretrained(folder / "cmcv")
-    with pytest.raises(ValueError, match="without a threshold"):
+    with pytest.raises(ValueError, match="has heads but no threshold; calibrate it"):
         Guard.from_pretrained(folder)
     assert Guard.from_pretrained(folder, threshold=0.2).threshold == 0.2
 
