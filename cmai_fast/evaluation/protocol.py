@@ -247,7 +247,7 @@ def _at_threshold(measured: Measured, clean: np.ndarray, tau: float) -> dict[str
         passed[attacked.rows] |= right[attacked.rows] & ~attacked.right & (attacked.scores >= tau)
         shares[key] = float(passed.mean())
     pairs = [
-        (attacked.over(count, attacked.right), attacked.over(count, attacked.scores >= tau))  # type: ignore[operator]
+        (attacked.over(count, attacked.right), attacked.over(count, np.asarray(attacked.scores) >= tau))
         for attacked in attacks.values()
     ]
     return {
