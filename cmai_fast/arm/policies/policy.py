@@ -137,9 +137,10 @@ def policy(name: str, *, label: str) -> Callable[[D], D]:
 
     - a function of a `Case` that returns a `Decision`, or None to pass the case on. Keyword-only arguments with a
       default are its settings;
-    - a dataclass whose fields, each with a default, are its settings. `decide_batch(cases)` returns one Decision or
-      None per case. `bind(pipeline)`, if it has one, is called when a `Guard` is made: it loads and checks what the
-      policy needs for this model, and returns what decides (the policy itself, or another object or function).
+    - a dataclass whose fields, each with a default, are its settings. `decide_batch(cases)` takes at least one case,
+      all of the same pipeline, and returns one Decision or None per case. `bind(pipeline)`, if it has one, is called
+      when a `Guard` is made: it loads and checks what the policy needs for this model, and returns what decides (the
+      policy itself, or another object or function).
 
     Settings are bool, int, float, str or None, or tuples of names (`tuple[str, ...]`).
     """

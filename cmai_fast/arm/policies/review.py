@@ -28,8 +28,9 @@ class Review:
     """Withholds the answer and appends the case to `cases.jsonl`, one line of JSON per case. It always decides.
 
     The lines of a batch are appended in one write, under a lock, and are on disk before the decisions are returned.
-    Threads and processes may share a folder. Keys of a line: `case` (also in the decision's details), `time` (UTC),
-    `id`, `question`, `answer` (the model's), `score`, `threshold`, `model`, `images` (SHA-256 of the PNG files).
+    A full disk is an OSError, so that no case is lost unseen. Threads and processes may share a folder. Keys of a line:
+    `case` (also in the decision's details), `time` (UTC), `id` (of the sample; in `decide_batch` its place),
+    `question`, `answer` (the model's), `score`, `threshold`, `model`, `images` (SHA-256 of the PNG files).
 
     Args:
         folder: made if it does not exist.

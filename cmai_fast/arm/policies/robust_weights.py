@@ -29,7 +29,7 @@ class RobustWeights:
 
     The own weights are never written: their storage is exchanged for that of w and put back afterwards, also after an
     exception, so they stay the same bits. Meanwhile the model is locked. Only parameters that differ are held, in one
-    block per device and dtype.
+    block per device and dtype. A model that is replayed from CUDA graphs would not see the exchange.
 
     Args:
         robust: an immunised model of the same architecture: a name, a folder, a run or a hub id; or a folder of LoRA
@@ -62,7 +62,9 @@ class RobustWeights:
         Raises:
             ValueError: another architecture, quantised weights, or `check` without heads and a threshold.
         """
-        weights = Weights(pipeline.model, _robust_state(self.robust, pipeline), str(self.robust))
+        robust = _robust_state(self.robust, pipeline)
+        with alone(pipeline.model):  # another guard of the model may have exchanged its weights at the moment
+            weights = Weights(pipeline.model, robust, str(self.robust))
         heads, threshold = None, None
         if self.check:
             place = find_heads(self.robust)
@@ -147,10 +149,11 @@ class Weights:
                     "guarded model; expected an immunised copy of the guarded model. Use ensemble for another one"
                 )
             same = not mine.is_floating_point() and torch.equal(mine.cpu(), theirs.cpu())
-            if type(mine.data) is not Tensor or not (mine.is_floating_point() or same):
+            if type(mine.data) is not Tensor or mine.is_meta or not (mine.is_floating_point() or same):
                 raise ValueError(
-                    f"robust-weights: {key} is {mine.dtype} ({type(mine.data).__name__}), and only plain "
-                    "floating-point weights can be mixed; load the guarded model unquantised and whole, or use ensemble"
+                    f"robust-weights: {key} is {mine.dtype} ({type(mine.data).__name__}, {mine.device}), and only "
+                    "plain floating-point weights can be mixed; load the guarded model unquantised and whole, or use "
+                    "ensemble"
                 )
             theirs = theirs.to(mine.device, mine.dtype)
             if not torch.equal(mine.detach(), theirs):

@@ -181,3 +181,16 @@ def test_check_needs_calibrated_heads(make_tiny, tmp_path):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=f"robust-weights: {message}"):
         RobustWeights(**settings)
+
+
+def test_a_guard_that_is_made_while_another_answers_sees_the_own_weights(bundled):
+    first = RobustWeights(IMMUNE).bind(bundled).weights
+    made, inside = [], threading.Event()
+    thread = threading.Thread(target=lambda: (inside.wait(), made.append(RobustWeights(IMMUNE).bind(bundled).weights)))
+    thread.start()
+    with first.switched(1.0):
+        inside.set()
+        thread.join(0.5)
+        assert not made, "it waits for its turn"
+    thread.join()
+    assert len(made[0]._exchanged) == len(first._exchanged) > 100
