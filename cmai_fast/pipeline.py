@@ -114,14 +114,10 @@ class Pipeline:
         from cmai_fast.models.loading import find_heads, load_model
 
         place = find_heads(name) if heads is None else Path(heads)
-        found, saved, verifier = None, None, None
-        verified = place is not None and (place / VERIFIER).is_file()
-        if place is not None and ((place / HEADS).is_file() or not verified):
-            found, saved = ConsistencyHeads.from_pretrained(place)  # before the model, which takes longer
+        if place is not None:
+            check_scoring(place)  # before the model, which takes longer
         model, processor = load_model(name, **how)
-        found = None if found is None else found.to(model.device)
-        if place is not None and verified:
-            verifier, saved = Verifier.from_pretrained(place, bridge_of(model), processor.tokenizer)
+        found, verifier, saved = (None, None, None) if place is None else scoring(place, model, processor)
         if saved is not None and not calibrated:
             generation, saved = generation or saved.generation, None
         return cls(str(name), model, processor, found, saved, generation, verifier)
@@ -287,6 +283,26 @@ class Pipeline:
                     f"{self.generation.max_new_tokens}; the model's context is {self.bridge.context}. Shorten the "
                     "question or set max_new_tokens lower"
                 )
+
+
+def check_scoring(place: Path) -> None:
+    """Raises ValueError for a folder that holds neither a verifier nor intact heads; needs no model."""
+    if (place / HEADS).is_file() or not (place / VERIFIER).is_file():
+        ConsistencyHeads.from_pretrained(place)
+
+
+def scoring(
+    place: Path, model: Any, processor: Any
+) -> tuple[ConsistencyHeads | None, Verifier | None, Threshold | None]:
+    """What a folder of calibration holds for this model: heads, verifier, and the threshold of its score."""
+    heads, verifier, threshold = None, None, None
+    verified = (place / VERIFIER).is_file()
+    if (place / HEADS).is_file() or not verified:
+        heads, threshold = ConsistencyHeads.from_pretrained(place)
+        heads = heads.to(model.device)
+    if verified:
+        verifier, threshold = Verifier.from_pretrained(place, bridge_of(model), processor.tokenizer)
+    return heads, verifier, threshold
 
 
 def _check_images(samples: Sequence[Sample]) -> None:

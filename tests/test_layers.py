@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "cmai_fast"
 LAYERS = (
     "cli", "serve", "workflows", "report", "evaluation", "defences", "mbat", "arm", "attacks", "pipeline", "cmcv",
     "generation", "tasks", "data", "metrics", "models", "bridge", "pixels", "threat", "layout", "ops", "versions",
-    "registry", "files", "lazy",
+    "registry", "settings", "files", "lazy",
 )  # fmt: skip
 
 

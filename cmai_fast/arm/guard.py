@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmai_fast.arm.policies import POLICIES, Case, Decision
+from cmai_fast.arm.policies import Case, Certify, Decision
+from cmai_fast.arm.policies.policy import Decider, chain, decide
 from cmai_fast.data import Sample
 from cmai_fast.data.pictures import read_picture
 from cmai_fast.pipeline import Generation, Pipeline
-
-Decider = Callable[[Case], Decision | None]
 
 
 class Guard:
@@ -23,16 +22,23 @@ class Guard:
 
     Args:
         pipeline: a model with heads.
-        policies: names of `POLICIES`, or functions of a `Case`, tried in this order. A case that none decides is
-            rejected.
+        policies: tried in this order: names of `POLICIES`, policies with settings (`Smooth(draws=32)`), or functions of
+            a `Case`. A case that none decides is rejected.
         threshold: lower scores go to the policies; None: that of the pipeline.
+        certify: also certify the verifier's decision about each answer that it accepts (`details["certificate"]`).
 
     Raises:
-        ValueError: no heads, no threshold or one that is not finite, or an unknown policy.
+        ValueError: no heads, no threshold or one that is not finite, or an unknown policy or one that does not fit the
+            model.
     """
 
     def __init__(
-        self, pipeline: Pipeline, policies: Sequence[str | Decider] = ("reject",), *, threshold: float | None = None
+        self,
+        pipeline: Pipeline,
+        policies: Sequence[str | Decider] = ("reject",),
+        *,
+        threshold: float | None = None,
+        certify: Certify | None = None,
     ) -> None:
         if not pipeline.scores:
             raise ValueError(f"{pipeline.name} has no consistency heads; train them (cmai-fast calibrate)")
@@ -47,7 +53,9 @@ class Guard:
         self.pipeline, self.threshold = pipeline, float(threshold)
         if isinstance(policies, str):
             raise ValueError(f"policies is {policies!r}; expected several, such as ({policies!r},)")
-        self.policies = [POLICIES[p] if isinstance(p, str) else p for p in (*policies, "reject")]
+        named = [chain([p])[0] if isinstance(p, str) else p for p in (*policies, "reject")]
+        self.policies: list[Decider] = [p.bind(pipeline) if hasattr(p, "bind") else p for p in named]
+        self.certify = certify
 
     @classmethod
     def from_pretrained(
@@ -57,6 +65,7 @@ class Guard:
         heads: str | Path | None = None,
         policies: Sequence[str | Decider] = ("reject",),
         threshold: float | None = None,
+        certify: Certify | None = None,
         max_new_tokens: int | None = None,
         **how: Any,
     ) -> Guard:
@@ -66,7 +75,7 @@ class Guard:
             name: a `transformers` folder, a run folder (with `model/` and `cmcv/`), a bundled model's name, or an id
                 of the Hugging Face hub.
             heads: a folder written by `cmai-fast calibrate`; None: `cmcv/` in the model's folder or beside it.
-            policies: as for the class.
+            policies, certify: as for the class.
             threshold: overrides the saved one.
             max_new_tokens: length of an answer; None: that of the threshold's calibration.
             how: for `cmai_fast.models.loading.load_model`: `device`, `dtype`, `attention`, and what the model's
@@ -87,7 +96,7 @@ class Guard:
         generation = None if max_new_tokens is None else Generation(max_new_tokens)
         # The user's own threshold is for answers of any length.
         pipeline = Pipeline.load(name, heads=place, generation=generation, calibrated=threshold is None, **how)
-        return cls(pipeline, policies, threshold=threshold)
+        return cls(pipeline, policies, threshold=threshold, certify=certify)
 
     def decide(self, image: Any, question: str) -> Decision:
         """The decision for one image and one question.
@@ -123,13 +132,18 @@ class Guard:
 
     def _decide(self, samples: Sequence[Sample]) -> list[Decision]:
         answers, scores = self.pipeline.answer(samples)
-        return [self._route(*row) for row in zip(samples, answers, scores, strict=True)]
+        cases = [Case(*row, self.threshold, self.pipeline) for row in zip(samples, answers, scores, strict=True)]
+        decided = {i: self._accepted(case) for i, case in enumerate(cases) if case.score >= self.threshold}
+        for policy in self.policies:
+            rest = [i for i in range(len(cases)) if i not in decided]  # NaN scores too
+            if rest:
+                found = zip(rest, decide(policy, [cases[i] for i in rest]), strict=True)
+                decided |= {i: decision for i, decision in found if decision is not None}
+        return [decided[i] for i in range(len(cases))]
 
-    def _route(self, sample: Sample, answer: str, score: float) -> Decision:
-        case = Case(sample, answer, score, self.threshold, self.pipeline)
-        if score >= self.threshold:  # false for NaN
-            return case.decision(answer, "answer")
-        return next(decision for policy in self.policies if (decision := policy(case)) is not None)
+    def _accepted(self, case: Case) -> Decision:
+        details = {} if self.certify is None else {"certificate": self.certify.certificate(case).to_dict()}
+        return case.decision(case.answer, "answer", **details)
 
     def _check_question(self, question: Any, name: str) -> None:
         if question == "" and self.pipeline.chooses:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from cmai_fast.registry import Registry
+from cmai_fast.settings import described, kinds_of, typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 # Every attack takes these; further keyword arguments of its function are its own settings.
 _SHARED = ("steps", "restarts", "seed", "sample_ids", "loss", "gradient")
 _BY_NAME = ("loss", "gradient")  # may be given by name among the settings
-_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -136,11 +133,7 @@ class Attack:
 
     def describe(self) -> dict[str, str]:
         """The types and default of each own setting, as text."""
-        said = {}
-        for key, default in self.settings.items():
-            kinds = ["none" if kind is types.NoneType else kind.__name__ for kind in self.kinds[key]]
-            said[key] = f"{' or '.join(kinds)}, default {default}"
-        return said
+        return {key: described(self.kinds[key], default) for key, default in self.settings.items()}
 
     def _listed(self) -> str:
         own = [f"{key} ({said})" for key, said in self.describe().items()]
@@ -149,12 +142,10 @@ class Attack:
         return f"its settings are {', '.join(own)}" if own else "it has no settings of its own"
 
     def _typed(self, key: str, value: Any) -> Any:
-        for kind in self.kinds[key]:
-            try:
-                return _read(value, kind)
-            except (ValueError, ZeroDivisionError, OverflowError):
-                continue
-        raise ValueError(f"{self.name}: {key} is {value!r}; {self._listed()}")
+        try:
+            return typed(value, self.kinds[key])
+        except ValueError:
+            raise ValueError(f"{self.name}: {key} is {value!r}; {self._listed()}") from None
 
 
 ATTACKS: Registry[Attack] = Registry(
@@ -201,7 +192,7 @@ def attack(
             guard=guard,
             threats=tuple(threats),
             settings={p.name: p.default for p in own},
-            kinds={p.name: _kinds(p.annotation, function) for p in own},
+            kinds={p.name: kinds_of(p.annotation, function.__globals__, "an attack") for p in own},
             gradients=set(_BY_NAME) <= set(taken),
             refuse=refuse,
             run=function,
@@ -209,42 +200,6 @@ def attack(
         return ATTACKS.add(name, made)
 
     return register
-
-
-def _kinds(annotation: Any, function: Callable[..., Any]) -> tuple[type, ...]:
-    """The types of an annotation such as `float | None`; None comes first: it is tried first on text."""
-    if isinstance(annotation, str):
-        annotation = eval(annotation, function.__globals__)  # only this one: others may name types not imported
-    kinds = typing.get_args(annotation) or (annotation,)
-    known = (types.NoneType, bool, int, float, str)
-    if bad := [k for k in kinds if k not in known]:
-        raise TypeError(f"a setting of an attack is a bool, int, float, str or None, not {bad[0]!r}")
-    return tuple(k for k in known if k in kinds)
-
-
-def _read(value: Any, kind: type) -> Any:
-    """`value` as `kind`, also from text as a user writes it.
-
-    Raises:
-        ValueError: it cannot be converted.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        if kind is str:
-            return value
-        if kind is types.NoneType and text.lower() == "none":
-            return None
-        if kind is bool and text.lower() in _BOOLS:
-            return _BOOLS[text.lower()]
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(Fraction(text)) if "/" in text else float(text)
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ValueError(value)
 
 
 def _check_named(key: str, value: Any) -> None:

@@ -16,7 +16,7 @@ EXAMPLE = 'cmai-fast guard --model runs/a/model --image x.png --text "what color
 
 def guard(
     *,
-    show: Annotated[bool, options.lister(lists.policies, "Show the policies.")] = False,
+    show: Annotated[bool, options.lister(lists.policies, "Show the policies and their settings.")] = False,
     model: options.Model,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image file of any size; may be given several times.")
@@ -41,12 +41,27 @@ def guard(
             show_default="reject",
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="POLICY.NAME=VALUE",
+            help="A setting of a policy, such as smooth.draws=32; may be given several times.",
+        ),
+    ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify", help="Add a certified radius to accepted answers; settings: --set certify.sigma=0.1."
+        ),
+    ] = False,
     threshold: Annotated[
-        float | None, typer.Option(help="Reject below this score.", show_default="the one saved with the heads")
+        float | None,
+        typer.Option(help="Scores below it go to the policies.", show_default="the one saved with the heads"),
     ] = None,
     batch_size: options.BatchSize = 16,
     max_new_tokens: options.MaxNewTokens = None,
-    seed: options.Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the cases that --limit draws.")] = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
     attention: options.Attention = None,
@@ -57,8 +72,8 @@ def guard(
 ) -> None:
     """Answer or withhold the answer: one line of JSON per question.
 
-    Answers that score below the threshold are withheld; the exit code is 0 either way. The model needs consistency
-    heads, as calibrate or immunize writes them.
+    Answers that score below the threshold go to the policies, which answer in another way, store the case, or withhold
+    the answer; the exit code is 0 either way. The model needs consistency heads, as calibrate or immunize writes them.
     """
     if (data is None) == (not image and text is None):
         raise ValueError("expected --image and --text, or --data")
@@ -71,10 +86,10 @@ def guard(
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"--threshold is {threshold}; expected a finite number")
 
-    from cmai_fast.arm.policies import POLICIES
+    from cmai_fast.arm.policies.policy import check_settings
 
-    for name in policy or ():
-        POLICIES.check(name)
+    own = options.pairs(settings or (), "--set")
+    check_settings([*(policy or ("reject",)), *(["certify"] if certify else [])], own)
     options.check([model], source, task=task, answers=False)
     for path in image or ():
         if not path.is_file():
@@ -87,9 +102,9 @@ def guard(
     count = workflow.guard(
         model, source,
         images=image or (), text=question, out=None if options.is_stdout(out) else out, write=typer.echo, heads=heads,
-        policies=policy or ("reject",), threshold=threshold, task=task, limit=limit, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype, attention=attention,
-        progress=progress and source is not None,
+        policies=policy or ("reject",), settings=own, certify=certify, threshold=threshold, task=task, limit=limit,
+        batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype,
+        attention=attention, progress=progress and source is not None,
     )  # fmt: skip
     if not options.is_stdout(out):
         print_path(f"{count} decisions", out)

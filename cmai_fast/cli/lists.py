@@ -42,7 +42,15 @@ def defences() -> None:
 def policies() -> None:
     from cmai_fast.arm.policies import POLICIES
 
-    _show("policy", ("",), [(name, policy.label) for name, policy in POLICIES.items()])
+    rows = [
+        (
+            name,
+            p.label,
+            ", ".join(f"{k}={v!r}" if isinstance(v, (str, tuple)) else f"{k}={v}" for k, v in p.settings.items()),
+        )
+        for name, p in POLICIES.items()
+    ]
+    _show("policy", ("", "settings (--set policy.name=value)"), rows)
 
 
 def _show(kind: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

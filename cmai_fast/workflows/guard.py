@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmai_fast.arm import Decision, Guard
+from cmai_fast.arm.policies.policy import chain
 from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.progress import Overall
@@ -24,6 +25,8 @@ def guard(
     write: Callable[[str], Any] = print,
     heads: str | Path | None = None,
     policies: Sequence[str] = ("reject",),
+    settings: Mapping[str, Any] | None = None,
+    certify: bool = False,
     threshold: float | None = None,
     task: str = "vqa",
     limit: int | None = None,
@@ -41,7 +44,9 @@ def guard(
         data: the cases: its test split. Answers are not needed.
         images, text: instead of `data`, one question about one or several images.
         out: a file, written when every case is decided; None: each line goes to `write` once it is decided.
-        heads, policies, threshold, max_new_tokens: as for `Guard.from_pretrained`.
+        heads, threshold, max_new_tokens: as for `Guard.from_pretrained`.
+        policies, settings: names, and settings by `POLICY.SETTING`, as values or text.
+        certify: add a certificate to each accepted answer, with the settings of the policy `certify`.
         limit, seed: number of cases, drawn with the seed; None: all.
 
     Raises:
@@ -49,10 +54,13 @@ def guard(
     """
     if (data is None) == (text is None or not images):
         raise ValueError("expected either data, or images with a text")
+    names = [*policies, *(["certify"] if certify else [])]
+    made = dict(zip(names, chain(names, settings), strict=True))  # checked before a model is loaded
     samples: Sequence[Sample] = [] if data is None else data.load("test", limit, seed)
     guarded = Guard.from_pretrained(
-        model, heads=heads, policies=policies, threshold=threshold, max_new_tokens=max_new_tokens,
-        device=device, dtype=dtype, attention=attention,
+        model, heads=heads, policies=[made[name] for name in policies], threshold=threshold,
+        certify=made["certify"] if certify else None, max_new_tokens=max_new_tokens, device=device, dtype=dtype,
+        attention=attention,
     )  # fmt: skip
     if data is None:
         decisions: Iterator[Decision] = iter(guarded.decide_batch([list(images)], [text or ""]))

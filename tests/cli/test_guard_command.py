@@ -127,3 +127,48 @@ def test_bad_images_and_questions_are_named(run, folder, tmp_path):
 def test_a_model_that_is_not_there(run, folder):
     done = guard(run, "no-such-model", folder / "x.png")
     assert done.exit_code == 2 and "unknown model 'no-such-model'" in done.stderr
+
+
+def test_policies_take_settings(run, folder):
+    low = ("--threshold", 1.5, "--policy", "smooth", "--policy", "review")
+    of = ("--set", "smooth.draws=3", "--set", "smooth.agreement=0.1", "--set", "review.folder=cases")
+    decision = json.loads(guard(run, folder, folder / "x.png", *low, *of).stdout)
+    assert decision["route"] == "smooth" and sum(decision["details"]["votes"].values()) == 3
+
+
+def test_review_stores_the_case(run, folder, tmp_path):
+    done = guard(
+        run, folder, folder / "x.png", "--threshold", 1.5, "--policy", "review", "--set", "review.folder=cases"
+    )
+    decision, line = json.loads(done.stdout), json.loads((tmp_path / "cases" / "cases.jsonl").read_text())
+    assert decision["answer"] is None and decision["details"]["case"] == line["case"]
+    assert (tmp_path / "cases" / "images" / f"{line['images'][0]}.png").is_file()
+
+
+def test_certify_adds_a_radius_to_what_is_accepted(run, folder):
+    few = ("--set", "certify.n=20", "--set", "certify.n0=4", "--set", "certify.sigma=0.05")
+    decision = json.loads(guard(run, folder, folder / "x.png", "--certify", *few).stdout)
+    certificate = decision["details"]["certificate"]
+    assert decision["route"] == "answer" and certificate["n"] == 20 and certificate["accepts"] is True
+    rejected = json.loads(guard(run, folder, folder / "x.png", "--certify", "--threshold", 1.5, *few).stdout)
+    assert rejected["route"] == "reject" and rejected["details"] == {}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--set", "smooth.draws=3"), "expected POLICY.SETTING with one of the policies reject"),
+        (("--policy", "smooth", "--set", "smooth.draws"), "--set smooth.draws: expected NAME=VALUE"),
+        (("--policy", "smooth", "--set", "smooth.drws=3"), "smooth has no setting 'drws'"),
+        (("--policy", "purify", "--set", "purify.eps=8"), "purify: eps is 8"),
+        (("--policy", "smoth"), "did you mean smooth"),
+    ],
+)
+def test_bad_settings_of_policies_are_named(run, folder, options, message):
+    done = guard(run, folder, folder / "x.png", *options)
+    assert done.exit_code == 2 and message in " ".join(done.stderr.split()) and not done.stdout
+
+
+def test_the_list_shows_settings(run):
+    listed = " ".join(run("guard", "--list").stdout.split())
+    assert "robust-weights" in listed and "alpha=1.0" in listed

@@ -7,5 +7,5 @@ from cmai_fast.arm.policies.policy import Case, Decision, policy
 
 @policy("reject", label="Withhold the answer")
 def reject(case: Case) -> Decision:
-    """Always decides."""
+    """Always decides. It brings back no answer, so it is the last policy of every chain."""
     return case.decision(None, "reject")
