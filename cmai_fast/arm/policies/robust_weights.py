@@ -39,7 +39,8 @@ class RobustWeights:
         alpha: share of the immunised weights; None: by score, from a quarter just below the threshold to 1 at
             threshold - reach.
         reach: the distance below the threshold at which alpha by score is 1.
-        check: answer only if the new answer's score, by the immunised model's own heads or verifier, reaches its threshold.
+        check: answer only if the new answer's score, by what the immunised model was calibrated with, reaches its
+            threshold.
     """
 
     robust: str = ""
