@@ -126,9 +126,19 @@ def test_bridge_that_refreshes_at_every_step_is_pgd(family, threat):
     assert after > before
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
-@pytest.mark.parametrize("name", ["pgd", "apgd", "mi-fgsm"])
-@every_family
+# An attack sees of a family its form of images, by `objective.layout`: every attack with every norm on one family of each
+# form and kind; on the others, by which a form is only repeated, one attack with each norm.
+FORMS = ("LLaVA", "LLaVA-NeXT", "Qwen2-VL", "SmolVLM", "BLIP-2", "ViT-GPT2", "CLIP")
+ATTACKED = [
+    pytest.param(family, name, threat, id=f"{family.name}-{name}-{threat.norm}")
+    for family in FAMILIES
+    for name in ("pgd", "apgd", "mi-fgsm")
+    for threat in (LINF, L2)
+    if family.name in FORMS or (name, threat) in (("pgd", L2), ("apgd", LINF))
+]
+
+
+@pytest.mark.parametrize("family, name, threat", ATTACKED)
 def test_attacks_stay_in_ball_and_box_and_do_not_depend_on_the_batch(family, name, threat):
     model = double(family)
     objective = objective_of(family, model=model)
