@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,13 +25,12 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _imported_things_are_no_garbage() -> Iterator[None]:
+def _imported_things_are_no_garbage() -> None:
     """Every training run collects garbage, and Python looks at all that lives for it: at PyTorch, transformers and
     thousands of tests, for most of a second, longer than such a run of ours takes. Frozen, they are not looked at; what
     a test makes is."""
     gc.collect()
     gc.freeze()
-    yield
 
 
 def _make_processor() -> Any:

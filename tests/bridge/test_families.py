@@ -126,8 +126,8 @@ def test_bridge_that_refreshes_at_every_step_is_pgd(family, threat):
     assert after > before
 
 
-# An attack sees of a family its form of images, by `objective.layout`: every attack with every norm on one family of each
-# form and kind; on the others, by which a form is only repeated, one attack with each norm.
+# An attack sees of a family its form of images, by `objective.layout`: every attack with every norm on one family of
+# each form and kind; on the others, which repeat a form, one attack with each norm.
 FORMS = ("LLaVA", "LLaVA-NeXT", "Qwen2-VL", "SmolVLM", "BLIP-2", "ViT-GPT2", "CLIP")
 ATTACKED = [
     pytest.param(family, name, threat, id=f"{family.name}-{name}-{threat.norm}")

@@ -185,8 +185,8 @@ def save(family, folder):
     (folder / "chat_template.jinja").write_text(processor.chat_template)
 
 
-# Tiles of several sizes, and one image with a Q-Former. A folder of patches is below; what the commands ask of each family
-# (its collator, bridge, generation, a training run that saves) has tests of its own for all.
+# Tiles of several sizes, and one image with a Q-Former; a folder of patches is below. What the commands ask of a family
+# (its collator, bridge, generation, a training run that saves) has tests of its own for all of them.
 @pytest.mark.parametrize("name", ["LLaVA-NeXT", "BLIP-2"])
 def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path, monkeypatch, name):
     monkeypatch.setattr(training, "HEAD_STEPS", 2)
