@@ -44,7 +44,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests: pytest"
-	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	@echo "== style: ruff"

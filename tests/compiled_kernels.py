@@ -82,7 +82,16 @@ def compile_launches(capability: int, run: Callable[[], Any]) -> list[Binary]:
     return [_inspect(name, kernel) for name, kernel in compiled]
 
 
+_inspected: dict[bytes, Binary] = {}
+
+
 def _inspect(name: str, kernel: Any) -> Binary:
+    if kernel.asm["cubin"] not in _inspected:
+        _inspected[kernel.asm["cubin"]] = _disassemble(name, kernel)
+    return _inspected[kernel.asm["cubin"]]
+
+
+def _disassemble(name: str, kernel: Any) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

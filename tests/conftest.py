@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,15 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_things_are_no_garbage() -> None:
+    """Every training run collects garbage, and Python looks at all that lives for it: at PyTorch, transformers and
+    thousands of tests, for most of a second, longer than such a run of ours takes. Frozen, they are not looked at; what
+    a test makes is."""
+    gc.collect()
+    gc.freeze()
 
 
 def _make_processor() -> Any:

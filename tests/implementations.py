@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 import cuda_emulation
+import quick_interpreter
 from cmai_fast import ops
 from cmai_fast.ops import cpu, cuda, reference, triton_kernels
 from cmai_fast.ops.signatures import STEPS
 
 INTERPRETED = triton_kernels.interpreted()
+if INTERPRETED:
+    quick_interpreter.make_quick()
 
 
 @dataclass(frozen=True)

@@ -126,10 +126,26 @@ def test_bridge_that_refreshes_at_every_step_is_pgd(family, threat):
     assert after > before
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
-@pytest.mark.parametrize("name", ["pgd", "apgd", "mi-fgsm"])
+# An attack sees of a family its form of images, by `objective.layout`: two of the six on every family, and the other
+# four on one family of each form and kind.
+ON_ALL = [("pgd", L2), ("apgd", LINF)]
+ON_FORMS = [("pgd", LINF), ("apgd", L2), ("mi-fgsm", LINF), ("mi-fgsm", L2)]
+FORMS = ("LLaVA", "LLaVA-NeXT", "Qwen2-VL", "SmolVLM", "BLIP-2", "ViT-GPT2", "CLIP")
+
+
+@pytest.mark.parametrize("name, threat", ON_ALL)
 @every_family
 def test_attacks_stay_in_ball_and_box_and_do_not_depend_on_the_batch(family, name, threat):
+    check_attack(family, name, threat)
+
+
+@pytest.mark.parametrize("name, threat", ON_FORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_attack_and_norm_on_every_form_of_images(form, name, threat):
+    check_attack(by_name(form), name, threat)
+
+
+def check_attack(family: Family, name: str, threat: ThreatModel) -> None:
     model = double(family)
     objective = objective_of(family, model=model)
     clean = objective.pixels().double()

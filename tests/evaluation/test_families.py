@@ -185,7 +185,9 @@ def save(family, folder):
     (folder / "chat_template.jinja").write_text(processor.chat_template)
 
 
-@pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3", "Gemma 3", "BLIP-2"])
+# Tiles of several sizes, and one image with a Q-Former; a folder of patches is below. What the commands ask of a family
+# (its collator, bridge, generation, a training run that saves) has tests of its own for all of them.
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "BLIP-2"])
 def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path, monkeypatch, name):
     monkeypatch.setattr(training, "HEAD_STEPS", 2)
     save(by_name(name), tmp_path / "m")

@@ -12,10 +12,15 @@ from implementations import IMPLEMENTATIONS, IN_USE, INTERPRETED, KERNELS, Imple
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a process for Triton's interpreter, what tests other implementations would only run a second time."""
+    """In a process for Triton's interpreter, what tests other implementations would only run a second time; and it is
+    slow: what says nothing of it is marked `not_interpreted`, with the reason."""
     if INTERPRETED:
         ours = {"in_use", "implementation", "kernel"}
-        other = [item for item in items if not ours & set(getattr(item, "fixturenames", ()))]
+        other = [
+            item
+            for item in items
+            if item.get_closest_marker("not_interpreted") or not ours & set(getattr(item, "fixturenames", ()))
+        ]
         config.hook.pytest_deselected(items=other)
         items[:] = [item for item in items if item not in other]
 

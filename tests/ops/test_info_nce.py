@@ -22,6 +22,15 @@ Loss = Callable[..., Tensor]
 SIZES = [(1, 1, 1), (1, 7, 5), (3, 5, 7), (37, 61, 19), (64, 64, 33), (130, 67, 33), (300, 200, 20)]
 # In Triton's interpreter a product of bfloat16 matrices is garbage: there they are left to a GPU.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter is slow: what fits one tile runs there once per kind of edge, and with one dtype.
+CASES = [(sizes, dtype) for sizes in SIZES for dtype in DTYPES]
+if INTERPRETED:
+    CASES = [
+        ((1, 1, 1), torch.float16),
+        ((37, 61, 19), torch.float32),
+        ((64, 64, 33), torch.float16),
+        *((sizes, dtype) for sizes in SIZES[-2:] for dtype in DTYPES),
+    ]
 LOSSES = ["info_nce", "symmetric info_nce", "sigmoid_loss"]
 
 
@@ -88,8 +97,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_us
 
 
 @pytest.mark.usefixtures("chunk", "carried")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes, dtype", CASES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_error_is_at_most_twice_that_of_plain_pytorch(
     in_use: Implementation, name: str, sizes: tuple[int, int, int], dtype: torch.dtype
@@ -109,6 +117,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(
         assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
 
 
+@pytest.mark.not_interpreted("float64 is left to the reference")
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(in_use: Implementation, name: str) -> None:
@@ -131,6 +140,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.not_interpreted("what the launchers allocate: test_triton_losses_compiled.py, at a size that matters")
 def test_the_logits_are_never_whole(in_use: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_CHUNK", 4096)
     rows, count, size = 300, 400, 8
@@ -170,9 +180,19 @@ def test_small_terms_of_the_sigmoid_loss_are_not_lost(in_use: Implementation) ->
         torch.testing.assert_close(got[0].double(), right[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.usefixtures("chunk", "carried")
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_own_row(in_use: Implementation, bad: float) -> None:
+# In the interpreter NaN once: no branch of a kernel looks at it, and the walk over several tiles holds that over one.
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize(
+    "chunk, bad",
+    [
+        (chunk, bad)
+        for chunk in ("one chunk", "many chunks")
+        for bad in (float("inf"), float("nan"))
+        if not INTERPRETED or math.isinf(bad) or chunk == "many chunks"
+    ],
+    indirect=["chunk"],
+)
+def test_what_is_not_finite_stays_in_its_own_row(in_use: Implementation, chunk: None, bad: float) -> None:
     inputs = [tensor.to(in_use.device) for tensor in inputs_of("sigmoid_loss", 140, 150, 6)]
     query, keys, labels, scale, _ = inputs
     grad, operators = torch.ones((), device=in_use.device), torch.ops.cmai_fast
