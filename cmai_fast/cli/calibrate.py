@@ -26,8 +26,13 @@ def calibrate(
     heads: options.Heads = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit a new verifier even if there is one.")] = False,
     verifier_steps: Annotated[
-        int, typer.Option(min=0, help="Batches that a new verifier is fitted on; 0: none, the score is S_c of heads.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Batches that a new verifier is fitted on; 0: none, the score is S_c of heads.",
+            show_default="300",
+        ),
+    ] = None,
     tower: Annotated[
         str,
         typer.Option(

@@ -36,6 +36,7 @@ from cmai_fast.workflows.samples import asked, training_batches, training_sample
 RECORD = "calibration.json"
 _FILES = {"heads.safetensors", "cmcv.json", "verifier.safetensors", "verifier.json", RECORD}
 HEADS, VERIFIER, _OWN, _WRONG = "consistency heads", "verifier", "own answers", "wrong answers"
+VERIFIER_STEPS = 300
 OWN, COPY = "own", "copy"  # towers; anything else is the name of a model
 
 
@@ -47,7 +48,7 @@ def calibrate(
     heads: str | Path | None = None,
     refit: bool = False,
     head_steps: int = 300,
-    verifier_steps: int = 1000,
+    verifier_steps: int | None = None,
     tower: str = COPY,
     eps: float = 8 / 255,
     false_rejection_rate: float = 0.05,
@@ -73,7 +74,8 @@ def calibrate(
             is one.
         refit: fit a new verifier (or heads) even if there is one.
         head_steps: number of batches that new heads are fitted on.
-        verifier_steps: the same for a new verifier, each clean and attacked; 0: no verifier, S_c of heads is the score.
+        verifier_steps: the same for a new verifier, each clean and attacked; None: 300; 0: no verifier, S_c of heads is
+            the score. The bundled models' took 1500.
         tower: what the verifier sees with. `copy`: a copy of the model's vision side, which is hardened with it; `own`:
             the model's own features, for a model that is already immunised; or the name of an immunised model of the
             same architecture, whose vision side is taken.
@@ -101,6 +103,7 @@ def calibrate(
     pipeline.choose_from(held_out)
     if max_new_tokens is not None:
         pipeline.generation = Generation(max_new_tokens)
+    verifier_steps = VERIFIER_STEPS if verifier_steps is None else verifier_steps
     verifies = verifier_steps > 0 and not pipeline.chooses
     if not verifies or refit:
         pipeline.verifier = None

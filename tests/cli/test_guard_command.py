@@ -103,13 +103,13 @@ def test_a_case_that_fails_leaves_no_file(run, folder, cases, tmp_path):
 def test_guard_uses_what_calibrate_wrote(run, folder, tmp_path):
     done = run(
         "calibrate", "--model", folder, "--limit", 20, "--false-rejection-rate", 0.25, "--max-new-tokens", 3,
-        "--no-progress", "--out", "cmcv",
+        "--verifier-steps", 3, "--no-progress", "--out", "cmcv",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "rejects at most 25.0% of clean inputs like the 20" in done.stdout and "cmcv" in done.stdout
     decision = json.loads(guard(run, folder, folder / "x.png", "--heads", "cmcv").stdout)
-    _, threshold = ConsistencyHeads.from_pretrained(tmp_path / "cmcv")
-    assert decision["threshold"] == threshold.tau and threshold.generation.max_new_tokens == 3
+    threshold = json.loads((tmp_path / "cmcv" / "verifier.json").read_text())["threshold"]
+    assert decision["threshold"] == threshold["tau"] and threshold["generation"]["max_new_tokens"] == 3
     refused = guard(run, folder, folder / "x.png", "--heads", "cmcv", "--max-new-tokens", 4)
     assert refused.exit_code == 2 and "--max-new-tokens is 4" in refused.stderr
 
