@@ -25,11 +25,16 @@ class VerifyNetwork(nn.Module):
         width: of the network's own layers, an even multiple of `heads`.
         dim: of the space in which image and answer are compared.
         heads: of the attention.
+        layers: how often the question looks at the image.
     """
 
-    def __init__(self, image_dim: int, text_dim: int, width: int = 128, dim: int = 128, heads: int = 4) -> None:
+    def __init__(
+        self, image_dim: int, text_dim: int, width: int = 128, dim: int = 128, heads: int = 4, layers: int = 2
+    ) -> None:
         super().__init__()
-        self.settings = {"image_dim": image_dim, "text_dim": text_dim, "width": width, "dim": dim, "heads": heads}
+        self.settings = {
+            "image_dim": image_dim, "text_dim": text_dim, "width": width, "dim": dim, "heads": heads, "layers": layers,
+        }  # fmt: skip
         for name, value in self.settings.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
@@ -42,7 +47,7 @@ class VerifyNetwork(nn.Module):
         self.read_image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, width))
         self.read_text = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
         self.text = nn.TransformerEncoderLayer(**layer)
-        self.look = nn.TransformerDecoderLayer(**layer)
+        self.look = nn.ModuleList([nn.TransformerDecoderLayer(**layer) for _ in range(layers)])
         self.image_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
         self.answer_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -69,8 +74,9 @@ class VerifyNetwork(nn.Module):
         if tokens is not None:
             # A row without any image still needs something to look at.
             padding = torch.arange(image.shape[1], device=image.device) >= tokens.clamp_min(1)[:, None]
-        found = self.look(question, image, tgt_key_padding_mask=~mask, memory_key_padding_mask=padding)
-        return self.image_out(_mean(found, mask))
+        for look in self.look:
+            question = look(question, image, tgt_key_padding_mask=~mask, memory_key_padding_mask=padding)
+        return self.image_out(_mean(question, mask))
 
     def answers(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Input embeddings (M, L, text_dim) of answers to (M, dim)."""

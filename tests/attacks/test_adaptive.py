@@ -77,14 +77,14 @@ def test_what_it_fools_the_guard_accepts(samples, kind, mode):
 def test_it_gets_past_a_guard_that_stops_plain_pgd(samples):
     pipeline = guarded("tower")
     victim = victim_of(pipeline, samples)
-    plain = ATTACKS["pgd"](victim, victim.pixels(), THREAT, steps=20, early_stop=False)
+    plain = ATTACKS["pgd"](victim, victim.pixels(), THREAT, steps=10, early_stop=False)
     answers, scores = pipeline.answer(samples, victim.split(plain.adv))
     fooling = [v for v, a, s in zip(scores, answers, samples, strict=True) if a != s.answer]
     assert len(fooling) > 3
     tau = max(fooling) + 1e-3  # accepts none of them
     pipeline.threshold = Threshold(tau, 0.05, 9, "calibration", pipeline.generation)
     victim = victim_of(pipeline, samples)
-    result = ATTACKS["adaptive"](victim, victim.pixels(), THREAT, steps=20, restarts=3)
+    result = ATTACKS["adaptive"](victim, victim.pixels(), THREAT, steps=10, restarts=3)
     assert result.fooled.any()
 
 

@@ -90,7 +90,7 @@ def test_it_is_right_until_it_is_attacked(subject, samples, measured):
         assert clean.shape == adv.shape and 0 < (clean - adv).abs().max() <= THREAT.eps + 1e-6
     said = subject.generate(samples, adversarial)
     assert attacked.right.tolist() == [a == s.answer for a, s in zip(said, samples, strict=True)]
-    assert set(measured.record["s_c"]) == {"clean", "adversarial", "attack"}
+    assert set(measured.record["s_c"]) == {"clean", "adversarial", "attack", "score"}
 
 
 def test_samples_may_be_grouped_anew(subject, samples, measured):

@@ -166,7 +166,7 @@ def test_check_needs_calibrated_heads(make_tiny, tmp_path):
     model, processor = make_tiny()
     model.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"has no calibrated heads, which check needs; calibrate it"):
+    with pytest.raises(ValueError, match=r"has no calibrated score, which check needs; calibrate it"):
         RobustWeights(str(tmp_path / "plain"), check=True).bind(Pipeline("tiny", model, processor))
 
 
