@@ -161,8 +161,8 @@ def test_two_processes_resume_to_the_same_weights(folder: Path, train: Train) ->
 
 # Samples of a process are fooled before those of the other, which go on; adaptive steps follow the schedule.
 ADAPTIVE = {
-    "max_steps": 8, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01,
-    "lr_scheduler_type": "linear", "lam": 0.1, "eps": 0.5, "eval_steps": 4, "eval_attack_steps": 5, "save_steps": 4,
+    "max_steps": 4, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01,
+    "lr_scheduler_type": "linear", "lam": 0.1, "eps": 0.5, "eval_steps": 2, "eval_attack_steps": 5, "save_steps": 2,
     "eval_strategy": "steps", "per_device_eval_batch_size": 2,
 }  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_shards_train_as_one_process_with_the_whole_model(train: Train, tag: str
 
 def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path, train: Train) -> None:
     whole, _ = train("shards-adaptive", 2, fsdp=True, **ADAPTIVE)
-    saved = folder / "shards-adaptive" / "checkpoint-8"
+    saved = folder / "shards-adaptive" / "checkpoint-4"
     model = AutoModelForImageTextToText.from_pretrained(saved)
     assert type(model).__name__ == model.config.architectures[0] == "LlavaForConditionalGeneration"
     for name, weight in model.named_parameters():
@@ -199,7 +199,7 @@ def test_shards_are_saved_whole_and_resume_to_the_same_weights(folder: Path, tra
     heads, _ = ConsistencyHeads.from_pretrained(saved / "cmcv")
     assert all(torch.equal(p, whole[f"heads.{name}"]) for name, p in heads.named_parameters())
     assert not list(saved.glob("pytorch_model*"))
-    before = str(folder / "shards-adaptive" / "checkpoint-4")
+    before = str(folder / "shards-adaptive" / "checkpoint-2")
     rest, _ = train("rest-of-shards", 2, fsdp=True, **ADAPTIVE, resume_from_checkpoint=before)
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
