@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cmai_fast.data.sample import Sample, differing
 from cmai_fast.metrics.exact_match import folded
 
-MOST = 64
+MOST = 16
 _OPENING = 2  # words by which open questions are of one kind: "what color", "how many", "is there"
 _OF_A_KIND = 16
 
@@ -48,7 +48,7 @@ class Alternatives:
         return cls(tuple(kind for kind, _ in counted.most_common()))
 
     def to(self, answer: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
-        """At most 64 answers that say something else than `answer`: the choices of its question if it has any, then
+        """At most 16 answers that say something else than `answer`: the choices of its question if it has any, then
         kinds with this answer, then the other kinds.
 
         The other kinds count because a model under attack answers "yes" when asked for a colour.

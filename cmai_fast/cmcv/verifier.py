@@ -24,20 +24,18 @@ from cmai_fast.files import write_bytes, write_text
 FORMAT = 1
 WEIGHTS, RECORD = "verifier.safetensors", "verifier.json"
 _NETWORK, _TOWER = "network.", "tower."
-_REMEMBERED = 4096  # answers
+_REMEMBERED = 4096  # statements
 
 
 @dataclass
 class Texts:
-    """Questions and their answers as the verifier reads them; nothing of it depends on an image.
+    """Questions with their answers as the verifier reads them; nothing of it depends on an image.
 
-    question: states (N, L, width) of the words, and mask: (N, L), which are no padding. answers: (N, K, dim): first
-    the answer, then its alternatives. real: (N, K), which are no padding.
+    statements: (N, K, dim): first that of the answer, then those of its alternatives. real: (N, K), which are no
+    padding.
     """
 
-    question: Tensor
-    mask: Tensor
-    answers: Tensor
+    statements: Tensor
     real: Tensor
 
     def rows(self, rows: Tensor | None) -> Texts:
@@ -65,7 +63,7 @@ class Verifier:
         self.tokenizer, self.network, self.alternatives, self.tower = tokenizer, network, alternatives, tower
         self.bridge = bridge if tower is None else bridge_of(tower)
         self._embed = bridge.model.get_input_embeddings()
-        self._known: dict[str, Tensor] = {}  # answers that the network has read since it was frozen
+        self._known: dict[tuple[str, str], Tensor] = {}  # statements that the network has read since it was frozen
         theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed.weight.shape[1]}
         made_for = {name: network.settings[name] for name in theirs}
         if made_for != theirs:
@@ -88,38 +86,36 @@ class Verifier:
     ) -> Texts:
         """Reads the questions with these answers; `choices` are those of each question, if known."""
         given = [()] * len(answers) if choices is None else choices
-        rows = [[a, *self.alternatives.to(a, own)] for a, own in zip(answers, given, strict=True)]
-        place = {text: i for i, text in enumerate(dict.fromkeys(text for row in rows for text in row))}
+        rows = [
+            [(q, a), *((q, other) for other in self.alternatives.to(a, own))]
+            for q, a, own in zip(questions, answers, given, strict=True)
+        ]
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pair for row in rows for pair in row))}
         longest = max(map(len, rows))
         index = torch.zeros(len(rows), longest, dtype=torch.long)
         real = torch.zeros(len(rows), longest, dtype=torch.bool)
         for i, row in enumerate(rows):
-            index[i, : len(row)] = torch.tensor([place[text] for text in row])
+            index[i, : len(row)] = torch.tensor([place[pair] for pair in row])
             real[i, : len(row)] = True
-        every = self._answers(list(place))
-        asked = list(dict.fromkeys(questions))
-        states, mask = self._read(asked)
-        states = self.network.words(states, mask)
-        which = torch.tensor([asked.index(question) for question in questions], device=states.device)
-        device = every.device
-        return Texts(states[which], mask[which], every[index.to(device)], real.to(device))
+        every = self._statements(list(place))
+        return Texts(every[index.to(every.device)], real.to(every.device))
 
-    def _answers(self, texts: list[str]) -> Tensor:
+    def _statements(self, pairs: list[tuple[str, str]]) -> Tensor:
         """(M, dim); those of a network that does not learn are read once."""
         if any(p.requires_grad for p in self.network.parameters()):
             self._known.clear()
-            return self.network.answers(*self._read(texts))
-        if new := [text for text in texts if text not in self._known]:
+            return self.network.statements(*self._read(pairs))
+        if new := [pair for pair in pairs if pair not in self._known]:
             if len(self._known) > _REMEMBERED:
                 self._known.clear()
-                new = texts
+                new = pairs
             with torch.no_grad():
-                self._known |= dict(zip(new, self.network.answers(*self._read(new)), strict=True))
-        return torch.stack([self._known[text] for text in texts])
+                self._known |= dict(zip(new, self.network.statements(*self._read(new)), strict=True))
+        return torch.stack([self._known[pair] for pair in pairs])
 
     def cosines(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
         """S_c (N, K) of features (N, T, image_dim) of `self.bridge` with each answer."""
-        return self.network.cosine(self.network.see(features, texts.question, texts.mask, tokens), texts.answers)
+        return self.network.cosine(self.network.image(features, tokens), texts.statements)
 
     def logits(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
         """(N, K), differentiable: S_c over the temperature; -inf where a row has no answer."""
@@ -131,18 +127,24 @@ class Verifier:
         logits = self.logits(features, texts, tokens)
         return logits[:, 0] - logits[:, 1:].logsumexp(1)
 
-    def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Input embeddings (N, L, text_dim) of texts and their mask (N, L); an empty text has one padding token."""
-        made = self.tokenizer(
-            list(texts), add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+    def _read(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Input embeddings (M, L, text_dim) of questions with answers, which are no padding and which are the answer's
+        (M, L); an empty answer has one token, that of padding."""
+        questions, answers = (
+            self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in zip(*pairs, strict=True)
         )
+        filling = self.tokenizer.pad_token_id
+        answers = [answer or [filling] for answer in answers]
+        longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
+        ids = torch.full((len(pairs), longest), filling)
+        answer, mask = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        for i, (q, a) in enumerate(zip(questions, answers, strict=True)):
+            end = len(q) + len(a)
+            ids[i, :end] = torch.tensor([*q, *a])
+            answer[i, len(q) : end], mask[i, :end] = True, True
         device = self._embed.weight.device
-        ids, mask = made["input_ids"].long().to(device), made["attention_mask"].bool().to(device)
-        if not ids.shape[1]:
-            ids, mask = (value.new_zeros(len(texts), 1) for value in (ids, mask))
-        mask[:, 0] = True
         with torch.no_grad():
-            return self._embed(ids), mask
+            return self._embed(ids.to(device)), mask.to(device), answer.to(device)
 
     def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
         """Writes verifier.safetensors (network, tower) and verifier.json (settings, threshold), each atomically.

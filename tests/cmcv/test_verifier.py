@@ -96,19 +96,19 @@ def test_it_tells_questions_answers_and_images_apart(verifier, tiny_processor, s
     assert ask("?", "") == ask("?", "")  # an empty answer is an answer
 
 
-def test_answers_are_read_once_by_a_frozen_network_and_anew_by_one_that_learns(verifier, monkeypatch):
+def test_statements_are_read_once_by_a_frozen_network_and_anew_by_one_that_learns(verifier, monkeypatch):
     read, calls = verifier._read, []
-    monkeypatch.setattr(verifier, "_read", lambda texts: calls.append(list(texts)) or read(texts))
+    monkeypatch.setattr(verifier, "_read", lambda pairs: calls.append(list(pairs)) or read(pairs))
     first = verifier.texts(["q?"], ["red"])
     second = verifier.texts(["q?"], ["blue"])
-    assert [c for c in calls if c != ["q?"]] == [["red", "blue", "teal", "no", "yes"]]
-    torch.testing.assert_close(first.answers[0, 0], second.answers[0, 1])
+    assert calls == [[("q?", a) for a in ("red", "blue", "teal", "no", "yes")]]
+    torch.testing.assert_close(first.statements[0, 0], second.statements[0, 1])
     verifier.network.requires_grad_(True)
-    assert verifier.texts(["q?"], ["red"]).answers.requires_grad
+    assert verifier.texts(["q?"], ["red"]).statements.requires_grad
     verifier.network.requires_grad_(False)
     with torch.no_grad():
-        verifier.network.answer_out[1].bias += 1.0
-    assert not torch.equal(verifier.texts(["q?"], ["red"]).answers, first.answers), "no stale answers after training"
+        verifier.network.text_out[1].bias += 1.0
+    assert not torch.equal(verifier.texts(["q?"], ["red"]).statements, first.statements), "not those before training"
 
 
 def test_a_model_beside_shares_all_but_the_vision_side(make_tiny):
@@ -174,4 +174,4 @@ def test_damaged_files_and_other_models_are_refused(tiny_model, tiny_processor, 
     (tmp_path / "verifier.safetensors").unlink()
     load("has no verifier.safetensors")
     with pytest.raises(ValueError, match=r"made for {'image_dim': 5, 'text_dim': 64}, the model has"):
-        Verifier(bridge, tokenizer, VerifyNetwork(5, 64, 16, 8, 2), KINDS)
+        Verifier(bridge, tokenizer, VerifyNetwork(5, 64, 16, 16, 8, 2), KINDS)
