@@ -107,7 +107,8 @@ def test_a_verifier_is_fitted_and_its_margin_is_the_score(folder, tmp_path):
     assert any(not torch.equal(v, before[k]) for k, v in vision.items()), "the copy was hardened"
     samples = [DATA.load("calibration", 24, 0)[i] for i in range(24)]
     answers, scores = pipeline.answer(samples)
-    assert sum(score < pipeline.threshold.tau for score in scores) == 6 and pipeline.generation == Generation(3)
+    # tau is the score of one of them, which rounding moves a little in a batch of another size.
+    assert sum(score < pipeline.threshold.tau - 1e-5 for score in scores) == 6 and pipeline.generation == Generation(3)
     assert scores == pytest.approx(pipeline.score(samples, answers).tolist(), abs=1e-5)
     assert min(scores) < -1, "log-odds, not a cosine"
     kept = calibrate(str(folder), DATA, out=tmp_path / "b", heads=tmp_path / "a", **VERIFIED)
