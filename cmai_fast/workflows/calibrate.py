@@ -74,8 +74,8 @@ def calibrate(
             is one.
         refit: fit a new verifier (or heads) even if there is one.
         head_steps: number of batches that new heads are fitted on.
-        verifier_steps: the same for a new verifier, each clean and attacked; None: 300; 0: no verifier, S_c of heads is
-            the score. The bundled models' took 1500.
+        verifier_steps: number of batches, clean and attacked, that a new verifier is fitted on, after twice as many
+            clean ones; None: 300; 0: no verifier, S_c of heads is the score.
         tower: what the verifier sees with. `copy`: a copy of the model's vision side, which is hardened with it; `own`:
             the model's own features, for a model that is already immunised; or the name of an immunised model of the
             same architecture, whose vision side is taken.
@@ -177,7 +177,7 @@ def new_verifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         verifier = Verifier.new(bridge, pipeline.processor.tokenizer, Alternatives.of(train), beside_it)
-    progress.start(VERIFIER, steps)
+    progress.start(VERIFIER, 3 * steps)
     fit_verifier(
         verifier, pipeline.space, _with_samples(pipeline, train, batch_size, seed), steps, threat,
         train_tower=tower == COPY, seed=seed, on_step=lambda *_: progress.advance(),
