@@ -128,6 +128,11 @@ class Pipeline:
         return self.heads is not None or self.verifier is not None
 
     @property
+    def guarded(self) -> bool:
+        """Whether there is a score and a threshold, so that a guard can be made of it."""
+        return self.scores and self.threshold is not None
+
+    @property
     def chooses(self) -> bool:
         """Whether the model is a dual encoder, which takes no question and chooses its answer among texts."""
         return isinstance(self.collate, ChoiceCollator)

@@ -114,7 +114,8 @@ class Evading:
         """Lead and excess (n,), differentiable."""
         features = victim.encode(model_input, rows)
         outputs = Outputs(victim, features, rows, self.aim.texts)
-        return -margin(features, outputs, victim, rows), self.aim.excess(features, model_input, rows)
+        excess = self.aim.excess(features, victim.image_tokens(rows), model_input, rows)
+        return -margin(features, outputs, victim, rows), excess
 
     def start(self, course: Course) -> Estimate:
         victim = course.victim

@@ -14,8 +14,9 @@ from cmai_fast.data import Sample
 from cmai_fast.data.sample import differing
 from cmai_fast.pipeline import Pipeline
 
-# (h_v (n, T, image_dim) of the model, the images in its input space (n, ...), rows of the batch) -> (n,).
-Excess = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# (h_v (n, T, image_dim) of the model, how many of its tokens are no padding (n,), the images in the model's input space
+# (n, ...), rows of the batch) -> (n,).
+Excess = Callable[[Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
@@ -80,15 +81,13 @@ class Deployed:
         verifier = self.pipeline.verifier
         assert verifier is not None
         images = BatchImages(verifier.bridge, self.pipeline.space, batch)
-        tokens = verifier.bridge.image_tokens(images.batch)
         with frozen(verifier.network), torch.no_grad():
             texts = verifier.texts([s.prompt for s in self.samples], answers, [s.choices for s in self.samples])
 
-        def excess(features: Tensor, model_input: Tensor, rows: Tensor | None) -> Tensor:
+        def excess(features: Tensor, tokens: Tensor | None, model_input: Tensor, rows: Tensor | None) -> Tensor:
             if verifier.tower is not None:
                 features = images.encode(model_input, rows)
-            own = tokens if tokens is None or rows is None else tokens[rows]
-            return verifier.margin(features, texts.rows(rows), own) - self.tau
+            return verifier.margin(features, texts.rows(rows), tokens) - self.tau
 
         return excess
 
@@ -97,11 +96,9 @@ class Deployed:
         assert heads is not None
         with frozen(bridge.model, heads), torch.no_grad():
             projected = heads.project_text(bridge.encode_text(**texts))
-        tokens = bridge.image_tokens(texts)
 
-        def excess(features: Tensor, model_input: Tensor, rows: Tensor | None) -> Tensor:
+        def excess(features: Tensor, tokens: Tensor | None, model_input: Tensor, rows: Tensor | None) -> Tensor:
             text = projected if rows is None else projected[rows]
-            own = tokens if tokens is None or rows is None else tokens[rows]
-            return heads.score(heads.project_image(features, own), text) - self.tau
+            return heads.score(heads.project_image(features, tokens), text) - self.tau
 
         return excess

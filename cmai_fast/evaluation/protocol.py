@@ -85,8 +85,7 @@ def measure(
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()
-    guarded = pipeline.scores and pipeline.threshold is not None
-    if left_out := [spec.key for spec in suite if spec.attacks_guard and not guarded]:
+    if left_out := [spec.key for spec in suite if spec.attacks_guard and not pipeline.guarded]:
         measured.record["left_out"] = dict.fromkeys(left_out, "the model has no guard")
     suite = [spec for spec in suite if spec.key not in left_out]
     for i, spec in enumerate(suite):

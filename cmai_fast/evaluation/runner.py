@@ -223,7 +223,7 @@ class Runner:
         targets = [self._target(i) for i in rows]
         batch = self.pipeline.collate(targets)
         victim = victim_of(self.pipeline, batch)
-        if self.pipeline.scores and self.pipeline.threshold is not None:
+        if self.pipeline.guarded:
             victim.deployed = Deployed(self.pipeline, targets)
         clean = victim.pixels()
         result: AttackResult = ATTACKS[spec.name](

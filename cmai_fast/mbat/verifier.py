@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cmai_fast.attacks import Victim
@@ -30,8 +29,7 @@ class AnswerLoss:
     texts: Texts
 
     def __call__(self, features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
-        tokens = victim.image_tokens(rows)
-        logits = self.verifier.logits(features, self.texts.rows(rows), tokens)
+        logits = self.verifier.logits(features, self.texts.rows(rows), victim.image_tokens(rows))
         return logits.logsumexp(1) - logits[:, 0]
 
 
@@ -123,5 +121,4 @@ def _attacked(
 def _loss(verifier: Verifier, victim: Victim, texts: Texts, model_input: Tensor, train_tower: bool) -> Tensor:
     with torch.set_grad_enabled(train_tower):
         features = victim.encode(model_input)
-    logits = verifier.logits(features, texts, victim.image_tokens())
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+    return AnswerLoss(verifier, texts)(features, victim.outputs(features), victim, None).mean()
