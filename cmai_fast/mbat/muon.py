@@ -3,18 +3,23 @@
 Muon (Jordan et al., 2024; `torch.optim.Muon`) makes the update of a matrix orthogonal. Robust features are learned from
 a weak signal spread over many directions, and an orthogonal update is not dominated by the largest ones. It updates
 matrices only: embeddings, the output layer, convolutions, norms and biases use AdamW.
+
+`torch.optim.Muon` makes updates orthogonal in bfloat16, also where the processor has no such arithmetic: on a CPU with
+AVX2 the 47 matrices of `easyvqa-llava` take 1.6 s per step, three times as long as the rest of an adversarial step. On
+CPUs they are made orthogonal in float32 here, which takes 0.07 s.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Steps `matrices` by `torch.optim.Muon` and `others` by `torch.optim.AdamW`.
+    """Steps `matrices` as `torch.optim.Muon` does, and `others` by `torch.optim.AdamW`.
 
     Args:
         matrices: parameter groups, as PyTorch's optimisers take them, of 2-d parameters; their update has the RMS of
@@ -50,14 +55,42 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for kind, muon in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
-            groups = [group for group in self.param_groups if group["muon"] is muon]
-            if groups:
-                # Made for this step, with the groups and state of this optimiser, which schedulers and checkpoints see.
-                part = kind(groups)
-                part.state = self.state
-                part.step()
+        if others := [group for group in self.param_groups if not group["muon"]]:
+            # Made for this step, with the groups and state of this optimiser, which schedulers and checkpoints see.
+            part = torch.optim.AdamW(others)
+            part.state = self.state
+            part.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
         return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """The step of `torch.optim.Muon`, whose defaults the group has."""
+        for p in (p for p in group["params"] if p.grad is not None):
+            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            dtype = torch.float32 if p.device.type == "cpu" else torch.bfloat16
+            direction = orthogonal(update.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The nearest orthogonal matrix (m, n), roughly: singular values end up between 0.5 and 1.5.
+
+    `steps` of the quintic Newton-Schulz iteration a X + (b X X^T + c (X X^T)^2) X (Jordan et al., 2024), in the dtype
+    of `matrix`.
+    """
+    a, b, c = coefficients
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -1,12 +1,13 @@
-"""MuonAdamW steps as the two optimisers of PyTorch do, and is saved, resumed and scheduled as one."""
+"""MuonAdamW steps as the two optimisers of PyTorch, and is saved, resumed and scheduled as one."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 
-from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
+from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices, orthogonal
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def take_step(model, optimizer, seed):
     optimizer.step()
 
 
-def test_each_part_steps_as_the_optimiser_of_pytorch(model):
+def test_each_part_steps_as_the_optimiser_of_pytorch(model, monkeypatch):
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)  # theirs is in bfloat16
     plain = copy.deepcopy(model)
     matrices, others = split(plain)
     parts = (
@@ -46,7 +48,19 @@ def test_each_part_steps_as_the_optimiser_of_pytorch(model):
         for part in parts:
             part.step()
     for p, expected, old in zip(model.parameters(), plain.parameters(), before, strict=True):
-        assert torch.equal(p, expected) and not torch.equal(p, old)
+        torch.testing.assert_close(p, expected, rtol=0, atol=1e-8)
+        assert not torch.equal(p, old)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])
+def test_an_update_is_made_orthogonal_by_the_iteration_of_pytorch(shape):
+    torch.manual_seed(0)
+    settings = (3.4445, -4.775, 2.0315), 5, 1e-7
+    update = torch.randn(shape)
+    theirs = _zeropower_via_newtonschulz(update, *settings)
+    assert torch.equal(orthogonal(update.bfloat16(), *settings), theirs)
+    values = torch.linalg.svdvals(orthogonal(update, *settings))
+    assert values.min() > 0.4 and values.max() < 1.6
 
 
 def test_a_saved_state_goes_on_exactly(model):
