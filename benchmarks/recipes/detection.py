@@ -3,27 +3,35 @@
     python benchmarks/recipes/detection.py --model easyvqa-llava --eps 8/255 16/255 --out detection.json
 
 Per radius: the suite (PGD, APGD-CE, then the adaptive attack) on test questions, the model's own detector over all
-attacked inputs and over those that fooled the model, what is fooled and accepted at 1% and at 5% false rejections, and
-two trivial detectors on the same images: energy in high frequencies, and the entropy of the model's next-token
-probabilities. `--heads DIR` takes another calibration. Radii that the file holds are not measured again.
+attacked inputs and over those that fooled the model, what is fooled and accepted at a share of false rejections
+(`--rate`), and two trivial detectors: energy in high frequencies, and the model's own log p of its answer, on the same
+images and under an adaptive attack of their own. `--heads DIR` takes another calibration. Radii that the file holds are
+not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 
+from cmai_fast.attacks import ATTACKS
+from cmai_fast.attacks.deployed import Aim, Deployed
+from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import measure, own_scores, stages
 from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.runner import victim_of
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.metrics import auroc, threshold_at_fpr, tpr_at_fpr
@@ -62,34 +70,98 @@ def rates(clean: np.ndarray, attacked: np.ndarray, broken: np.ndarray) -> dict[s
     }
 
 
+class Trivial(Deployed):
+    """A guard that accepts where `score` (features, images, rows, batch with the answer) is at least tau."""
+
+    def __init__(self, pipeline: Pipeline, samples: Sequence[Sample], tau: float, name: str) -> None:
+        super().__init__(pipeline, samples)
+        self.tau, self.scored_by = tau, name
+
+    def wrong(self) -> list[list[str]]:
+        return [list(s.wrong_choices) for s in self.samples]
+
+    def frozen(self) -> Any:
+        return nullcontext()
+
+    def aim(self, answers: Sequence[str]) -> Aim:
+        rows = [replace(s, references=(a,)) for s, a in zip(self.samples, answers, strict=True)]
+        batch = self.pipeline.on_device(self.pipeline.collate(rows))
+        victim, texts = self.pipeline.images(rows), self.pipeline.bridge.inputs(batch)[1]
+
+        def high_frequencies(x: Tensor) -> Tensor:
+            x = x * self.pipeline.space.like(x)[1]
+            return -x.diff(dim=-1).square().mean((1, 2, 3)) - x.diff(dim=-2).square().mean((1, 2, 3))
+
+        def excess(features: Tensor, tokens: Tensor | None, model_input: Tensor, rows: Tensor | None) -> Tensor:
+            if self.scored_by == "high_frequencies":
+                return (high_frequencies(model_input) - self.tau) * 1e3  # on the scale of log-probabilities
+            own = {k: v if rows is None else v[rows] for k, v in texts.items()}
+            return -victim.bridge.losses(features, **own)[0] - self.tau
+
+        return Aim(texts, excess)
+
+
+def evaded(
+    pipeline: Pipeline, samples: list[Sample], name: str, tau: float, threat: ThreatModel, args: argparse.Namespace
+) -> float:
+    """The share of these samples for which the adaptive attack passes a trivial detector with a wrong answer."""
+    fooled = 0
+    for start in track(range(0, len(samples), 64), f"adaptive attack on {name}"):
+        rows = samples[start : start + 64]
+        batch = pipeline.on_device(pipeline.collate(rows))
+        victim = victim_of(pipeline, batch)
+        victim.deployed = Trivial(pipeline, rows, tau, name)
+        result = ATTACKS["adaptive"](
+            victim, victim.pixels(), threat, steps=args.steps, restarts=args.restarts, seed=0,
+            sample_ids=batch["sample_ids"], targets=2,
+        )  # fmt: skip
+        fooled += int(result.fooled.sum())
+    return fooled / len(samples)
+
+
 def one_radius(pipeline: Pipeline, eps: float, args: argparse.Namespace, calibration: np.ndarray) -> dict[str, Any]:
     samples, threat = asked(DATA, "test", TASK, args.limit), ThreatModel("linf", eps)
     static = [AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100)]
-    found: dict[str, Any] = {}
-    for share in (0.05, 0.01):
-        assert pipeline.threshold is not None
-        tau = threshold_at_fpr(calibration, share)
-        pipeline.threshold = replace(pipeline.threshold, tau=tau, false_rejection_rate=share)
-        suite = [*static, AttackSpec("adaptive", args.steps, args.restarts)]
-        with Overall(stages(pipeline.name, len(samples), threat, suite, None, False)) as progress:
-            measured = measure(pipeline, samples, threat, suite, batch_size=64, progress=progress)
-        record = {k: v for k, v in measured.record["detection"].items() if k != "roc"}
-        found[f"{share:.0%} false rejections"] = record | {
-            k: measured.record[k] for k in ("acc_clean", "acc_robust", "asr", "attacks")
+    assert pipeline.threshold is not None
+    tau = threshold_at_fpr(calibration, args.rate)
+    pipeline.threshold = replace(pipeline.threshold, tau=tau, false_rejection_rate=args.rate)
+    suite = [*static, AttackSpec("adaptive", args.steps, args.restarts)]
+    with Overall(stages(pipeline.name, len(samples), threat, suite, None, False)) as progress:
+        measured = measure(pipeline, samples, threat, suite, batch_size=64, progress=progress)
+    kept = ("acc_clean", "acc_robust", "asr", "attacks", "detection")
+    found = {k: measured.record[k] for k in kept}
+    # The model without its guard, against the same attacks.
+    found["fooled"] = float((measured.clean.right & ~_standing(measured)).mean())
+    if not args.trivial:
+        return found
+    first = measured.attacked[static[0].key]
+    runner, broken = measured.runner, ~first.right
+    own, moved = runner.images(range(len(samples))), [first.images[i] for i in first.rows]
+    attacked = [samples[i] for i in first.rows]
+    said = confidence(pipeline, samples, measured.clean.predictions, own)
+    clean = {"high_frequencies": high_frequencies(own), "confidence": said}
+    adv = {
+        "high_frequencies": high_frequencies(moved),
+        "confidence": confidence(pipeline, attacked, first.predictions, moved),
+    }
+    found["trivial"] = {
+        name: rates(clean[name], adv[name], broken)
+        | {
+            "fooled_and_accepted_adaptive": evaded(
+                pipeline, samples, name, threshold_at_fpr(clean[name], args.rate), threat, args
+            )
         }
-        if share == 0.05:
-            first = measured.attacked[static[0].key]
-            runner, broken = measured.runner, ~first.right
-            own, moved = runner.images(range(len(samples))), [first.images[i] for i in first.rows]
-            attacked = [samples[i] for i in first.rows]
-            found["trivial"] = {
-                "high_frequencies": rates(high_frequencies(own), high_frequencies(moved), broken),
-                "confidence": rates(
-                    confidence(pipeline, samples, measured.clean.predictions, own),
-                    confidence(pipeline, attacked, first.predictions, moved), broken,
-                ),
-            }  # fmt: skip
+        for name in clean
+    }
     return found
+
+
+def _standing(measured: Any) -> np.ndarray:
+    """(N,) bool: right under every attack."""
+    standing = measured.clean.right.copy()
+    for attacked in measured.attacked.values():
+        standing[attacked.rows] &= attacked.right
+    return standing
 
 
 def main() -> None:
@@ -100,19 +172,23 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--steps", type=int, default=100, help="of the adaptive attack")
     parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=0.05, help="share of clean inputs that the threshold may reject")
+    parser.add_argument("--no-trivial", dest="trivial", action="store_false", help="leave out the trivial detectors")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     pipeline = Pipeline.load(args.model, heads=args.heads)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     held_out = asked(DATA, "calibration", TASK, 1000)
     calibration = own_scores(pipeline, held_out, 128)
     for eps in args.eps:
-        key = f"{eps * 255:g}/255"
+        key = f"{eps * 255:g}/255, {args.rate:.0%} false rejections"
         if key in results:
             continue
         results[key] = one_radius(pipeline, eps, args, calibration)
         results["settings"] = {
-            "model": args.model, "heads": str(args.heads) if args.heads else None, "n": args.limit,
+            "model": args.model, "heads": args.heads.name if args.heads else None, "n": args.limit,
             "adaptive": f"{args.steps} steps, {args.restarts} restarts, 2 targets", "versions": versions(),
         }  # fmt: skip
         write_results(results, args.out)
