@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from cmai_fast.data.easyvqa import COLORS, SHAPES, YES_NO
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # pytest's processes share the cores already
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH = 64, 16, 32
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

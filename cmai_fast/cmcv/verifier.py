@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from cmai_fast.bridge import ModelBridge, bridge_of
 from cmai_fast.cmcv.alternatives import Alternatives
 from cmai_fast.cmcv.calibration import Threshold
 from cmai_fast.cmcv.network import VerifyNetwork
+from cmai_fast.cmcv.saved import AGAIN, read_record, read_weights, write_pair
 from cmai_fast.cmcv.tower import beside
-from cmai_fast.files import write_bytes, write_text
 
 FORMAT = 1
 WEIGHTS, RECORD = "verifier.safetensors", "verifier.json"
@@ -115,7 +111,7 @@ class Verifier:
 
     def cosines(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
         """S_c (N, K) of features (N, T, image_dim) of `self.bridge` with each answer."""
-        return self.network.cosine(self.network.image(features, tokens), texts.statements)
+        return self.network.cosine(self.network.project_image(features, tokens), texts.statements)
 
     def logits(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
         """(N, K), differentiable: S_c over the temperature; -inf where a row has no answer."""
@@ -147,26 +143,18 @@ class Verifier:
             return self._embed(ids.to(device)), mask.to(device), answer.to(device)
 
     def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
-        """Writes verifier.safetensors (network, tower) and verifier.json (settings, threshold), each atomically.
-
-        verifier.json holds the digest of the weights, so files of two interrupted saves are not mistaken for one.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes verifier.safetensors (network, tower) and verifier.json (settings, threshold); see `cmcv.saved`."""
         tensors = {_NETWORK + k: v for k, v in self.network.state_dict().items()}
         if self.tower is not None:
             tensors |= {_TOWER + k: v for k, v in tower_weights(self.bridge).items()}
-        weights = save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
         record = {
             "format": FORMAT,
             "network": self.network.settings,
             "kinds": self.alternatives.kinds,
             "tower": self.tower is not None,
             "threshold": threshold.to_dict() if threshold else None,
-            "sha256": hashlib.sha256(weights).hexdigest(),
         }
-        write_bytes(weights, folder / WEIGHTS)
-        write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", folder / RECORD)
+        write_pair(folder, WEIGHTS, RECORD, tensors, record)
 
     @classmethod
     def from_pretrained(
@@ -177,12 +165,9 @@ class Verifier:
         Raises:
             ValueError: files are missing, damaged or do not belong together, or are of a model of another size.
         """
-        folder = Path(folder)
-        for name in (WEIGHTS, RECORD):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} has no {name}; expected a folder written by cmai-fast calibrate")
+        place = Path(folder) / RECORD
+        record = read_record(folder, WEIGHTS, RECORD, "cmai-fast calibrate")
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r}, and this version reads {FORMAT}")
             network = VerifyNetwork(**record["network"])
@@ -190,19 +175,13 @@ class Verifier:
             has_tower, digest = bool(record["tower"]), record["sha256"]
             threshold = Threshold.from_dict(record["threshold"]) if record["threshold"] else None
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / RECORD} cannot be read ({error}); calibrate again") from error
-        weights = (folder / WEIGHTS).read_bytes()
-        if hashlib.sha256(weights).hexdigest() != digest:
-            raise ValueError(
-                f"{folder / WEIGHTS} is not the file that {RECORD} was written with: it is damaged, or a save was "
-                "interrupted; calibrate again"
-            )
+            raise ValueError(f"{place} cannot be read ({error}); {AGAIN}") from error
+        tensors = read_weights(folder, WEIGHTS, RECORD, digest)
         try:
-            tensors = load(weights)
             own = {k.removeprefix(_NETWORK): v for k, v in tensors.items() if k.startswith(_NETWORK)}
             network.load_state_dict(own, assign=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder / WEIGHTS} does not fit {RECORD} ({error}); calibrate again") from error
+        except RuntimeError as error:
+            raise ValueError(f"{Path(folder) / WEIGHTS} does not fit {RECORD} ({error}); {AGAIN}") from error
         network = network.to(bridge.model.device).eval().requires_grad_(False)
         tower = None
         if has_tower:
