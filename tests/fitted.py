@@ -13,7 +13,7 @@ from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import Sample, VQACollator, load_dataset
 from cmai_fast.pipeline import Pipeline
 
-ACCEPTS_ALL = Threshold(-1.0, 0.05, 100, "calibration")
+ACCEPTS_ALL = Threshold(-99.0, 0.05, 100, "calibration")
 
 
 def make_heads(model: Any) -> ConsistencyHeads:

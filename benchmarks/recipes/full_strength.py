@@ -43,7 +43,7 @@ from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, parse_eps
 from cmai_fast.workflows.immunize import ImmunizeSettings
 from cmai_fast.workflows.samples import asked, training_batches, training_samples
-from cmai_fast.workflows.training import add_heads, train, training_arguments
+from cmai_fast.workflows.training import fitted, train, training_arguments
 
 DATA, TASK = DataSource("easyvqa"), "vqa"
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
@@ -114,10 +114,10 @@ def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
         record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
     if not (work / "trained.json").exists():
         subject, start = Pipeline.load(settings.model), time.process_time()
-        if subject.heads is None and (settings.beta or settings.gamma or settings.arm):
-            add_heads(subject, settings)
+        needed = settings.beta or settings.gamma or settings.arm
+        heads = fitted(subject, settings) if needed else None
         with Overall({"training": 1.0, "calibration": 0.1}) as progress:
-            trained = train(subject, settings, work, True, progress)
+            trained = train(subject, heads, settings, work, True, progress)
         write_results(trained | {"cpu_seconds": time.process_time() - start}, work / "trained.json")
     record["training"] = json.loads((work / "trained.json").read_text())
     subject = Pipeline.load(str(work / "model"))

@@ -56,11 +56,12 @@ def gradient_of(named: str | Gradient | None) -> Gradient:
 
 
 def exact_gradient(
-    victim: Victim, model_input: Tensor, rows: Tensor | None = None, loss: Loss = cross_entropy
-) -> tuple[Tensor, Evaluation]:
-    """d loss / d model_input, like `model_input`, and the evaluation at that point, detached.
+    victim: Victim, model_input: Tensor, rows: Tensor | None = None, loss: Loss = cross_entropy, judge: bool = True
+) -> tuple[Tensor, Evaluation | None]:
+    """d loss / d model_input, like `model_input`, and the evaluation at that point, detached; None unless `judge`.
 
-    A loss that does not use the language side is differentiated through the vision side alone.
+    A loss that does not use the language side is differentiated through the vision side alone; without `judge` the
+    language side does not run at all.
     """
     with torch.enable_grad():
         leaf = model_input.detach().clone().requires_grad_()
@@ -72,17 +73,26 @@ def exact_gradient(
         victim.passes.full_backward += 1
     else:
         victim.passes.vision_backward += 1
+    if not judge:
+        victim.passes.vision_forward += victim.passes.full_forward == before
+        return grad, None
     with torch.no_grad():
         return grad, Evaluation(losses.detach(), outputs.right)
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Backpropagation through the whole model."""
+    """Backpropagation through the whole model, or what of it the loss uses.
+
+    Args:
+        judge: False leaves out whether a sample is fooled, so that a loss of the image side costs no language model.
+    """
+
+    judge: bool = True
 
     def start(self, course: Course) -> Estimate:
         victim, loss = course.victim, course.loss
-        return lambda model_input, rows, step: exact_gradient(victim, model_input, rows, loss)
+        return lambda model_input, rows, step: exact_gradient(victim, model_input, rows, loss, self.judge)
 
 
 def refresh_steps(steps: int, refreshes: int) -> set[int]:

@@ -129,7 +129,7 @@ class Weighted:
 
     def __call__(self, features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
         """(n,), differentiable."""
-        if self.beta and victim.heads is None:
+        if self.beta and not victim.scores:
             raise ValueError(f"beta is {self.beta}, but there are no consistency heads; give heads or set beta to 0")
         task = self.loss(features, outputs, victim, rows)
         if not self.beta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +27,10 @@ from cmai_fast.pixels import PixelSpace
 if TYPE_CHECKING:
     from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
+
+
+# (h_v (n, T, image_dim), how many of its tokens are no padding (n,), rows of the batch) -> S_c (n,), differentiable.
+Scorer = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Victim(BatchImages):
         heads: consistency heads, for losses that use S_c. S_c is that of the true response; its text side does not
             depend on the image and is computed once.
         text_features: h_t (N, text_dim) of the batch, if the caller has it already.
+        scorer: S_c in place of that of heads, such as `Verifier.scorer`.
 
     Attributes:
         deployed: the guard around the model, for the adaptive attack; None: there is none.
@@ -76,9 +81,10 @@ class Victim(BatchImages):
         batch: Mapping[str, Tensor],
         heads: ConsistencyHeads | None = None,
         text_features: Tensor | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__(bridge, space, batch)
-        self.heads, self.text_features = heads, text_features
+        self.heads, self.text_features, self.scorer = heads, text_features, scorer
         self.passes = Passes()
         self.deployed: Deployed | None = None
         self._text: Tensor | None = None
@@ -131,11 +137,18 @@ class Victim(BatchImages):
         """S_c (n,) of h_v (n, T, image_dim) against the texts of `rows`.
 
         Raises:
-            ValueError: there are no heads.
+            ValueError: there are no heads and no scorer.
         """
+        if self.scorer is not None:
+            return self.scorer(image_features, self.image_tokens(rows), rows)
         heads, text = self._heads(), self.text_projection()
         text = text if rows is None else text[rows]
         return heads.score(heads.project_image(image_features, self.image_tokens(rows)), text)
+
+    @property
+    def scores(self) -> bool:
+        """Whether there is an S_c."""
+        return self.scorer is not None or self.heads is not None
 
     def image_tokens(self, rows: Tensor | None = None) -> Tensor | None:
         """How many tokens of h_v are no padding (n,); None: all."""

@@ -54,6 +54,14 @@ def immunize(
     beta: Annotated[
         float, typer.Option(help="Weight of consistency in the attack, where ARM starts.", rich_help_panel=_INNER)
     ] = 0.1,
+    consistency_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Steps on S_c alone after each full step; they run the vision side only.",
+            rich_help_panel=_INNER,
+        ),
+    ] = 0,
     arm: Annotated[
         bool | None,
         typer.Option(
@@ -138,11 +146,12 @@ def immunize(
     settings = workflow.ImmunizeSettings(
         model=model, data=data, fields=dict(source.fields), split_seed=split_seed, task=task, defence=defence,
         eps=threat.eps, norm=norm, inner=inner, inner_steps=inner_steps, refreshes=refreshes, alpha=alpha, beta=beta,
-        lam=lam, gamma=gamma, arm=arm, tau_train=tau_train, variance_max=variance_max, beta_max=beta_max,
-        beta_step=beta_step, eps_max=largest, eps_step=rise, lam_max=lam_max, lam_step=lam_step, trainable=trainable,
-        max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup,
-        seed=seed, attack_steps=attack_steps, restarts=restarts, limit=limit, max_new_tokens=max_new_tokens,
-        save_steps=save_steps, device=device, dtype=dtype, attention=attention, command=ctx.obj,
+        consistency_steps=consistency_steps, lam=lam, gamma=gamma, arm=arm, tau_train=tau_train,
+        variance_max=variance_max, beta_max=beta_max, beta_step=beta_step, eps_max=largest, eps_step=rise,
+        lam_max=lam_max, lam_step=lam_step, trainable=trainable, max_steps=max_steps, batch_size=batch_size,
+        learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps,
+        restarts=restarts, limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device,
+        dtype=dtype, attention=attention, command=ctx.obj,
     )  # fmt: skip
     results = workflow.immunize(settings, out, resume=resume, progress=progress)
     print_summary(results, out)

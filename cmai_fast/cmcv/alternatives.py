@@ -48,11 +48,18 @@ class Alternatives:
         return cls(tuple(kind for kind, _ in counted.most_common()))
 
     def to(self, answer: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
-        """At most 16 answers that say something else than `answer`: the choices of its question if it has any, then
-        kinds with this answer, then the other kinds.
+        """At most 16 answers that say something else than `answer`: those near it, then those far from it."""
+        near, far = self.near_and_far(answer, choices)
+        return (near + far)[:MOST]
 
-        The other kinds count because a model under attack answers "yes" when asked for a colour.
+    def near_and_far(self, answer: str, choices: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Answers that say something else than `answer`: the choices of its question if it has any, else those of the
+        kinds with this answer; and all others.
+
+        Others count because a model under attack answers "yes" when asked for a colour.
         """
         own = folded(answer)
-        kinds = sorted(self.kinds, key=lambda kind: own not in {folded(a) for a in kind})
-        return differing([*choices, *(a for kind in kinds for a in kind)], [answer])[:MOST]
+        kinds = [kind for kind in self.kinds if own in {folded(a) for a in kind}]
+        near = differing(choices or (a for kind in kinds for a in kind), [answer])
+        every = (a for kind in (*kinds, *self.kinds) for a in kind)
+        return near, differing(every, [answer, *near])

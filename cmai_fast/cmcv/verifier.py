@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from cmai_fast.cmcv.alternatives import Alternatives
 from cmai_fast.cmcv.calibration import Threshold
 from cmai_fast.cmcv.network import VerifyNetwork
 from cmai_fast.cmcv.saved import AGAIN, read_record, read_weights, write_pair
+from cmai_fast.cmcv.statements import Statements
 from cmai_fast.cmcv.tower import beside
+from cmai_fast.data.sample import Sample
+from cmai_fast.data.statements import PADDING, STATEMENT_ANSWERS, STATEMENT_IDS, Statement, encode
 
 FORMAT = 1
 WEIGHTS, RECORD = "verifier.safetensors", "verifier.json"
@@ -25,10 +29,9 @@ _REMEMBERED = 4096  # statements
 
 @dataclass
 class Texts:
-    """Questions with their answers as the verifier reads them; nothing of it depends on an image.
+    """Statements as the verifier reads them, S per image with K answers each; nothing of it depends on an image.
 
-    statements: (N, K, dim): first that of the answer, then those of its alternatives. real: (N, K), which are no
-    padding.
+    statements: (N, S, K, dim), K being the answer and its alternatives. real: (N, S, K), which are no padding.
     """
 
     statements: Tensor
@@ -51,6 +54,8 @@ class Verifier:
         network: made for the widths of this model.
         alternatives: what answers are compared with.
         tower: a model beside this one, from `cmcv.tower.beside`; None: the verifier reads the model's own h_v.
+
+    `statements` gives what it learns from, per sample; by default each sample's own question.
     """
 
     def __init__(
@@ -58,9 +63,10 @@ class Verifier:
     ) -> None:
         self.tokenizer, self.network, self.alternatives, self.tower = tokenizer, network, alternatives, tower
         self.bridge = bridge if tower is None else bridge_of(tower)
-        self._embed = bridge.model.get_input_embeddings()
+        self.statements: Callable[[Sample], Sequence[Statement]] = Statements((), alternatives)
+        self._embed = bridge.model.get_input_embeddings
         self._known: dict[tuple[str, str], Tensor] = {}  # statements that the network has read since it was frozen
-        theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed.weight.shape[1]}
+        theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed().weight.shape[1]}
         made_for = {name: network.settings[name] for name in theirs}
         if made_for != theirs:
             raise ValueError(
@@ -77,10 +83,47 @@ class Verifier:
         network = VerifyNetwork(bridge.image_dim, text_dim, **sizes).to(bridge.model.device)
         return cls(bridge, tokenizer, network, alternatives, tower)
 
+    @classmethod
+    def for_data(cls, model: Any, processor: Any, samples: Sequence[Any], seed: int = 0, **sizes: int) -> Verifier:
+        """An untrained verifier for MBAT, which learns all that these samples (or records) say of each picture.
+
+        Raises:
+            ValueError: a sample without an answer, or all with the same.
+        """
+        read = [Sample.of(sample, i) for i, sample in enumerate(samples)]
+        statements = Statements(read, Alternatives.of(read), seed=seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            verifier = cls.new(bridge_of(model), processor.tokenizer, statements.alternatives, **sizes)
+        verifier.statements = statements
+        return verifier
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Verifier:
+        """With a network of its own; model, tower and statements are shared."""
+        found = copy.copy(self)
+        found.network, found._known = copy.deepcopy(self.network, memo), {}
+        return found
+
+    def of(self, bridge: ModelBridge) -> Verifier:
+        """This verifier, reading the features of `bridge`.
+
+        Raises:
+            ValueError: it has a tower of its own, or is of a model of another size.
+        """
+        if self.tower is not None:
+            raise ValueError(
+                "the verifier sees with a tower of its own, which training would not change; expected one that reads "
+                "the model's features (Verifier.for_data, or calibrate --tower own)"
+            )
+        found = Verifier(bridge, self.tokenizer, self.network, self.alternatives)
+        found.statements = self.statements
+        return found
+
     def texts(
         self, questions: Sequence[str], answers: Sequence[str], choices: Sequence[Sequence[str]] | None = None
     ) -> Texts:
-        """Reads the questions with these answers; `choices` are those of each question, if known."""
+        """One question per image with this answer and its alternatives: (N, 1, K). `choices` are those of each
+        question, if known."""
         given = [()] * len(answers) if choices is None else choices
         rows = [
             [(q, a), *((q, other) for other in self.alternatives.to(a, own))]
@@ -88,59 +131,85 @@ class Verifier:
         ]
         place = {pair: i for i, pair in enumerate(dict.fromkeys(pair for row in rows for pair in row))}
         longest = max(map(len, rows))
-        index = torch.zeros(len(rows), longest, dtype=torch.long)
-        real = torch.zeros(len(rows), longest, dtype=torch.bool)
+        index = torch.zeros(len(rows), 1, longest, dtype=torch.long)
+        real = torch.zeros(len(rows), 1, longest, dtype=torch.bool)
         for i, row in enumerate(rows):
-            index[i, : len(row)] = torch.tensor([place[pair] for pair in row])
-            real[i, : len(row)] = True
+            index[i, 0, : len(row)] = torch.tensor([place[pair] for pair in row])
+            real[i, 0, : len(row)] = True
         every = self._statements(list(place))
         return Texts(every[index.to(every.device)], real.to(every.device))
+
+    def read(self, batch: Mapping[str, Tensor]) -> Texts:
+        """The statements of a batch, as `VQACollator(statements=...)` makes them.
+
+        Raises:
+            ValueError: the batch has none.
+        """
+        if STATEMENT_IDS not in batch:
+            raise ValueError(
+                f"the batch has no {STATEMENT_IDS}, which a verifier learns from; collate with VQACollator(processor, "
+                "statements=...), or leave the collator out"
+            )
+        real = batch[STATEMENT_ANSWERS] > 0
+        found = torch.cat([batch[STATEMENT_IDS], batch[STATEMENT_ANSWERS][..., None]], -1)[real]
+        each, place = found.unique(dim=0, return_inverse=True)  # a batch asks the same of many images
+        index = torch.zeros_like(batch[STATEMENT_ANSWERS]).masked_scatter(real, place)
+        return Texts(self.network.statements(*self._embedded(each[:, :-1], each[:, -1]))[index], real)
 
     def _statements(self, pairs: list[tuple[str, str]]) -> Tensor:
         """(M, dim); those of a network that does not learn are read once."""
         if any(p.requires_grad for p in self.network.parameters()):
             self._known.clear()
-            return self.network.statements(*self._read(pairs))
+            return self.network.statements(*self._embedded(*encode(self.tokenizer, pairs)))
         if new := [pair for pair in pairs if pair not in self._known]:
             if len(self._known) > _REMEMBERED:
                 self._known.clear()
                 new = pairs
             with torch.no_grad():
-                self._known |= dict(zip(new, self.network.statements(*self._read(new)), strict=True))
+                read = self.network.statements(*self._embedded(*encode(self.tokenizer, new)))
+            self._known |= dict(zip(new, read, strict=True))
         return torch.stack([self._known[pair] for pair in pairs])
 
-    def cosines(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
-        """S_c (N, K) of features (N, T, image_dim) of `self.bridge` with each answer."""
-        return self.network.cosine(self.network.project_image(features, tokens), texts.statements)
+    def _embedded(self, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input embeddings (M, L, text_dim) of tokens from `data.statements.encode`, which are no padding and which
+        are the answer's (M, L)."""
+        embed = self._embed()
+        ids, answers = ids.to(embed.weight.device), answers.to(embed.weight.device)
+        mask = ids != PADDING
+        place = torch.arange(ids.shape[1], device=ids.device)
+        answer = mask & (place >= (mask.sum(1) - answers)[:, None])
+        with torch.no_grad():
+            return embed(ids.masked_fill(~mask, 0)), mask, answer
 
     def logits(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
-        """(N, K), differentiable: S_c over the temperature; -inf where a row has no answer."""
-        logits = self.network.scale * self.cosines(features, texts, tokens)
-        return logits.masked_fill(~texts.real, float("-inf"))
+        """(N, S, K), differentiable: cosines of features (N, T, image_dim) of `self.bridge` and statements over the
+        temperature; -inf where there is no statement."""
+        image = self.network.project_image(features, tokens)
+        cosines = self.network.cosine(image, texts.statements.flatten(1, 2)).view(texts.real.shape)
+        return (self.network.scale * cosines).masked_fill(~texts.real, float("-inf"))
 
     def margin(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
-        """(N,), differentiable: log p / (1 - p) of the answer among its alternatives."""
-        logits = self.logits(features, texts, tokens)
+        """(N,), differentiable: log p / (1 - p) of the answer of each image's first statement among its
+        alternatives."""
+        logits = self.logits(features, texts, tokens)[:, 0]
         return logits[:, 0] - logits[:, 1:].logsumexp(1)
 
-    def _read(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Input embeddings (M, L, text_dim) of questions with answers, which are no padding and which are the answer's
-        (M, L); an empty answer has one token, that of padding."""
-        questions, answers = (
-            self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in zip(*pairs, strict=True)
-        )
-        filling = self.tokenizer.pad_token_id
-        answers = [answer or [filling] for answer in answers]
-        longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
-        ids = torch.full((len(pairs), longest), filling)
-        answer, mask = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (q, a) in enumerate(zip(questions, answers, strict=True)):
-            end = len(q) + len(a)
-            ids[i, :end] = torch.tensor([*q, *a])
-            answer[i, len(q) : end], mask[i, :end] = True, True
-        device = self._embed.weight.device
-        with torch.no_grad():
-            return self._embed(ids.to(device)), mask.to(device), answer.to(device)
+    def log_p(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
+        """(N,), differentiable: log p of the answer among its alternatives, mean over the statements of each image."""
+        logits, there = self.logits(features, texts, tokens), texts.real[..., 0]
+        # Filled before the sum over answers, whose gradient is NaN where all are -inf.
+        logits = logits.masked_fill(~there[..., None], 0.0)
+        each = (logits[..., 0] - logits.logsumexp(-1)) * there
+        return each.sum(1) / there.sum(1)
+
+    def consistency(self, features: Tensor, texts: Texts, tokens: Tensor | None = None) -> Tensor:
+        """S_c (N,) in (0, 1], differentiable: p of the answer, geometric mean over the statements of each image."""
+        return self.log_p(features, texts, tokens).exp()
+
+    def scorer(self, texts: Texts) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        """S_c of features of rows of a batch with these texts, as attacks take it; the texts are not differentiated."""
+        fixed = Texts(*(value.detach() for value in vars(texts).values()))
+        return lambda features, tokens, rows: self.consistency(features, fixed.rows(rows), tokens)
 
     def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
         """Writes verifier.safetensors (network, tower) and verifier.json (settings, threshold); see `cmcv.saved`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from cmai_fast.data.pictures import read_picture
 from cmai_fast.data.prompt import PromptForm, check_text
 from cmai_fast.data.remembered import RememberedPictures
 from cmai_fast.data.sample import Sample, numeric_id
+from cmai_fast.data.statements import Statement, stacked
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _NEGATIVE = ("input_ids", "attention_mask", "labels")
@@ -30,6 +31,7 @@ class VQACollator:
         negatives: how many wrong answers of the sample's `choices` to add for the contrastive loss; 0 adds none.
         max_length: the model's context in tokens; a longer sample raises a ValueError.
         seed: for drawing wrong answers; the draw of a sample depends only on (seed, sample id).
+        statements: gives what is said of a sample's picture, for a verifier's training (`cmcv.statements.Statements`).
         control_tokens: how the tokenizer's control tokens (`</s>`, `<image>`) in a question, an answer or a choice are
             treated: "text" reads them as text, "refuse" raises a ValueError.
 
@@ -38,7 +40,8 @@ class VQACollator:
     (images, 3, H, W)), `image_sizes`, `image_grid_thw`, `token_type_ids`, ... Samples may have several images or
     none if the family supports it; a batch without any image has no `pixel_values`. With negatives K > 0 it holds
     `negative_input_ids`, `negative_attention_mask`, `negative_labels` (N, K, M): the same prompts, each followed by K
-    wrong answers. `negative_texts` flattens them.
+    wrong answers. `negative_texts` flattens them. With `statements` it holds `statement_ids` and `statement_answers`
+    (`data.statements.stacked`).
 
     Raises:
         ValueError: a processor without a chat template or a known prompt form, or with an unusable template. When
@@ -52,8 +55,10 @@ class VQACollator:
         max_length: int | None = None,
         seed: int = 0,
         control_tokens: Literal["text", "refuse"] = "text",
+        statements: Callable[[Sample], Sequence[Statement]] | None = None,
     ) -> None:
         self.processor, self.negatives, self.max_length, self.seed = processor, negatives, max_length, seed
+        self.statements = statements
         self._form = PromptForm(processor, control_tokens)
         self._call = copy.copy(processor)
         self._call.image_processor = RememberedPictures(processor.image_processor)
@@ -72,6 +77,8 @@ class VQACollator:
             closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
             by_sample = (len(asked), self.negatives)  # slicing a batch by sample keeps them with their samples
             batch.update({f"negative_{k}": closed[k].unflatten(0, by_sample) for k in _NEGATIVE})
+        if self.statements is not None:
+            batch.update(stacked(self.processor.tokenizer, [self.statements(s) for s in asked]))
         return batch
 
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.pipeline import Pipeline
 
@@ -88,13 +89,19 @@ def _resident_bytes(field: str) -> int:
 
 
 def step_overhead(
-    subject: Pipeline, args: MBATConfig, batch: dict[str, Tensor], *, rounds: int = 5
+    subject: Pipeline,
+    args: MBATConfig,
+    batch: dict[str, Tensor],
+    *,
+    heads: ConsistencyHeads | Verifier | None = None,
+    rounds: int = 5,
 ) -> dict[str, float | str | int]:
     """`time_ratio` and `memory_ratio` of an MBAT step with `args` over a clean step: medians of alternating runs.
 
-    Both run forward, backward and optimiser step on copies of the model, which is not changed.
+    Both run forward, backward and optimiser step on copies of the model, which is not changed. `heads`: as of
+    `MBATTrainer`; `batch` holds what they learn from.
     """
-    runs = {"clean": stepper(subject, args, CLEAN_STEP), "mbat": stepper(subject, args, {})}
+    runs = {"clean": stepper(subject, args, CLEAN_STEP), "mbat": stepper(subject, args, {}, heads)}
     peaks = {}
     for name, (model, step) in runs.items():
         with SavedActivations(model) as held:
@@ -120,13 +127,16 @@ def step_overhead(
 
 
 def stepper(
-    subject: Pipeline, args: MBATConfig, changes: dict[str, Any]
+    subject: Pipeline,
+    args: MBATConfig,
+    changes: dict[str, Any],
+    heads: ConsistencyHeads | Verifier | None = None,
 ) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
     args = copy.copy(args)
     for name, value in changes.items():
         setattr(args, name, value)
     model = copy.deepcopy(subject.model).to(args.device)
-    heads: ConsistencyHeads | None = copy.deepcopy(subject.heads) if args.gamma or args.beta or args.arm else None
+    heads = copy.deepcopy(heads or subject.heads) if args.gamma or args.beta or args.arm else None
     trainer = MBATTrainer(model, args, processing_class=subject.processor, heads=heads)
     trainer.create_optimizer()
 

@@ -10,7 +10,8 @@ from transformers import Trainer
 
 from cmai_fast.arm import ARMSchedule
 from cmai_fast.arm.schedule import Range
-from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.heads import ImageSide
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 
@@ -32,7 +33,8 @@ class AdaptiveTrainer(Trainer):
     """
 
     args: MBATConfig
-    heads: ConsistencyHeads | None
+    heads: ImageSide | None
+    verifier: Verifier | None
     _heads_given: bool
     _heads_optimizer: torch.optim.Optimizer | None
     _schedule: ARMSchedule | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,23 +14,30 @@ from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.records import IDS
 from cmai_fast.data.sample import numeric_id
+from cmai_fast.data.statements import STATEMENT_ANSWERS, STATEMENT_IDS, Statement
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.parts import WEIGHTS
-
-_NEGATIVE = "negative_"
+from cmai_fast.mbat.parts import OF_SAMPLES, WEIGHTS
 
 
 class RecordCollator:
     """The default collator of a trainer: `VQACollator` for records, `ChoiceCollator` for dual encoders,
     `default_data_collator` for rows that already hold the model's inputs.
 
-    Wrong answers are added if every record of a batch has some and gamma is above 0. Records without ids get no
+    For heads, wrong answers are added if every record of a batch has some and gamma is above 0; for a verifier,
+    `statements` about each record. Records without ids get no
     `sample_ids`, so that those of different batches and processes are told apart.
     """
 
-    def __init__(self, processor: Any, bridge: ModelBridge, args: MBATConfig) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        bridge: ModelBridge,
+        args: MBATConfig,
+        statements: Callable[[Sample], Sequence[Statement]] | None = None,
+    ) -> None:
         self.processor, self.context, self.needs, self.args = processor, bridge.context, bridge.needs, args
+        self.statements = statements
         self._collators: dict[int, VQACollator] = {}
 
     def __call__(self, records: Sequence[Any]) -> dict[str, Tensor]:
@@ -41,14 +48,16 @@ class RecordCollator:
             batch = ChoiceCollator(self.processor)(samples)
         else:
             wrong = all(any(c not in s.references for c in s.choices) for s in samples)
-            batch = self._with_negatives(int(wrong and self.args.gamma > 0))(samples)
+            batch = self._with_negatives(int(wrong and self.args.gamma > 0 and self.statements is None))(samples)
         if not all(map(_has_id, records)):
             del batch["sample_ids"]  # places in this batch
         return batch
 
     def _with_negatives(self, negatives: int) -> VQACollator:
         if negatives not in self._collators:
-            self._collators[negatives] = VQACollator(self.processor, negatives, self.context)
+            self._collators[negatives] = VQACollator(
+                self.processor, negatives, self.context, statements=self.statements
+            )
         return self._collators[negatives]
 
 
@@ -77,13 +86,18 @@ def checked(bridge: ModelBridge, inputs: Mapping[str, Any], first: int = 0) -> d
     rows = len(found["labels"])
     found["sample_ids"] = _ids(found.get("sample_ids"), rows, first, found["labels"].device)
     for key, value in found.items():
-        by_row = key in bridge.needs or key.startswith(_NEGATIVE)
+        by_row = key in bridge.needs or key.startswith(OF_SAMPLES)
         if by_row and len(value) != rows:
             raise ValueError(f"{key} has {len(value)} rows and labels {rows}; expected one per sample{_cut(key)}")
-        if key.startswith(_NEGATIVE) and value.dim() != 3:
+        if key.startswith("negative_") and value.dim() != 3:
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}; expected (N, K, M): K wrong answers of M tokens for each of "
                 f"the {rows} samples{_cut(key)}"
+            )
+        if key == STATEMENT_IDS and (value.dim() != 4 or found[STATEMENT_ANSWERS].shape != value.shape[:3]):
+            raise ValueError(
+                f"{key} has shape {tuple(value.shape)}, {STATEMENT_ANSWERS} {tuple(found[STATEMENT_ANSWERS].shape)}; "
+                "expected (N, S, K, L) and (N, S, K), as VQACollator makes them"
             )
     values, grid = found.get("pixel_values"), found.get("image_grid_thw")
     if values is not None and grid is not None and len(values) != int(grid.prod(-1).sum()):
@@ -174,7 +188,7 @@ _CUT = (
 
 
 def _cut(key: str) -> str:
-    return _CUT if key.startswith(_NEGATIVE) else ""
+    return _CUT if key.startswith(OF_SAMPLES) else ""
 
 
 def _found(value: Any) -> str:

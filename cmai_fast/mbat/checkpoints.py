@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 
 from cmai_fast.attacks import Passes
 from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import shards
 from cmai_fast.mbat.adapters import WEIGHTS, check_saving, has_adapters, load_adapters
 from cmai_fast.mbat.adaptive import AdaptiveTrainer
@@ -47,8 +48,19 @@ class CheckpointedTrainer(AdaptiveTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         check_saving(self.model, Path(output_dir or self.args.output_dir))
         super()._save(output_dir, state_dict)
-        if self.heads is not None and self.args.should_save:  # with a sharded model, every process gets here
-            self.heads.save_pretrained(Path(output_dir or self.args.output_dir) / "cmcv")
+        if self.args.should_save:  # with a sharded model, every process gets here
+            self._save_heads(Path(output_dir or self.args.output_dir) / "cmcv")
+
+    def _save_heads(self, folder: Path) -> None:
+        saved = self.verifier or self.heads
+        if isinstance(saved, (Verifier, ConsistencyHeads)):
+            saved.save_pretrained(folder)
+
+    def _saved_heads(self, folder: Path) -> Verifier | ConsistencyHeads:
+        """Those of a checkpoint."""
+        if self.verifier is None:
+            return ConsistencyHeads.from_pretrained(folder)[0]
+        return Verifier.from_pretrained(folder, self.verifier.bridge, self.verifier.tokenizer)[0]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -127,8 +139,7 @@ class CheckpointedTrainer(AdaptiveTrainer):
             return
         uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.heads is not None and (self.args.hub_always_push or not uploading):
-            heads, _ = ConsistencyHeads.from_pretrained(checkpoint / "cmcv")
-            heads.save_pretrained(Path(self.args.output_dir) / "cmcv")
+            self._saved_heads(checkpoint / "cmcv").save_pretrained(Path(self.args.output_dir) / "cmcv")
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -152,8 +163,8 @@ class CheckpointedTrainer(AdaptiveTrainer):
             )
         self._load_weights(folder, self.model if model is None else model)
         if self.heads is not None:
-            heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
-            self.heads.load_state_dict(heads.state_dict())
+            saved = self._saved_heads(folder / "cmcv")
+            self.heads.load_state_dict((saved.network if isinstance(saved, Verifier) else saved).state_dict())
         state = json.loads((folder / _STATE).read_text())
         self.passes = Passes(**state["passes"])
         if self.schedule is not None:

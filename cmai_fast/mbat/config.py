@@ -45,6 +45,13 @@ class MBATConfig(TrainingArguments):
             "the share of S_c in a step; none: the gradient of the plain sum."
         },
     )
+    consistency_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps on S_c alone after each full step, with a verifier as heads: the vision side learns to be "
+            "consistent under attack with all that is said of a picture. They cost no pass of the language model."
+        },
+    )
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
@@ -148,6 +155,7 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         requirements = {
             "inner_steps": (self.inner_steps >= 1, "at least 1 step of the inner problem"),
+            "consistency_steps": (self.consistency_steps >= 0, "at least 0"),
             "eval_attack_steps": (self.eval_attack_steps >= 0, "at least 1, or 0 for no attack"),
             "inner_step_size": (
                 self.inner_step_size is None or 0 < self.inner_step_size < math.inf, "above 0 and finite, or None"

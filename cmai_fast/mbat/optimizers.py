@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat.adapters import low_rank_parameters
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
@@ -39,7 +38,7 @@ def muon(model: nn.Module, args: MBATConfig, decayed: set[str]) -> MuonAdamW:
 
 
 def for_heads(
-    heads: ConsistencyHeads, args: MBATConfig, named: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
+    heads: nn.Module, args: MBATConfig, named: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 ) -> torch.optim.Optimizer:
     """An optimizer over the heads, without weight decay.
 

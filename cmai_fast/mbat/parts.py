@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cmai_fast.bridge import BatchImages
+from cmai_fast.cmcv.verifier import Texts
 from cmai_fast.mbat import ranks
 from cmai_fast.pipeline import out_of_memory
 
 T = TypeVar("T")
+OF_SAMPLES = ("negative_", "statement_")  # keys that the model does not take
 WEIGHTS = "loss_weights"  # of the samples in the loss of a batch
 
 
@@ -51,7 +53,7 @@ def take(images: BatchImages, inputs: Mapping[str, Tensor], rows: Tensor) -> dic
         values, layout = inputs["pixel_values"], images.layout
         part["pixel_values"] = values[rows] if layout is None else layout.pack(layout.unpack(values)[rows], rows)
     return part | {
-        name: value[rows] for name, value in inputs.items() if name.startswith("negative_") or name == WEIGHTS
+        name: value[rows] for name, value in inputs.items() if name.startswith(OF_SAMPLES) or name == WEIGHTS
     }
 
 
@@ -114,7 +116,7 @@ class Part:
     """A part of the batch after the language side.
 
     `texts` are inputs of `fuse`; `own` is h_t (n, text_dim) of its texts and `wrong` that of their wrong answers, if
-    they are needed. The `sums` of all parts add up to the logged values of a step.
+    they are needed, `stated` what the verifier reads. The `sums` of all parts add up to the logged values of a step.
     """
 
     texts: dict[str, Any]
@@ -122,6 +124,7 @@ class Part:
     own: Tensor | None
     wrong: Tensor | None
     sums: dict[str, Tensor]
+    stated: Texts | None = None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ uses, so that it does not share their blind spots. It is weaker than the suites 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,25 +16,13 @@ from torch import Tensor, nn
 
 from cmai_fast.attacks import Passes, Victim, exact_gradient
 from cmai_fast.attacks.pgd import pgd
-from cmai_fast.bridge import ModelBridge
-from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat.shards import is_sharded
-from cmai_fast.pixels import PixelSpace
 from cmai_fast.threat import ThreatModel
 
 
-def verdicts(
-    bridge: ModelBridge,
-    space: PixelSpace,
-    batch: Mapping[str, Tensor],
-    heads: ConsistencyHeads | None,
-    threat: ThreatModel,
-    steps: int,
-    *,
-    seed: int,
-    sample_ids: Tensor,
-) -> dict[str, Tensor]:
-    """`loss` (L_task), `accuracy` (0 or 1), with heads `s_c`, and the same after the attack as `robust_...`; (N,) each.
+def verdicts(victim: Victim, threat: ThreatModel, steps: int, *, seed: int, sample_ids: Tensor) -> dict[str, Tensor]:
+    """`loss` (L_task), `accuracy` (0 or 1), `s_c` if the victim has one, and the same after the attack as `robust_...`;
+    (N,) each.
 
     A sample is robust if it is right on the clean image and on every image that the attack tried. `robust_loss` and
     `robust_s_c` are those of the attack's result: the first image that fools, else the one with the highest loss.
@@ -45,9 +33,8 @@ def verdicts(
 
     The model is restored afterwards.
     """
-    victim = Victim(bridge, space, batch, heads)
     clean = victim.pixels()
-    found = _look(victim, space.to_model(clean))
+    found = _look(victim, victim.space.to_model(clean))
     if steps:
         before = victim.passes
         result = pgd(victim, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
@@ -63,7 +50,7 @@ def _look(victim: Victim, model_input: Tensor) -> dict[str, Tensor]:
         features = victim.encode(model_input)
         outputs = victim.outputs(features)
         found = {"loss": outputs.losses, "accuracy": outputs.right.to(outputs.losses)}
-        if victim.heads is not None:
+        if victim.scores:
             found["s_c"] = victim.score(features).to(outputs.losses)
     return found
 

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import BatchImages, ModelBridge, frozen
-from cmai_fast.cmcv import contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv.verifier import Texts, Verifier
 from cmai_fast.data.collate import negative_texts
+from cmai_fast.data.statements import STATEMENT_IDS
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.batches import no_features, rows_with_images, without_images
 from cmai_fast.mbat.checkpoints import CheckpointedTrainer
 from cmai_fast.mbat.inner import InnerResult, maximise
 from cmai_fast.mbat.loss import sample_weights, smoothed_losses, users_loss
 from cmai_fast.mbat.parts import WEIGHTS, Part, View, agreed, cut, take
+from cmai_fast.mbat.verifier import INNER_STEPS, inconsistent
 from cmai_fast.pixels import PixelSpace
 from cmai_fast.threat import ThreatModel
 
@@ -35,6 +38,7 @@ class StepTrainer(CheckpointedTrainer):
 
     bridge: ModelBridge
     space: PixelSpace
+    verifier: Verifier | None  # whose network is `heads`
     _items: Tensor | int | None = None  # tokens of the current optimizer step, as Trainer counts them
 
     @property
@@ -57,15 +61,20 @@ class StepTrainer(CheckpointedTrainer):
             self._check_images(rows_with_images(self.bridge, inputs))
             seen, batches = self._batches(inputs, size)
             keep = size >= len(inputs["labels"])
-            parts = self._together(lambda: [self._language_side(batch, keep=keep) for batch in batches])
+            side = self._consistency_side if self._of_consistency else self._language_side
+            parts = self._together(lambda: [side(batch, keep=keep) for batch in batches])
             names = dict.fromkeys(name for part in parts for name in part.sums)
             found = {name: torch.stack([p.sums[name] for p in parts if name in p.sums]).sum() for name in names}
             looked = [part for part in parts if part.views]
-            if self.heads is not None and looked:
-                found |= self._contrast(looked, self.bridge.inputs(seen)[1])
+            if self._of_consistency and looked:
+                found |= self._verify(looked)
+            elif self.heads is not None and looked:
+                found |= self._verify(looked) if self.verifier else self._contrast(looked, self.bridge.inputs(seen)[1])
         weights = {"loss_clean": 1 - self.lam if args.inner != "none" else 1.0, "loss_adv": self.lam}
-        weights["loss_contrastive"] = args.gamma
-        total = torch.stack([weights[k] * v for k, v in found.items() if k in weights]).sum()
+        weights |= {"loss_contrastive": args.gamma, "loss_consistency": 1.0}
+        losses = [weights[k] * v for k, v in found.items() if k in weights]
+        # A step of S_c alone has none if its samples have no image.
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=args.device)
         self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
         self._together(lambda: self._vision_side(parts))
         return found, total
@@ -80,7 +89,8 @@ class StepTrainer(CheckpointedTrainer):
 
     def _check_images(self, there: Tensor) -> None:
         """Raises ValueError for samples with and without an image where they would not make one loss."""
-        if self.heads is not None or shards.is_sharded(self.model):  # which work on those of all processes together
+        together = self.heads is not None and self.verifier is None
+        if together or shards.is_sharded(self.model):  # which work on those of all processes together
             ranks.check_equal(int(there.sum()), "samples with an image")
         if self.compute_loss_func is not None and there.any() and not there.all():
             raise ValueError(
@@ -130,11 +140,10 @@ class StepTrainer(CheckpointedTrainer):
             return self._text_side(text, weights)
         clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
         loss, p = self._clean_branch(clean.leaf, text, weights)
-        part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": loss})
+        part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": loss}, self._read_statements(inputs))
         if args.inner == "none":
             return part
-        heads = self.heads if self.beta else None
-        victim = Victim(self.bridge, self.space, inputs, heads, part.own)
+        victim = self._victim(inputs, part.own, part.stated, scores=self.beta > 0)
         result = self._attack(victim, inputs["sample_ids"], p)
         model_input = result.model_input.to(clean.leaf.dtype)
         adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
@@ -148,6 +157,30 @@ class StepTrainer(CheckpointedTrainer):
         counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
         part.sums |= {"loss_adv": loss.detach(), **dict(zip(_COUNTS, counts, strict=True))}
         return part
+
+    @property
+    def _of_consistency(self) -> bool:
+        """Whether this step is of S_c alone."""
+        return self.verifier is not None and self.state.global_step % (self.args.consistency_steps + 1) > 0
+
+    def _consistency_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
+        """Images that maximise inconsistency with all that is said of them, and nothing of the language model."""
+        _, text = self.bridge.inputs(inputs)
+        stated = self._read_statements(inputs)
+        if "pixel_values" not in inputs or stated is None:
+            return Part(text, [], None, None, {})
+        assert self.verifier is not None
+        victim = Victim(self.bridge, self.space, inputs)
+        ball = ThreatModel(self.args.threat.norm, self.eps * self._eps_share())
+        result = inconsistent(
+            self.verifier, victim, stated, victim.pixels(), ball, INNER_STEPS, self._attack_seed, inputs["sample_ids"]
+        )
+        self.passes = self.passes + result.passes
+        self._count(vision_forward=1, vision_backward=1)
+        model_input = result.model_input.to(self.bridge.model.dtype)
+        view = View.of(lambda: victim.encode(model_input), self.args.device, keep=keep)
+        counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
+        return Part(text, [view], None, None, dict(zip(_COUNTS, counts, strict=True)), stated)
 
     def _text_side(self, text: dict[str, Tensor], weights: Tensor) -> Part:
         """Samples without an image: there is nothing to perturb, so both branches are the same."""
@@ -198,7 +231,7 @@ class StepTrainer(CheckpointedTrainer):
 
         Computed once per step, in evaluation mode, for the attack and the contrastive loss.
         """
-        if self.heads is None:
+        if not isinstance(self.heads, ConsistencyHeads):
             return None, None
         wrong = negative_texts(inputs, text) if self.args.gamma else {}
         with frozen(self.bridge.model), torch.no_grad():
@@ -207,10 +240,33 @@ class StepTrainer(CheckpointedTrainer):
         self._count(text_forward=1 + bool(wrong))
         return own, other
 
+    def _read_statements(self, inputs: dict[str, Tensor]) -> Texts | None:
+        """What the verifier reads of the batch, differentiable; None without one. Read once per step."""
+        if self.verifier is None:
+            return None
+        with torch.set_grad_enabled(self.args.gamma > 0 or self._of_consistency):
+            return self.verifier.read(inputs)
+
+    def _victim(
+        self, inputs: dict[str, Tensor], own: Tensor | None = None, stated: Texts | None = None, *, scores: bool = True
+    ) -> Victim:
+        """The batch under attack, with S_c if it `scores`."""
+        if not scores:
+            return Victim(self.bridge, self.space, inputs)
+        if not self.verifier:
+            heads = self.heads if isinstance(self.heads, ConsistencyHeads) else None
+            return Victim(self.bridge, self.space, inputs, heads, own)
+        victim = Victim(self.bridge, self.space, inputs)
+        if stated is None and STATEMENT_IDS in inputs:
+            with torch.no_grad():
+                stated = self.verifier.read(inputs)
+        victim.scorer = None if stated is None else self.verifier.scorer(stated)
+        return victim
+
     def _attack(self, victim: Victim, sample_ids: Tensor, p: Tensor | None) -> InnerResult:
         """Adversarial images of the current model, in evaluation mode."""
         args = self.args
-        with shards.quiet(self.model):
+        with shards.quiet(self.model), frozen(self.heads):
             result = maximise(
                 victim,
                 victim.pixels(),
@@ -223,11 +279,15 @@ class StepTrainer(CheckpointedTrainer):
                 step_size=args.inner_step_size,
                 refreshes=args.refreshes,
                 bridge_gradient=p,
-                seed=args.seed + 7_919 * self.state.global_step,
+                seed=self._attack_seed,
                 sample_ids=sample_ids,
             )
         self.passes = self.passes + result.passes
         return result
+
+    @property
+    def _attack_seed(self) -> int:
+        return self.args.seed + 7_919 * self.state.global_step
 
     def _eps_share(self) -> float:
         """The current fraction of eps: a linear warm-up over `eps_warmup` of all steps."""
@@ -243,8 +303,8 @@ class StepTrainer(CheckpointedTrainer):
         of the language model per wrong answer. In distributed training each process computes the loss of the whole
         batch, with the samples of the others as negatives too.
         """
-        assert self.heads is not None
         heads, weight = self.heads, self._share * self.args.gamma
+        assert isinstance(heads, ConsistencyHeads)
         with torch.set_grad_enabled(weight > 0):
             t = torch.cat([heads.project_text(part.own) for part in parts if part.own is not None])
             wrong = [heads.project_text(part.wrong) for part in parts if part.wrong is not None]
@@ -264,6 +324,33 @@ class StepTrainer(CheckpointedTrainer):
             self.accelerator.backward(weight * loss)
         # A run without attacks has the clean view alone.
         scores = [heads.score(v, t).detach() for v in projected]
+        return {"loss_contrastive": loss.detach(), **dict(zip(("s_c_clean", "s_c_adv"), scores, strict=False))}
+
+    def _verify(self, parts: list[Part]) -> dict[str, Tensor]:
+        """As `_contrast`, by the verifier: the cross-entropy of the right answers among their alternatives, over all
+        that is said of each picture. A sample's loss does not depend on the others of its batch. In a step of S_c
+        alone it is the whole loss, and of adversarial images."""
+        verifier, alone = self.verifier, self._of_consistency
+        assert verifier is not None
+        weight = self._share * (1.0 if alone else self.args.gamma)
+        tokens = [self.bridge.image_tokens(part.texts) for part in parts]
+        with torch.set_grad_enabled(weight > 0):
+            log_p = [
+                torch.cat(
+                    [
+                        verifier.log_p(view.leaf, part.stated, n)
+                        for view, part, n in zip(views, parts, tokens, strict=True)
+                        if part.stated is not None
+                    ]
+                )
+                for views in zip(*(part.views for part in parts), strict=True)
+            ]
+            loss = -torch.stack(log_p).mean()
+        if weight:
+            self.accelerator.backward(weight * loss)
+        if alone:
+            return {"loss_consistency": loss.detach()}
+        scores = [each.detach().exp() for each in log_p]
         return {"loss_contrastive": loss.detach(), **dict(zip(("s_c_clean", "s_c_adv"), scores, strict=False))}
 
     def _count(self, **passes: int) -> None:

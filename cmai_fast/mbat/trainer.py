@@ -18,11 +18,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from cmai_fast.attacks import Passes
 from cmai_fast.bridge import bridge_of, frozen, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import optimizers, ranks, shards
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters, train_only
 from cmai_fast.mbat.batches import RecordCollator, checked, no_features, rows_with_images
 from cmai_fast.mbat.config import MBATConfig
-from cmai_fast.mbat.parts import DoesNotFitError, RNGState, agreed, gradients_aside
+from cmai_fast.mbat.parts import OF_SAMPLES, DoesNotFitError, RNGState, agreed, gradients_aside
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
 from cmai_fast.mbat.refused import check_arguments, check_dispatch, check_loss, check_sharding
 from cmai_fast.mbat.robust_eval import untouched, verdicts
@@ -40,13 +41,15 @@ class MBATTrainer(StepTrainer):
         processing_class: the model's processor; its mean and std turn `eps` into the model's input space.
         compute_loss_func: as for `Trainer`, for both branches. Attacks still maximise L_task, so the `bridge` solver
             takes one more full pass.
-        heads: trained consistency heads to continue with; None: new ones if beta or gamma needs them.
+        heads: trained consistency heads, or a verifier without a tower of its own, to continue with; None: new heads if
+            beta or gamma needs them. A verifier learns from all that is said of a picture (`Verifier.for_data`).
         All other arguments are `Trainer`'s own.
 
     Batches are what the model's own forward takes: for a generative model `pixel_values`, `input_ids`,
     `attention_mask`, `labels` and other inputs of its family. A sample without image tokens is trained on its text.
     `sample_ids` (N,), numbers or anything hashable, seed the samples' random starts; `negative_input_ids`,
-    `negative_attention_mask`, `negative_labels` (N, K, M) are wrong answers for the contrastive loss.
+    `negative_attention_mask`, `negative_labels` (N, K, M) are wrong answers for the contrastive loss of heads, and
+    `statement_ids`, `statement_answers` what a verifier reads (`VQACollator(statements=...)`).
 
     The loss is reduced as `Trainer` does it, over the answer tokens of an optimizer step; see
     `MBATConfig.loss_reduction`. The heads have their own optimizer, which follows the schedule.
@@ -73,7 +76,7 @@ class MBATTrainer(StepTrainer):
         args: MBATConfig | None = None,
         data_collator: Any = None,
         *positional: Any,
-        heads: ConsistencyHeads | None = None,
+        heads: ConsistencyHeads | Verifier | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, MBATConfig):
@@ -87,7 +90,17 @@ class MBATTrainer(StepTrainer):
             raise ValueError("model is None; MBATTrainer needs the model itself, not model_init")
         self.bridge = bridge_of(model)
         self.space = PixelSpace.from_processor(processor)
-        self.heads = self._new_heads(args) if heads is None and (args.beta or args.gamma) else heads
+        self.verifier = heads.of(self.bridge) if isinstance(heads, Verifier) else None
+        self.heads = self.verifier.network if self.verifier else heads  # type: ignore[assignment]
+        if args.consistency_steps and not self.verifier:
+            raise ValueError(
+                f"consistency_steps is {args.consistency_steps}, and heads is no Verifier; give one "
+                "(Verifier.for_data(model, processor, records)), or set it to 0"
+            )
+        if self.verifier and (args.gamma or args.consistency_steps):
+            self.verifier.network.requires_grad_(True)  # one that was loaded or fitted comes frozen
+        if self.heads is None and (args.beta or args.gamma):
+            self.heads = self._new_heads(args)
         self.passes = Passes()
         self._sums: defaultdict[str, list[float]] = defaultdict(list)
         self._rows_at_once: int | None = None  # set when memory ran out
@@ -100,11 +113,17 @@ class MBATTrainer(StepTrainer):
         self._seen = 0
         self._prepare_model(model, args)
         if data_collator is None:
-            data_collator = RecordCollator(processor, self.bridge, args)
+            statements = self.verifier.statements if self.verifier else None
+            data_collator = RecordCollator(processor, self.bridge, args, statements)
         with trainable_in_part(model):
             super().__init__(model, args, data_collator, *positional, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             check_sharding(self)
+        if self.verifier and shards.is_sharded(self.model):
+            raise ValueError(
+                "heads is a verifier, which reads the input embeddings, and the model is sharded (FSDP); give "
+                "ConsistencyHeads, or train without FSDP"
+            )
         check_loss(self)
         check_dispatch(self)
         if self.heads is not None:
@@ -315,7 +334,7 @@ class MBATTrainer(StepTrainer):
                     self._verdicts[name].append(self._of_each_sample(value))
             if prediction_loss_only and loss is not None:
                 return loss, None, None
-        own = {k: v for k, v in inputs.items() if k != "sample_ids" and not k.startswith("negative_")}
+        own = {k: v for k, v in inputs.items() if k != "sample_ids" and not k.startswith(OF_SAMPLES)}
         plain, logits, labels = super().prediction_step(model, own, prediction_loss_only, ignore_keys)
         return plain if loss is None else loss, logits, labels
 
@@ -353,7 +372,7 @@ class MBATTrainer(StepTrainer):
             robust = {f"robust_{name}": value for name, value in found.items()} if self.args.eval_attack_steps else {}
             return found | robust
         return verdicts(
-            self.bridge, self.space, inputs, self.heads, self.args.threat, self.args.eval_attack_steps,
+            self._victim(inputs), self.args.threat, self.args.eval_attack_steps,
             seed=self.args.seed, sample_ids=inputs["sample_ids"],
         )  # fmt: skip
 

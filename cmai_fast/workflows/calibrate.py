@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.cmcv.alternatives import Alternatives
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
+from cmai_fast.cmcv.statements import Statements
 from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier, set_tower, tower_weights
 from cmai_fast.data import Sample
@@ -24,14 +23,14 @@ from cmai_fast.evaluation.protocol import own_scores
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_folder
-from cmai_fast.mbat.verifier import fit_verifier
+from cmai_fast.mbat.verifier import INNER_STEPS, fit_verifier
 from cmai_fast.metrics import auroc
 from cmai_fast.models.loading import load_model
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.tasks import TASKS
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import data_settings
-from cmai_fast.workflows.samples import asked, training_batches, training_samples
+from cmai_fast.workflows.samples import asked, endless, training_batches, training_collator, training_samples
 
 RECORD = "calibration.json"
 _FILES = {"heads.safetensors", "cmcv.json", "verifier.safetensors", "verifier.json", RECORD}
@@ -165,8 +164,10 @@ def new_verifier(
     batch_size: int,
     seed: int,
     progress: Overall,
+    inner_steps: int = INNER_STEPS,
 ) -> Verifier:
-    """A verifier fitted to samples with answers; the same seed gives the same one. `tower`: as for `calibrate`."""
+    """A verifier fitted to samples with answers; the same seed gives the same one. `tower`: as for `calibrate`;
+    `inner_steps`: of the attacks that it is hardened against, 0: none."""
     bridge, beside_it = pipeline.bridge, None
     if tower != OWN:
         beside_it = beside(bridge)
@@ -174,51 +175,19 @@ def new_verifier(
             set_tower(
                 bridge_of(beside_it), tower_weights(bridge_of(load_model(tower, device=str(bridge.model.device))[0]))
             )
+    statements = Statements(train, Alternatives.of(train), seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        verifier = Verifier.new(bridge, pipeline.processor.tokenizer, Alternatives.of(train), beside_it)
+        verifier = Verifier.new(bridge, pipeline.processor.tokenizer, statements.alternatives, beside_it)
     progress.start(VERIFIER, 3 * steps)
+    verifier.statements = statements
+    collate = training_collator(pipeline, seed, statements)
+    batches = endless(pipeline, train, collate, batch_size, seed, statements.weights)
     fit_verifier(
-        verifier, pipeline.space, _with_samples(pipeline, train, batch_size, seed), steps, threat,
-        train_tower=tower == COPY, seed=seed, on_step=lambda *_: progress.advance(),
+        verifier, pipeline.space, batches, steps, threat,
+        inner_steps=inner_steps, train_tower=tower == COPY, seed=seed, on_step=lambda *_: progress.advance(),
     )  # fmt: skip
     return verifier
-
-
-def _with_samples(
-    pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int
-) -> Iterator[tuple[list[Sample], dict[str, Tensor]]]:
-    """Endless batches, and their samples, drawn by `balanced`."""
-    generator, weights = torch.Generator().manual_seed(seed), balanced(samples)
-    while True:
-        rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator).tolist()
-        drawn = [samples[i] for i in rows]
-        yield drawn, pipeline.on_device(pipeline.collate(drawn))
-
-
-def balanced(samples: Sequence[Sample]) -> Tensor:
-    """Weights (N,) with which samples are drawn for a verifier.
-
-    The answers to one question are equally frequent: of 24,000 questions "is there a red shape?" seven in eight are
-    answered no, and a verifier that is drawn these learns to say no without looking. A kind of answers is drawn by the
-    square root of its frequency, so that rare kinds are learnt too.
-    """
-    kinds: Counter[Any] = Counter()
-    prompts: Counter[Any] = Counter()
-    answers: Counter[Any] = Counter()
-    found = []
-    for i in range(len(samples)):
-        sample = samples[i]
-        kind, prompt = sample.choices, (sample.choices, sample.prompt)
-        found.append((kind, prompt, (prompt, sample.answer)))
-        kinds[kind] += 1
-        prompts[prompt] += 1
-        answers[found[-1][2]] += 1
-    of_prompt = Counter(prompt for prompt, _ in answers)
-    weights = [
-        kinds[kind] ** -0.5 * prompts[prompt] / of_prompt[prompt] / answers[answer] for kind, prompt, answer in found
-    ]
-    return torch.tensor(weights, dtype=torch.float64)
 
 
 def _wrong_scores(

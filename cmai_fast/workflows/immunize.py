@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import Sample
 from cmai_fast.evaluation import comparison
 from cmai_fast.evaluation.comparison import IMMUNISED, UNDEFENDED, Entry
@@ -21,7 +22,7 @@ from cmai_fast.mbat.adapters import has_adapters
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS
 from cmai_fast.workflows import training
-from cmai_fast.workflows.calibrate import HEADS
+from cmai_fast.workflows.calibrate import HEADS, VERIFIER
 from cmai_fast.workflows.evaluate import SCHEMA, data_settings
 from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
 from cmai_fast.workflows.samples import asked, training_batches, training_samples
@@ -88,21 +89,21 @@ def _immunised(
     """The results, without settings; finished stages are not repeated."""
     checkpoints, trained = state.folder / "checkpoints", state.folder / "trained.json"
     args = training.training_arguments(settings, checkpoints)
-    if before.heads is None:
-        training.add_heads(before, settings, overall)
+    heads = training.fitted(before, settings, overall)
     if not trained.is_file():
-        record = training.train(before, settings, out, True, overall, checkpoints)
+        record = training.train(before, heads, settings, out, True, overall, checkpoints)
         write_results(record, trained)
     results = comparison.compare(
         entries, samples, args.threat, suite, task=settings.task, seed=settings.seed, state=state, progress=overall
     )
     overall.start(_OVERHEAD, 1)
     data = training_samples(settings.source, settings.task, before)
-    batch = next(training_batches(before, data, settings.batch_size, settings.seed))
+    statements = heads.statements if isinstance(heads, Verifier) else None
+    batch = next(training_batches(before, data, settings.batch_size, settings.seed, statements))
     return {
         "schema": SCHEMA,
         **results,
-        "overhead": step_overhead(before, args, batch),
+        "overhead": step_overhead(before, args, batch, heads=heads),
         "training": json.loads(trained.read_text(encoding="utf-8")),
         "seed": settings.seed,
         "versions": versions(),
@@ -112,7 +113,8 @@ def _immunised(
 
 def _training_stages(settings: ImmunizeSettings, before: Pipeline) -> dict[str, float]:
     """Stages up to the first attack, with the approximate number of forward passes per sample of each."""
-    found = {HEADS: 3.0 * training.HEAD_STEPS * settings.batch_size} if before.heads is None else {}
+    stage = HEADS if before.chooses else VERIFIER
+    found = {stage: 3.0 * training.HEAD_STEPS * settings.batch_size} if training.must_fit(before, settings) else {}
     a_step = 9 + settings.inner_steps * (3 if settings.inner == "pgd" else 1)
     found[training.TRAINING] = float(a_step * settings.max_steps * settings.batch_size)
     return found | {training.CALIBRATION: 6.0 * settings.calibration_samples}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.sources import DataSource, check_answers, check_images
+from cmai_fast.data.statements import Statement
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, Task, with_choices
 
@@ -38,12 +40,16 @@ def training_samples(
     return samples if chooses else with_choices(samples, TASKS[task])
 
 
-def training_collator(pipeline: Pipeline, seed: int) -> VQACollator | ChoiceCollator:
-    """The collator of training: with one wrong answer per sample, drawn with `seed`; for a dual encoder, with the texts
-    of the batch to choose from."""
+def training_collator(
+    pipeline: Pipeline, seed: int, statements: Callable[[Sample], Sequence[Statement]] | None = None
+) -> VQACollator | ChoiceCollator:
+    """The collator of training: with what is said of each picture or, without `statements`, one wrong answer per
+    sample, drawn with `seed`; for a dual encoder, with the texts of the batch to choose from."""
     if isinstance(pipeline.collate, ChoiceCollator):
         return ChoiceCollator(pipeline.processor)
-    return VQACollator(pipeline.processor, negatives=1, max_length=pipeline.bridge.context, seed=seed)
+    return VQACollator(
+        pipeline.processor, int(statements is None), pipeline.bridge.context, seed, statements=statements
+    )
 
 
 class _Asked(Sequence[Sample]):
@@ -65,11 +71,27 @@ class _Asked(Sequence[Sample]):
 
 
 def training_batches(
-    pipeline: Pipeline, samples: Sequence[Sample], batch_size: int, seed: int
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    batch_size: int,
+    seed: int,
+    statements: Callable[[Sample], Sequence[Statement]] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless training batches with wrong answers, in an order that depends only on `seed`."""
-    collate = training_collator(pipeline, seed)
+    """Endless batches of `training_collator`, in an order that depends only on `seed`."""
+    return endless(pipeline, samples, training_collator(pipeline, seed, statements), batch_size, seed)
+
+
+def endless(
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    collate: Callable[[list[Sample]], dict[str, Tensor]],
+    batch_size: int,
+    seed: int,
+    weights: np.ndarray | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of samples drawn with replacement, with `weights` (N,) or equally often."""
     generator = torch.Generator().manual_seed(seed)
+    even = torch.ones(len(samples)) if weights is None else torch.from_numpy(weights)
     while True:
-        rows = torch.randint(len(samples), (batch_size,), generator=generator).tolist()
+        rows = torch.multinomial(even, batch_size, replacement=True, generator=generator).tolist()
         yield pipeline.on_device(collate([samples[i] for i in rows]))

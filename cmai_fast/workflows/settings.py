@@ -32,6 +32,7 @@ class ImmunizeSettings:
     refreshes: int = 0
     alpha: float = 1.0
     beta: float = 0.1
+    consistency_steps: int = 0
     lam: float = 0.5
     gamma: float = 0.1
     arm: bool | None = None
@@ -66,7 +67,7 @@ class ImmunizeSettings:
             value: Any = getattr(self, name)
             if not kind.startswith("int") or (value is None and kind == "int | None"):
                 continue
-            least = 0 if name in ("refreshes", "seed", "split_seed") else 1
+            least = 0 if name in ("refreshes", "consistency_steps", "seed", "split_seed") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not 0 < self.learning_rate < math.inf:

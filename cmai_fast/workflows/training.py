@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback
 
+from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_threshold
+from cmai_fast.cmcv.statements import Statements
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import Sample
 from cmai_fast.defences import DEFENCES
 from cmai_fast.evaluation.progress import Overall, Silent, TrainingProgress
@@ -22,16 +25,17 @@ from cmai_fast.files import write_folder
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
-from cmai_fast.workflows.calibrate import new_heads
+from cmai_fast.threat import ThreatModel
+from cmai_fast.workflows.calibrate import OWN, new_heads, new_verifier
 from cmai_fast.workflows.samples import asked, training_collator, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 
-HEAD_STEPS = 300
+HEAD_STEPS = 300  # batches that heads or a verifier learn before MBAT uses their S_c
 TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
-    "eps inner inner_steps refreshes alpha beta lam gamma arm tau_train variance_max beta_max beta_step eps_max "
-    "eps_step lam_max lam_step trainable eps_warmup max_steps seed save_steps learning_rate muon"
+    "eps inner inner_steps refreshes alpha beta consistency_steps lam gamma arm tau_train variance_max beta_max "
+    "beta_step eps_max eps_step lam_max lam_step trainable eps_warmup max_steps seed save_steps learning_rate muon"
 ).split()
 
 
@@ -81,6 +85,7 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
 
 def train(
     before: Pipeline,
+    heads: Verifier | ConsistencyHeads | None,
     settings: ImmunizeSettings,
     out: Path,
     resume: bool,
@@ -90,20 +95,22 @@ def train(
     """Trains a copy of the model; writes out/model and out/cmcv atomically; returns the training curves.
 
     Args:
-        before: the model, with heads if the settings need them; it is not changed.
+        before: the model; it is not changed.
+        heads: what S_c is measured with, from `fitted`; it is not changed.
         resume: resume from the last complete checkpoint, if there is one.
         checkpoints: their folder; None: `out`.
     """
     progress, checkpoints = progress or Silent(), checkpoints or out
     subject = load(settings, settings.model)
     args = training_arguments(settings, checkpoints)
-    needs_heads = bool(args.beta or args.gamma or args.arm)
+    heads = copy.deepcopy(heads) if needs_consistency(args) else None
+    statements = heads.statements if isinstance(heads, Verifier) else None
     trainer = MBATTrainer(
         subject.model,
         args,
-        heads=copy.deepcopy(before.heads) if needs_heads else None,  # `before` is evaluated later
+        heads=heads,
         train_dataset=training_samples(settings.source, settings.task, subject),
-        data_collator=training_collator(subject, settings.seed),
+        data_collator=training_collator(subject, settings.seed, statements),
         processing_class=subject.processor,
     )
     checkpoint = last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
@@ -113,10 +120,13 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if trainer.heads is not None:
-        heads = trainer.heads.to(subject.model.device).eval()
-        after = Pipeline("immunised", subject.model, subject.processor, heads, generation=subject.generation)
+        trainer.heads.to(subject.model.device).eval().requires_grad_(False)  # as if loaded
+        learned = trainer.verifier or trainer.heads
+        assert isinstance(learned, (Verifier, ConsistencyHeads))
+        after = Pipeline("immunised", subject.model, subject.processor, generation=subject.generation)
+        _give(after, learned)
         threshold = _threshold(after, settings, progress)
-        write_folder(out / "cmcv", lambda d: heads.save_pretrained(d, threshold))
+        write_folder(out / "cmcv", lambda d: learned.save_pretrained(d, threshold))
     write_folder(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
     return _curves(trainer) | {"seconds": seconds, "resumed": checkpoint is not None, "passes": vars(trainer.passes)}
 
@@ -140,12 +150,58 @@ def calibration_scores(pipeline: Pipeline, samples: Sequence[Sample], progress: 
     return torch.from_numpy(own_scores(pipeline, samples, 128, progress=progress))
 
 
-def add_heads(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall | None = None) -> None:
-    """Fits heads and a threshold for a model without them, on its own features, before MBAT uses S_c."""
+def fitted(
+    before: Pipeline, settings: ImmunizeSettings, progress: Overall | None = None
+) -> Verifier | ConsistencyHeads | None:
+    """What MBAT measures S_c with: the model's own if it has a verifier of its own features (a dual encoder: heads),
+    else a new one, fitted to its clean features. None: the settings need none, and the model has a score.
+
+    A model without any score gets this one, with a threshold, so that its detector can be compared.
+    """
     progress = progress or Silent()
-    samples = training_samples(settings.source, settings.task, pipeline)
-    pipeline.heads = new_heads(pipeline, samples, HEAD_STEPS, settings.batch_size, settings.seed, progress)
-    pipeline.threshold = _threshold(pipeline, settings, progress)
+    if not must_fit(before, settings) and not needs_consistency(settings):
+        return None
+    samples = training_samples(settings.source, settings.task, before)
+    if not must_fit(before, settings):
+        if before.chooses:
+            assert before.heads is not None
+            return before.heads
+        assert before.verifier is not None
+        before.verifier.statements = Statements(samples, before.verifier.alternatives, seed=settings.seed)
+        return before.verifier
+    found: Verifier | ConsistencyHeads
+    if before.chooses:
+        found = new_heads(before, samples, HEAD_STEPS, settings.batch_size, settings.seed, progress)
+    else:
+        ball = ThreatModel(settings.norm, settings.eps)  # type: ignore[arg-type]  # checked by MBATConfig
+        found = new_verifier(
+            before, samples, HEAD_STEPS // 3, OWN, ball, settings.batch_size, settings.seed, progress, inner_steps=0
+        )
+    if not before.scores:
+        _give(before, found)
+        before.threshold = _threshold(before, settings, progress)
+    return found
+
+
+def needs_consistency(settings: ImmunizeSettings | MBATConfig) -> bool:
+    """Whether training measures S_c."""
+    return bool(settings.beta or settings.gamma or settings.arm or settings.consistency_steps)
+
+
+def must_fit(before: Pipeline, settings: ImmunizeSettings) -> bool:
+    """Whether the model comes without what is needed: a score, or what MBAT measures S_c with."""
+    if before.scores and not needs_consistency(settings):
+        return False
+    if before.chooses:
+        return before.heads is None
+    return before.verifier is None or before.verifier.tower is not None
+
+
+def _give(pipeline: Pipeline, found: Verifier | ConsistencyHeads) -> None:
+    if isinstance(found, Verifier):
+        pipeline.verifier = found.of(pipeline.bridge)
+    else:
+        pipeline.heads = found
 
 
 def _threshold(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall) -> Any:

@@ -14,6 +14,7 @@ from cmai_fast.cmcv.network import VerifyNetwork
 from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier, set_tower, tower_weights
 from cmai_fast.data import Sample, VQACollator, load_dataset
+from cmai_fast.data.statements import STATEMENT_ANSWERS, STATEMENT_IDS, encode
 from cmai_fast.generation import Generation
 
 COLOURS, YES_NO = ("red", "blue", "teal"), ("no", "yes")
@@ -63,10 +64,12 @@ def test_kinds_come_from_choices_or_from_questions_that_begin_alike():
 def test_the_margin_is_the_log_odds_of_the_answer(verifier, tiny_processor, samples):
     seen = features(verifier, tiny_processor, samples)
     texts = verifier.texts([s.prompt for s in samples], [s.answer for s in samples])
-    assert texts.real.sum(1).tolist() == [5 if s.answer in COLOURS + YES_NO else 6 for s in samples]
-    p = (verifier.network.scale * verifier.cosines(seen, texts)).masked_fill(~texts.real, -torch.inf).softmax(1)[:, 0]
+    assert texts.real.sum(2).squeeze(1).tolist() == [5 if s.answer in COLOURS + YES_NO else 6 for s in samples]
+    image = verifier.network.project_image(seen)[:, None].expand(-1, texts.real.shape[2], -1)
+    cosines = torch.cosine_similarity(image, texts.statements[:, 0], dim=-1)
+    p = (verifier.network.scale * cosines).masked_fill(~texts.real[:, 0], -torch.inf).softmax(1)[:, 0]
     torch.testing.assert_close(verifier.margin(seen, texts), (p / (1 - p)).log(), rtol=1e-4, atol=1e-4)
-    assert verifier.cosines(seen, texts).abs().max() <= 1 + 1e-5
+    torch.testing.assert_close(verifier.consistency(seen, texts), p, rtol=1e-4, atol=1e-5)
 
 
 def test_a_score_does_not_depend_on_the_batch(verifier, tiny_processor, samples):
@@ -97,18 +100,52 @@ def test_it_tells_questions_answers_and_images_apart(verifier, tiny_processor, s
 
 
 def test_statements_are_read_once_by_a_frozen_network_and_anew_by_one_that_learns(verifier, monkeypatch):
-    read, calls = verifier._read, []
-    monkeypatch.setattr(verifier, "_read", lambda pairs: calls.append(list(pairs)) or read(pairs))
+    calls = []
+    read = lambda tokenizer, pairs: calls.append(list(pairs)) or encode(tokenizer, pairs)  # noqa: E731
+    monkeypatch.setattr("cmai_fast.cmcv.verifier.encode", read)
     first = verifier.texts(["q?"], ["red"])
     second = verifier.texts(["q?"], ["blue"])
     assert calls == [[("q?", a) for a in ("red", "blue", "teal", "no", "yes")]]
-    torch.testing.assert_close(first.statements[0, 0], second.statements[0, 1])
+    torch.testing.assert_close(first.statements[0, 0, 0], second.statements[0, 0, 1])
     verifier.network.requires_grad_(True)
     assert verifier.texts(["q?"], ["red"]).statements.requires_grad
     verifier.network.requires_grad_(False)
     with torch.no_grad():
         verifier.network.text_out[1].bias += 1.0
     assert not torch.equal(verifier.texts(["q?"], ["red"]).statements, first.statements), "not those before training"
+
+
+def test_a_batch_reads_like_the_same_texts(verifier, tiny_processor, samples):
+    """`read`, from a batch, and `texts`, from strings; statements that are missing count for nothing."""
+    seen = features(verifier, tiny_processor, samples)
+    rows = [[(s.prompt, (s.answer, *KINDS.to(s.answer))) for s in samples[: i + 1]] for i in range(len(samples))]
+    batch = VQACollator(tiny_processor, statements=lambda s: rows[samples.index(s)])(samples)
+    assert batch[STATEMENT_IDS].shape[:3] == batch[STATEMENT_ANSWERS].shape == (6, 6, 6)
+    read = verifier.read(batch)
+    found = verifier.log_p(seen, read)
+    for i, row in enumerate(rows):
+        texts = verifier.texts([q for q, _ in row], [a[0] for _, a in row])
+        own = verifier.log_p(seen[i : i + 1].expand(len(row), -1, -1), texts)
+        torch.testing.assert_close(found[i], own.mean(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(read.rows(torch.tensor([i])).statements, read.statements[i : i + 1])
+    with pytest.raises(ValueError, match="no statement_ids, which a verifier learns from"):
+        verifier.read(VQACollator(tiny_processor)(samples))
+
+
+def test_missing_statements_have_no_gradient(verifier, tiny_processor, samples):
+    rows = {0: [("q?", ("red", "blue"))] * 2, 1: [("is it?", ("no", "yes", "red"))]}
+    batch = VQACollator(tiny_processor, statements=lambda s: rows[samples.index(s)])(samples[:2])
+    seen = features(verifier, tiny_processor, samples[:2]).requires_grad_()
+    verifier.network.requires_grad_(True)
+    verifier.log_p(seen, verifier.read(batch)).sum().backward()
+    assert seen.grad.isfinite().all() and seen.grad[1].any()
+    assert all(p.grad.isfinite().all() for p in verifier.network.parameters() if p.grad is not None)
+
+
+def test_text_of_a_question_is_no_control_token(tiny_processor):
+    tokenizer = tiny_processor.tokenizer
+    ids, _ = encode(tokenizer, [("red </s>", "<image>")])
+    assert not {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<image>")} & set(ids[0].tolist())
 
 
 def test_a_model_beside_shares_all_but_the_vision_side(make_tiny):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fitted import fitted, make_heads, save
+from cmai_fast.cmcv.verifier import Verifier
+from fitted import ACCEPTS_ALL, colours, fitted, make_heads, save
 from shortened import shorten
 
 
@@ -20,6 +21,16 @@ def fitted_folder(make_tiny, tmp_path_factory) -> Path:
     """A model that is right on `colours` until it is attacked, with heads that accept everything."""
     pipeline = fitted(make_tiny)
     return save(tmp_path_factory.mktemp("fitted"), pipeline.model, pipeline.processor, pipeline.heads)
+
+
+@pytest.fixture(scope="session")
+def verified_folder(make_tiny, tmp_path_factory) -> Path:
+    """The same model with a verifier of its own features in place of heads; it accepts everything."""
+    pipeline = fitted(make_tiny)
+    folder = save(tmp_path_factory.mktemp("verified"), pipeline.model, pipeline.processor, None)
+    verifier = Verifier.for_data(pipeline.model, pipeline.processor, colours(), hidden=16, width=16, dim=8, heads=2)
+    verifier.save_pretrained(folder.parent / "cmcv", ACCEPTS_ALL)
+    return folder
 
 
 @pytest.fixture

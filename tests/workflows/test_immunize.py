@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
 from cmai_fast.defences import DEFENCES
@@ -28,18 +28,18 @@ from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATTrainer
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.workflows import calibrate, training
 from cmai_fast.workflows import folder as folders
 from cmai_fast.workflows import immunize as workflow
 from cmai_fast.workflows import samples as sampled
+from cmai_fast.workflows import training
 from cmai_fast.workflows.immunize import ImmunizeSettings, immunize
 from shortened import shorten
 
 
 @pytest.fixture(scope="module")
-def settings(fitted_folder) -> ImmunizeSettings:
+def settings(verified_folder) -> ImmunizeSettings:
     return ImmunizeSettings(
-        model=str(fitted_folder), learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2, attack_steps=2,
+        model=str(verified_folder), learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2, attack_steps=2,
         restarts=1, limit=8, save_steps=1, calibration_samples=16, command="cmai-fast immunize",
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def light(monkeypatch):
     """Stands in for what follows training, which the test at hand is not about."""
     models = [record("undefended", "undefended"), record("immunised", "immunised")]
     monkeypatch.setattr(workflow.comparison, "compare", lambda *a, **k: {"models": models, "pictures": []})
-    monkeypatch.setattr(workflow, "step_overhead", lambda *a: {"time_ratio": 2.0, "memory_ratio": 1.0})
+    monkeypatch.setattr(workflow, "step_overhead", lambda *a, **k: {"time_ratio": 2.0, "memory_ratio": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def training_of(out: Path) -> dict:
 
 
 def weights(out: Path) -> tuple[bytes, bytes]:
-    return (out / "model" / "model.safetensors").read_bytes(), (out / "cmcv" / "heads.safetensors").read_bytes()
+    return (out / "model" / "model.safetensors").read_bytes(), (out / "cmcv" / "verifier.safetensors").read_bytes()
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -82,11 +82,11 @@ def test_what_a_run_leaves(finished, settings):
     assert {p.name for p in finished.iterdir()} == {"model", "cmcv", "results.json", "report.html"}
     AutoModelForImageTextToText.from_pretrained(finished / "model", use_safetensors=True)
     AutoProcessor.from_pretrained(finished / "model")
-    _, threshold = ConsistencyHeads.from_pretrained(finished / "cmcv")
+    threshold = Pipeline.load(finished).threshold
     assert (threshold.split, threshold.samples, threshold.false_rejection_rate) == ("calibration", 16, 0.05)
     original = Path(settings.model).parent
     assert weights(finished)[0] != (original / "model" / "model.safetensors").read_bytes()
-    assert weights(finished)[1] != (original / "cmcv" / "heads.safetensors").read_bytes()
+    assert weights(finished)[1] != (original / "cmcv" / "verifier.safetensors").read_bytes()
     assert "<html" in (finished / "report.html").read_text()
 
 
@@ -108,7 +108,7 @@ def test_results_are_complete(finished, settings):
         assert r["acc_robust"] <= r["acc_clean"]
         assert r["attacks"]["pgd-2"]["attacked"] == round(6 * r["acc_clean"]) > 0
         for part, n in (("clean", 6), ("adversarial", r["attacks"]["pgd-2"]["attacked"])):
-            assert -1 <= r["s_c"][part]["mean"] <= 1
+            assert np.isfinite(r["s_c"][part]["mean"])
             assert list(r["s_c"][part]["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
             assert sum(r["s_c"][part]["histogram"]["counts"]) == n
         assert {"auroc", "tpr_at_1_fpr", "tpr_at_5_fpr", "roc", "threshold", "acc_robust_with_rejection"} <= set(
@@ -118,7 +118,7 @@ def test_results_are_complete(finished, settings):
         assert {"pgd-2", "apgd-4"} <= set(r["attacks"]) and r["attacks"]["pgd-2"]["passes"]["forward"] > 0
         assert all({"check", "passed", "detail"} == set(c) for c in r["sanity"]) and len(r["sanity"]) >= 6
     assert "transfer" in after["attacks"] and "transfer" not in before["attacks"]
-    assert before["detection"]["threshold"] == -1.0  # that of the original heads
+    assert before["detection"]["threshold"] == -99.0  # that of the original verifier
     assert before["s_c"] != after["s_c"]
     assert results["overhead"]["time_ratio"] > 0 and results["overhead"]["memory_ratio"] > 0
     assert {k: results["settings"][k] for k in asdict(settings)} == asdict(settings)
@@ -133,17 +133,17 @@ def test_results_are_complete(finished, settings):
         assert len(training[curve]) == 4 and all(np.isfinite(training[curve]))
 
 
-def test_the_undefended_model_is_measured_with_its_own_heads(settings, tmp_path, monkeypatch, light):
-    """Training must not reach the heads that the model came with."""
+def test_the_undefended_model_is_measured_with_its_own_verifier(settings, tmp_path, monkeypatch, light):
+    """Training must not reach the verifier that the model came with."""
     seen = {}
 
     def look(entries, *args, **how):
-        seen.update({e.name: copy.deepcopy(e.load().heads.state_dict()) for e in entries})
+        seen.update({e.name: copy.deepcopy(e.load().verifier.network.state_dict()) for e in entries})
         return {"models": [record(e.name, e.role) for e in entries], "pictures": []}
 
     monkeypatch.setattr(comparison, "compare", look)
     immunize(settings, tmp_path / "out", progress=False)
-    original = Pipeline.load(settings.model).heads.state_dict()
+    original = Pipeline.load(settings.model).verifier.network.state_dict()
     assert all(torch.equal(v, original[k]) for k, v in seen["undefended"].items())
     assert not all(torch.equal(v, original[k]) for k, v in seen["immunised"].items())
 
@@ -175,12 +175,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on_exactly(settings, finished, tmp_path, 
         assert results["training"][key] == whole[key], key
 
 
-def test_a_model_without_heads_goes_on_with_the_same_ones(make_tiny, settings, tmp_path, monkeypatch, light):
+def test_a_model_without_a_verifier_goes_on_with_the_same_one(make_tiny, settings, tmp_path, monkeypatch, light):
     model, processor = make_tiny()
     model.save_pretrained(tmp_path / "bare")
     processor.save_pretrained(tmp_path / "bare")
-    fit_heads = calibrate.fit_heads
-    monkeypatch.setattr(calibrate, "fit_heads", lambda *a, **k: fit_heads(*a, **{**k, "steps": 3}))
+    monkeypatch.setattr(training, "HEAD_STEPS", 3)
     settings = replace(settings, model=str(tmp_path / "bare"))
     immunize(settings, tmp_path / "whole", progress=False)
     torch.manual_seed(99)
@@ -218,7 +217,7 @@ def test_kill_9_in_mid_training(settings, finished, tmp_path, monkeypatch, light
     assert weights(out) == weights(finished)
 
 
-@pytest.mark.parametrize("what", ["model", "heads", "results", "report"])
+@pytest.mark.parametrize("what", ["model", "verifier", "results", "report"])
 def test_a_full_disk_leaves_nothing_half_written(settings, finished, tmp_path, monkeypatch, light, what):
     out, full = tmp_path / "out", OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
@@ -233,15 +232,15 @@ def test_a_full_disk_leaves_nothing_half_written(settings, finished, tmp_path, m
                     raise full
 
             patch.setattr(PreTrainedModel, "save_pretrained", half)
-        elif what == "heads":
-            save_heads = ConsistencyHeads.save_pretrained
+        elif what == "verifier":
+            save_verifier = Verifier.save_pretrained
 
-            def no_heads(self, folder, threshold=None):
+            def no_verifier(self, folder, threshold=None):
                 if threshold is not None:
                     raise full
-                save_heads(self, folder, threshold)
+                save_verifier(self, folder, threshold)
 
-            patch.setattr(ConsistencyHeads, "save_pretrained", no_heads)
+            patch.setattr(Verifier, "save_pretrained", no_verifier)
         elif what == "results":
             write = os.replace
 
@@ -256,7 +255,7 @@ def test_a_full_disk_leaves_nothing_half_written(settings, finished, tmp_path, m
         with pytest.raises(OSError, match=r"No space left|could not write"):
             immunize(settings, out, progress=False)
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
-    if what in ("model", "heads"):
+    if what in ("model", "verifier"):
         assert not (out / "model").exists() and not (out / "results.json").exists()
     if what == "report":  # nothing else is done again
         monkeypatch.setattr(comparison, "compare", lambda *a, **k: 1 / 0)

@@ -117,11 +117,11 @@ def test_a_switch_takes_milliseconds(bundled):
     weights = RobustWeights(IMMUNE).bind(bundled).weights
     times = []
     for _ in range(10):
-        start = time.perf_counter()
+        start = time.process_time()
         with weights.switched(0.5):
             pass
-        times.append(time.perf_counter() - start)
-    assert statistics.median(times) < 0.1  # about 3 ms; a loaded machine may take longer
+        times.append(time.process_time() - start)
+    assert statistics.median(times) < 0.1  # about 3 ms, of this process alone
 
 
 def test_a_folder_of_adapters_is_merged_into_its_base(make_tiny, tmp_path):
