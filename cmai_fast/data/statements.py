@@ -37,15 +37,17 @@ def stacked(tokenizer: Any, rows: Sequence[Sequence[Statement]]) -> dict[str, Te
 
     The first of K is the right answer.
     """
-    places = [
-        (i, j, k)
+    places = {
+        (i, j, k): (question, answer)
         for i, row in enumerate(rows)
-        for j, (_, answers) in enumerate(row)
-        for k in range(len(answers))
-    ]  # fmt: skip
-    ids, counts = encode(tokenizer, [(question, a) for row in rows for question, answers in row for a in answers])
-    i, j, k = torch.tensor(places).T
+        for j, (question, answers) in enumerate(row)
+        for k, answer in enumerate(answers)
+    }
+    each = {pair: n for n, pair in enumerate(dict.fromkeys(places.values()))}  # many images have the same
+    ids, counts = encode(tokenizer, list(each))
+    own = torch.tensor([each[pair] for pair in places.values()])
+    i, j, k = torch.tensor(list(places)).T
     shape = len(rows), int(j.max()) + 1, int(k.max()) + 1
     found = torch.full((*shape, ids.shape[1]), PADDING), torch.zeros(shape, dtype=torch.long)
-    found[0][i, j, k], found[1][i, j, k] = ids, counts
+    found[0][i, j, k], found[1][i, j, k] = ids[own], counts[own]
     return dict(zip((STATEMENT_IDS, STATEMENT_ANSWERS), found, strict=True))

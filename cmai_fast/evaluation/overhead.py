@@ -18,7 +18,14 @@ from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.pipeline import Pipeline
 
 # Settings that turn an MBAT step into the clean fine-tuning step it is compared with.
-CLEAN_STEP: dict[str, Any] = {"inner": "none", "gamma": 0.0, "beta": 0.0, "arm": False, "lam": 0.0}
+CLEAN_STEP: dict[str, Any] = {
+    "inner": "none",
+    "gamma": 0.0,
+    "beta": 0.0,
+    "arm": False,
+    "lam": 0.0,
+    "consistency_steps": 0,
+}
 
 
 class SavedActivations:
@@ -108,11 +115,13 @@ def step_overhead(
             step(batch)  # also warms up
         peaks[name] = held.peak
     times: dict[str, list[float]] = {name: [] for name in runs}
+    repeats = {"clean": 1, "mbat": args.consistency_steps + 1}  # a full step, and those on S_c alone that follow it
     for _ in range(rounds):
         for name, (_, step) in runs.items():
             start = time.perf_counter()
-            step(batch)
-            times[name].append(time.perf_counter() - start)
+            for _ in range(repeats[name]):
+                step(batch)
+            times[name].append((time.perf_counter() - start) / repeats[name])
     clean, mbat = statistics.median(times["clean"]), statistics.median(times["mbat"])
     return {
         "time_ratio": mbat / clean,
@@ -136,7 +145,8 @@ def stepper(
     for name, value in changes.items():
         setattr(args, name, value)
     model = copy.deepcopy(subject.model).to(args.device)
-    heads = copy.deepcopy(heads or subject.heads) if args.gamma or args.beta or args.arm else None
+    scored = args.gamma or args.beta or args.arm or args.consistency_steps
+    heads = copy.deepcopy(heads or subject.heads) if scored else None
     trainer = MBATTrainer(model, args, processing_class=subject.processor, heads=heads)
     trainer.create_optimizer()
 
@@ -144,5 +154,6 @@ def stepper(
         trainer.training_step(model, dict(batch))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
+        trainer.state.global_step += 1
 
     return model, step

@@ -1,0 +1,154 @@
+"""The ablation: what each part of CMAI adds to robustness, all runs given the same training time, several seeds.
+
+    python benchmarks/recipes/ablation.py time                     # on an idle machine: seconds of a step of each row
+    python benchmarks/recipes/ablation.py run --seeds 0 1 2         # hours; resumes, and skips what is there
+    python benchmarks/recipes/ablation.py table
+
+Every row starts from the undefended `easyvqa-llava` and trains for as many steps as fit into `--seconds` by
+times.json (a verifier that is fitted first counts too). The suite is that of the headline results: PGD-50 with two
+restarts and APGD-CE-100; a question is robust if its answer stays right under both. `run` writes one JSON file per row
+and seed, so several processes may share the work by `--only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_strength import DATA, TASK, claim, evaluate
+
+from cmai_fast.cmcv.verifier import Verifier
+from cmai_fast.evaluation.overhead import stepper
+from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.versions import versions
+from cmai_fast.files import write_text
+from cmai_fast.pipeline import Pipeline
+from cmai_fast.threat import parse_eps
+from cmai_fast.workflows.samples import training_batches, training_samples
+from cmai_fast.workflows.settings import ImmunizeSettings
+from cmai_fast.workflows.training import fitted, needs_consistency, train, training_arguments
+
+BASE = ImmunizeSettings(
+    learning_rate=1e-3, muon=True, batch_size=32, inner_steps=4, refreshes=1, beta=0.0, gamma=0.0, arm=False,
+    save_steps=200,
+)  # fmt: skip
+CMCV = {"gamma": 1.0, "beta": 1.0}
+ALONE = {"consistency_steps": 5, "learning_rate": 2e-3}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mbat": ("MBAT alone: beta = gamma = 0, no ARM", {}),
+    "mbat-2e-3": ("the same, learning rate 2e-3", {"learning_rate": 2e-3}),
+    "gamma": ("with S_c in the loss (gamma = 1)", {"gamma": 1.0}),
+    "cmcv": ("with S_c in loss and attack (gamma = beta = 1)", CMCV),
+    "alone": ("with S_c in the loss, and 5 steps of 6 on S_c alone", {"gamma": 1.0, **ALONE}),
+    "cmcv-alone": ("with S_c in loss and attack, and 5 steps of 6 on S_c alone", {**CMCV, **ALONE}),
+    "full": ("full CMAI: the same with ARM, which moves beta from 0.1", {**CMCV, **ALONE, "beta": 0.1, "arm": True}),
+}
+
+
+def settings_of(row: str, eps: float, seed: int, seconds: float, times: dict[str, float]) -> ImmunizeSettings:
+    settings = replace(BASE, eps=eps, seed=seed, **ROWS[row][1])
+    fit = times["fit"] if needs_consistency(settings) else 0.0
+    return replace(settings, max_steps=max(1, round((seconds - fit) / times[row])))
+
+
+def measure_time(args: argparse.Namespace) -> None:
+    """Seconds of a step of each row, alternating in one process: the mean over a full step and those on S_c alone that
+    follow it, medians over rounds; and of fitting the verifier."""
+    subject = Pipeline.load(BASE.model)
+    subject.heads = subject.verifier = subject.threshold = None
+    start = time.perf_counter()
+    verifier = fitted(subject, replace(BASE, gamma=1.0))
+    fit = time.perf_counter() - start
+    assert isinstance(verifier, Verifier)
+    samples, runs = training_samples(DATA, TASK), {}
+    for row in ROWS:
+        settings = settings_of(row, args.eps, 0, 1.0, {row: 1.0, "fit": 0.0})
+        arguments = training_arguments(settings, args.work)
+        statements = verifier.statements if needs_consistency(settings) else None
+        batches = training_batches(subject, samples, BASE.batch_size, 0, statements)
+        runs[row] = settings, batches, stepper(subject, arguments, {}, verifier)[1]
+    seconds: dict[str, list[float]] = {row: [] for row in runs}
+    for _ in range(args.rounds + 1):
+        for row, (settings, batches, step) in runs.items():
+            start = time.perf_counter()
+            for _ in range(settings.consistency_steps + 1):
+                step(next(batches))
+            seconds[row].append((time.perf_counter() - start) / (settings.consistency_steps + 1))
+    record = {row: statistics.median(values[1:]) for row, values in seconds.items()} | {"fit": fit}
+    write_results({"seconds_a_step": record, "rounds": args.rounds, "versions": versions()}, args.out / "times.json")
+    print(json.dumps(record, indent=2))
+
+
+def run(args: argparse.Namespace) -> None:
+    times = json.loads((args.out / "times.json").read_text())["seconds_a_step"]
+    for seed in args.seeds:
+        for row in args.only or ROWS:
+            path = args.out / "runs" / f"{row}-seed{seed}.json"
+            if path.exists():
+                continue
+            print(f"== {row}, seed {seed}", flush=True)
+            settings = settings_of(row, args.eps, seed, args.seconds, times)
+            record = one(settings, args.work / f"{row}-seed{seed}", args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_results(record | {"row": row, "title": ROWS[row][0], "seed": seed, "versions": versions()}, path)
+
+
+def one(settings: ImmunizeSettings, work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    claim(work, settings)
+    if not (work / "trained.json").exists():
+        subject, start = Pipeline.load(settings.model), time.process_time()
+        verifier = fitted(subject, settings) if needs_consistency(settings) else None
+        with Overall({"training": 1.0, "calibration": 0.1}) as progress:
+            trained = train(subject, verifier, settings, work, True, progress)
+        write_results(trained | {"cpu_seconds": time.process_time() - start}, work / "trained.json")
+    trained = json.loads((work / "trained.json").read_text())
+    record = evaluate(Pipeline.load(str(work / "model")), args.eps, args.limit)
+    kept = ("acc_clean", "acc_clean_whole_test_split", "acc_robust", "asr", "n", "attacks", "detection")
+    curves = {k: trained[k] for k in ("seconds", "cpu_seconds", "passes", "resumed")}
+    return {k: record[k] for k in kept if k in record} | {"training": curves, "settings": asdict(settings)}
+
+
+def table(args: argparse.Namespace) -> None:
+    times = json.loads((args.out / "times.json").read_text())["seconds_a_step"]
+    found = [json.loads(p.read_text()) for p in sorted((args.out / "runs").glob("*.json"))]
+    lines = ["| Row | Seeds | Clean | Robust | ASR | Steps | Seconds per step |", "|" + "---|" * 7]
+    for row, (title, _) in ROWS.items():
+        if mine := [r for r in found if r["row"] == row]:
+            shares = [_share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
+            cells = [title, str(len(mine)), *shares, str(mine[0]["settings"]["max_steps"]), f"{times[row]:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    write_text("\n".join(lines) + "\n", args.out / "table.md")
+    print("\n".join(lines))
+
+
+def _share(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1%}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "time", "table"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation"))
+    parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="checkpoints and trained models")
+    parser.add_argument("--eps", type=parse_eps, default=16 / 255)
+    parser.add_argument("--seconds", type=float, default=400.0, help="of training, by times.json")
+    parser.add_argument("--only", nargs="*", choices=tuple(ROWS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=500, help="test questions attacked")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    {"run": run, "time": measure_time, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
