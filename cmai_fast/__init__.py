@@ -9,7 +9,7 @@ from cmai_fast.lazy import lazily
 if TYPE_CHECKING:
     from cmai_fast.arm import ARMSchedule, Decision, Guard
     from cmai_fast.bridge import Bridge
-    from cmai_fast.cmcv import ConsistencyHeads
+    from cmai_fast.cmcv import ConsistencyHeads, Verifier
     from cmai_fast.mbat import MBATConfig, MBATTrainer, quantized_language_model
     from cmai_fast.pixels import PixelSpace
     from cmai_fast.threat import ThreatModel, parse_eps
@@ -26,6 +26,7 @@ __all__ = [
     "MBATTrainer",
     "PixelSpace",
     "ThreatModel",
+    "Verifier",
     "__version__",
     "parse_eps",
     "quantized_language_model",
@@ -43,6 +44,7 @@ __getattr__ = lazily(
         "MBATTrainer": "mbat",
         "PixelSpace": "pixels",
         "ThreatModel": "threat",
+        "Verifier": "cmcv",
         "parse_eps": "threat",
         "quantized_language_model": "mbat",
     },

@@ -159,6 +159,31 @@ tokens. `eval_loss` is a mean over samples.
 
 A sample without image tokens is trained on its text: there is no image to perturb, so its loss counts once, in full.
 
+## S_c: heads or a verifier
+
+Without `heads=` the trainer makes `ConsistencyHeads`, two projections whose cosine is S_c. A `Verifier` learns more
+from the same data:
+
+```python
+verifier = cf.Verifier.for_data(model, processor, records)
+trainer = cf.MBATTrainer(model, cf.MBATConfig("out", gamma=1.0, beta=1.0, consistency_steps=5), heads=verifier, ...)
+```
+
+Per picture it reads everything that the records say of it, each question with its answer and wrong ones, where L_task
+has one question per sample. S_c is the probability of the right answers, the geometric mean over these statements.
+Its text side is one small layer over the input embeddings, so neither S_c nor its loss takes a pass of the language
+model.
+
+- `gamma` weighs its loss, the cross-entropy of the right answers on clean and adversarial images; `beta` its share in
+  the attack.
+- With `consistency_steps=n` each full step is followed by n steps on S_c alone: an attack of three steps on S_c, and
+  the verifier's loss on its images. They train the vision side, and the language model does not run. [What this
+  buys](results.md#what-consistency-buys).
+- `Verifier.for_data` reads the records once; pictures given as files are told apart by their paths, others by
+  content. With a data set that cannot be read in advance, `VQACollator(processor, statements=...)` takes a function
+  of your own.
+- It is saved to `cmcv/` like heads, and `cmai-fast calibrate` sets its threshold. FSDP is refused.
+
 ## ARM
 
 ARM raises `beta`, and `eps` and `lam` if they have a bound, while S_c of adversarial images is low. It returns them to
