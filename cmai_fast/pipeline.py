@@ -20,6 +20,7 @@ from torch import Tensor
 from cmai_fast.bridge import BatchImages, DualBridge, EncoderDecoderBridge, bridge_of, frozen
 from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.cmcv.fingerprint import changed, fingerprint
 from cmai_fast.cmcv.heads import RECORD as HEADS
 from cmai_fast.cmcv.verifier import RECORD as VERIFIER
 from cmai_fast.cmcv.verifier import Verifier
@@ -78,6 +79,12 @@ class Pipeline:
                 f"answers of at most {calibrated.max_new_tokens} tokens; leave max_new_tokens out, or calibrate again "
                 "(cmai-fast calibrate)"
             )
+        saved = threshold.fingerprint if threshold is not None else None
+        if saved is not None and (wrong := changed(saved, self.fingerprint())):
+            raise ValueError(
+                f"the threshold of {name} was set with other {' and another '.join(wrong)} than this model has; "
+                "calibrate it for this model (cmai-fast calibrate)"
+            )
         self.space = PixelSpace.from_processor(processor)
         self.collate: VQACollator | ChoiceCollator = (
             ChoiceCollator(processor)
@@ -121,6 +128,10 @@ class Pipeline:
         if saved is not None and not calibrated:
             generation, saved = generation or saved.generation, None
         return cls(str(name), model, processor, found, saved, generation, verifier)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the model and its processor, for a threshold."""
+        return fingerprint(self.model, self.processor)
 
     @property
     def scores(self) -> bool:

@@ -24,6 +24,8 @@ class Threshold:
         split: their split; never the test split.
         generation: how the answers were generated on whose S_c it was set. A pipeline with this threshold generates
             in the same way. None: unknown, for a threshold set by hand.
+        fingerprint: of the model and processor that it was set with (`cmcv.fingerprint`); a pipeline refuses it with
+            others. None: unknown.
     """
 
     tau: float
@@ -31,6 +33,7 @@ class Threshold:
     samples: int
     split: str
     generation: Generation | None = None
+    fingerprint: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.tau):

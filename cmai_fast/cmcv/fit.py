@@ -59,7 +59,11 @@ def fit_heads(
 
 
 def fit_threshold(
-    scores: Tensor, split: str, false_rejection_rate: float = 0.05, generation: Generation | None = None
+    scores: Tensor,
+    split: str,
+    false_rejection_rate: float = 0.05,
+    generation: Generation | None = None,
+    fingerprint: Mapping[str, str] | None = None,
 ) -> Threshold:
     """The threshold that rejects at most this share of clean `scores` (N,).
 
@@ -67,4 +71,4 @@ def fit_threshold(
         scores: S_c of inputs from `split` with the answers that the model generated under `generation`.
     """
     tau = calibrate(scores.cpu().numpy(), false_rejection_rate)
-    return Threshold(tau, false_rejection_rate, len(scores), split, generation)
+    return Threshold(tau, false_rejection_rate, len(scores), split, generation, fingerprint)

@@ -44,6 +44,16 @@ def threshold_at_fpr(clean: ArrayLike, fpr: float) -> float:
     return float(good[math.floor(fpr * len(good) + 1e-9)])
 
 
+def threshold_interval(
+    clean: ArrayLike, fpr: float, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of `threshold_at_fpr`, by the percentile bootstrap over these clean scores."""
+    good, rng = _scores(clean, "clean"), np.random.default_rng(seed)
+    found = [threshold_at_fpr(rng.choice(good, len(good)), fpr) for _ in range(resamples)]
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def tpr_at_fpr(clean: ArrayLike, adversarial: ArrayLike, fpr: float) -> float:
     """Share of the adversarial inputs rejected when at most the share `fpr` of the clean ones is; 0 <= fpr < 1."""
     return float((_scores(adversarial, "adversarial") < threshold_at_fpr(clean, fpr)).mean())

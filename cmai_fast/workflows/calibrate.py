@@ -24,7 +24,7 @@ from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_folder
 from cmai_fast.mbat.verifier import INNER_STEPS, fit_verifier
-from cmai_fast.metrics import auroc
+from cmai_fast.metrics import auroc, threshold_at_fpr, threshold_interval
 from cmai_fast.models.loading import load_model
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.tasks import TASKS
@@ -97,8 +97,9 @@ def calibrate(
     if not 0 <= false_rejection_rate < 1:
         raise ValueError(f"false_rejection_rate is {false_rejection_rate}; expected 0 <= rate < 1")
     held_out = asked(data, "calibration", task, limit, seed)
-    pipeline = Pipeline.load(model, heads=heads, device=device, dtype=dtype, attention=attention)
-    pipeline.threshold = None  # it is set below
+    pipeline = Pipeline.load(
+        model, heads=heads, calibrated=False, device=device, dtype=dtype, attention=attention
+    )  # fmt: skip
     pipeline.choose_from(held_out)
     if max_new_tokens is not None:
         pipeline.generation = Generation(max_new_tokens)
@@ -121,11 +122,14 @@ def calibrate(
                 pipeline.heads = new_heads(pipeline, train, head_steps, batch_size, seed, overall)
         overall.start(_OWN, len(held_out))
         scores = own_scores(pipeline, held_out, batch_size, progress=overall)
-        threshold = fit_threshold(torch.from_numpy(scores), "calibration", false_rejection_rate, pipeline.generation)
+        threshold = fit_threshold(
+            torch.from_numpy(scores), "calibration", false_rejection_rate, pipeline.generation, pipeline.fingerprint()
+        )
         wrong = _wrong_scores(pipeline, held_out, TASKS[task], batch_size, seed, overall)
     record = {
         "model": model, **data_settings(data), "task": task, "score": "verifier" if verifies else "heads",
-        "fitted": fitted, "threshold": threshold.to_dict(), "wrong_answers": _separation(scores, wrong, threshold),
+        "fitted": fitted, "threshold": threshold.to_dict(), "thresholds": _thresholds(scores),
+        "wrong_answers": _separation(scores, wrong, threshold),
         "seed": seed, "versions": versions(), "command": command,
     }  # fmt: skip
     if verifies and fitted:
@@ -213,6 +217,18 @@ def _separation(scores: np.ndarray, wrong: dict[int, float], threshold: Threshol
         return None
     own, other = scores[list(wrong)], np.array(list(wrong.values()))
     return {"n": len(wrong), "auroc": auroc(own, other), "rejected": float((other < threshold.tau).mean())}
+
+
+def _thresholds(scores: np.ndarray) -> list[dict[str, Any]]:
+    """The thresholds of two rates of false rejections, with bootstrap intervals."""
+    return [
+        {
+            "false_rejection_rate": rate,
+            "tau": threshold_at_fpr(scores, rate),
+            "interval": threshold_interval(scores, rate),
+        }
+        for rate in (0.01, 0.05)
+    ]
 
 
 def _check_out(out: Path) -> None:

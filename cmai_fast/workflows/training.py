@@ -208,4 +208,4 @@ def _threshold(pipeline: Pipeline, settings: ImmunizeSettings, progress: Overall
     samples = asked(settings.source, "calibration", settings.task, settings.calibration_samples, settings.seed)
     pipeline.choose_from(samples)
     scores = calibration_scores(pipeline, samples, progress)
-    return fit_threshold(scores, "calibration", generation=pipeline.generation)
+    return fit_threshold(scores, "calibration", generation=pipeline.generation, fingerprint=pipeline.fingerprint())

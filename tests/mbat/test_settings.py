@@ -21,7 +21,7 @@ def test_eps_and_norm_set_later_train_and_evaluate(make_trainer, data, monkeypat
     )
     monkeypatch.setattr(
         trainer_module, "verdicts",
-        lambda b, s, i, h, t, *a, **k: seen["evaluation"].append(t) or look(b, s, i, h, t, *a, **k),
+        lambda v, t, *a, **k: seen["evaluation"].append(t) or look(v, t, *a, **k),
     )  # fmt: skip
     trainer.args.norm, trainer.args.eps = "l2", 1.5
     trainer.train()

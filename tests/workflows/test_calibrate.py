@@ -34,7 +34,8 @@ def files(folder):
 def test_heads_are_fitted_and_the_threshold_rejects_its_share(folder, tmp_path):
     record = calibrate(str(folder), DATA, out=tmp_path / "a", false_rejection_rate=0.25, **FAST)
     heads, threshold = ConsistencyHeads.from_pretrained(tmp_path / "a")
-    assert threshold == Threshold(threshold.tau, 0.25, 24, "calibration", Generation(3))
+    own = Pipeline.load(str(folder), calibrated=False).fingerprint()
+    assert threshold == Threshold(threshold.tau, 0.25, 24, "calibration", Generation(3), own)
     assert record["fitted"] and record["score"] == "heads" and record["threshold"] == threshold.to_dict()
     samples = DATA.load("calibration", 24, 0)
     pipeline = Pipeline.load(str(folder), heads=tmp_path / "a")
@@ -42,6 +43,8 @@ def test_heads_are_fitted_and_the_threshold_rejects_its_share(folder, tmp_path):
     assert sum(score < threshold.tau for score in scores) == 6 and pipeline.generation == Generation(3)
     assert record["wrong_answers"]["n"] == 24 and 0 <= record["wrong_answers"]["auroc"] <= 1
     assert json.loads((tmp_path / "a" / "calibration.json").read_text())["threshold"] == record["threshold"]
+    assert [row["false_rejection_rate"] for row in record["thresholds"]] == [0.01, 0.05]
+    assert all(row["interval"][0] <= row["tau"] <= row["interval"][1] for row in record["thresholds"])
     assert sorted(files(tmp_path / "a")) == ["calibration.json", "cmcv.json", "heads.safetensors"]
     calibrate(str(folder), DATA, out=tmp_path / "b", false_rejection_rate=0.25, **FAST)
     again, _ = ConsistencyHeads.from_pretrained(tmp_path / "b")
