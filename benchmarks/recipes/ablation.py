@@ -37,7 +37,7 @@ from cmai_fast.workflows.training import fitted, needs_consistency, train, train
 
 BASE = ImmunizeSettings(
     learning_rate=1e-3, muon=True, batch_size=32, inner_steps=4, refreshes=1, beta=0.0, gamma=0.0, arm=False,
-    save_steps=200,
+    save_steps=500,
 )  # fmt: skip
 CMCV = {"gamma": 1.0, "beta": 1.0}
 ALONE = {"consistency_steps": 5, "learning_rate": 2e-3}
@@ -68,7 +68,7 @@ def measure_time(args: argparse.Namespace) -> None:
     fit = time.perf_counter() - start
     assert isinstance(verifier, Verifier)
     samples, runs = training_samples(DATA, TASK), {}
-    for row in ROWS:
+    for row in args.only or ROWS:
         settings = settings_of(row, args.eps, 0, 1.0, {row: 1.0, "fit": 0.0})
         arguments = training_arguments(settings, args.work)
         statements = verifier.statements if needs_consistency(settings) else None

@@ -35,8 +35,9 @@ class Statements:
         ValueError: a sample has no answer.
     """
 
-    def __init__(self, samples: Sequence[Sample], alternatives: Alternatives, most: int = 8, seed: int = 0) -> None:
+    def __init__(self, samples: Sequence[Sample], alternatives: Alternatives, most: int = 4, seed: int = 0) -> None:
         self.alternatives, self.most, self.seed = alternatives, most, seed
+        self._others: dict[tuple[str, tuple[str, ...]], tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._said: list[tuple[str, str, tuple[str, ...]]] = []
         self._about: defaultdict[Hashable, list[int]] = defaultdict(list)
         for i in range(len(samples)):
@@ -58,7 +59,10 @@ class Statements:
         return [(q, (a, *self._wrong(a, choices, rng))) for q, a, choices in (own, *(self._said[i] for i in drawn))]
 
     def _wrong(self, answer: str, choices: Sequence[str], rng: np.random.Generator) -> list[str]:
-        near, far = self.alternatives.near_and_far(answer, choices)
+        key = answer, tuple(choices)
+        if key not in self._others:
+            self._others[key] = self.alternatives.near_and_far(answer, choices)
+        near, far = self._others[key]
         return [
             answers[i]
             for answers, most in ((near, _NEAR), (far, _FAR))

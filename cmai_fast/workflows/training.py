@@ -30,7 +30,7 @@ from cmai_fast.workflows.calibrate import OWN, new_heads, new_verifier
 from cmai_fast.workflows.samples import asked, training_collator, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 
-HEAD_STEPS = 300  # batches that heads or a verifier learn before MBAT uses their S_c
+HEAD_STEPS = 300  # batches that heads learn before MBAT uses their S_c; a verifier half as many
 TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
@@ -175,7 +175,7 @@ def fitted(
     else:
         ball = ThreatModel(settings.norm, settings.eps)  # type: ignore[arg-type]  # checked by MBATConfig
         found = new_verifier(
-            before, samples, HEAD_STEPS // 3, OWN, ball, settings.batch_size, settings.seed, progress, inner_steps=0
+            before, samples, HEAD_STEPS // 6, OWN, ball, settings.batch_size, settings.seed, progress, inner_steps=0
         )
     if not before.scores:
         _give(before, found)
