@@ -78,7 +78,14 @@ class VQACollator:
             by_sample = (len(asked), self.negatives)  # slicing a batch by sample keeps them with their samples
             batch.update({f"negative_{k}": closed[k].unflatten(0, by_sample) for k in _NEGATIVE})
         if self.statements is not None:
-            batch.update(stacked(self.processor.tokenizer, [self.statements(s) for s in asked]))
+            said = [self.statements(s) for s in asked]
+            for s, own in zip(asked, said, strict=True):
+                if not own or any(len(answers) < 2 for _, answers in own):
+                    raise ValueError(
+                        f"{_name(s)} has the statements {own!r:.200}; expected at least one, each with a right answer "
+                        "and a wrong one"
+                    )
+            batch.update(stacked(self.processor.tokenizer, said))
         return batch
 
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -100,6 +100,11 @@ class MBATTrainer(StepTrainer):
         if self.verifier and (args.gamma or args.consistency_steps):
             self.verifier.network.requires_grad_(True)  # one that was loaded or fitted comes frozen
         if self.heads is None and (args.beta or args.gamma):
+            if not args.gamma:
+                raise ValueError(
+                    f"beta is {args.beta}, gamma 0 and heads None: attacks would lower the S_c of random heads that "
+                    "never learn. Give trained heads, set gamma above 0, or beta to 0"
+                )
             self.heads = self._new_heads(args)
         self.passes = Passes()
         self._sums: defaultdict[str, list[float]] = defaultdict(list)
@@ -161,6 +166,11 @@ class MBATTrainer(StepTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._check_changes()
+        if self.args.consistency_steps and not any(p.requires_grad for p in self.bridge.vision_parameters):
+            raise ValueError(
+                f"consistency_steps is {self.args.consistency_steps}, and no parameter of the vision side learns, "
+                "which is all that these steps train; unfreeze it, or set it to 0"
+            )
         self._scores = []  # of a step that was interrupted
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._let_heads_learn()

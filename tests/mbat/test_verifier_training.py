@@ -211,6 +211,14 @@ def test_what_does_not_fit_is_refused(trained_by, make_tiny, data):
         plain.train()
     with pytest.raises(ValueError, match="consistency_steps is 2, and heads is no Verifier"):
         trained_by(heads=ConsistencyHeads(32, 32), consistency_steps=2)
+    frozen_vision = trained_by(consistency_steps=2)
+    for p in frozen_vision.bridge.vision_parameters:
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the vision side learns"):
+        frozen_vision.train()
+    for said in ([], [("q?", ("yes",))]):
+        with pytest.raises(ValueError, match=r"sample \d+ has the statements \[.*right answer and a wrong one"):
+            VQACollator(processor, statements=lambda s, said=said: said)([data[0]])
     with pytest.raises(ValueError, match="consistency_steps is -1; expected at least 0"):
         trained_by(consistency_steps=-1)
     batch = plain.data_collator([data[0]])
