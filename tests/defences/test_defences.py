@@ -12,7 +12,7 @@ from cmai_fast.mbat import MBATConfig
 
 
 def test_each_is_a_valid_config(tmp_path):
-    assert DEFENCES.names() == ["clean", "fgsm-rs", "mbat", "pgd-at"]
+    assert DEFENCES.names() == ["clean", "cmai", "fgsm-rs", "mbat", "pgd-at"]
     for name, thing in DEFENCES.items():
         config = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **thing.values)
         assert all(getattr(config, field) == value for field, value in thing.values.items())
