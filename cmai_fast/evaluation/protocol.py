@@ -216,20 +216,38 @@ def _add_consistency(measured: Measured) -> None:
         "clean": _distribution(clean, both), "adversarial": _distribution(adv, both), "attack": first,
         "score": "verifier" if measured.runner.pipeline.verifier is not None else "heads",
     }  # fmt: skip
-    fpr, tpr = roc_curve(clean, adv)
-    keep = np.unique(np.linspace(0, len(fpr) - 1, 200).astype(int))
     detection: dict[str, Any] = {
         "auroc": auroc(clean, adv),
         "auroc_successful": auroc(clean, adv[broken]) if broken.any() else None,
         "tpr_at_1_fpr": tpr_at_fpr(clean, adv, 0.01),
         "tpr_at_5_fpr": tpr_at_fpr(clean, adv, 0.05),
         "tpr_at_5_fpr_successful": tpr_at_fpr(clean, adv[broken], 0.05) if broken.any() else None,
-        "roc": {"fpr": fpr[keep].tolist(), "tpr": tpr[keep].tolist()},
+        "roc": _roc(clean, adv),
+        "successful": _successful(measured, clean),
     }
     threshold = measured.runner.pipeline.threshold
     if threshold is not None:
         detection |= _at_threshold(measured, clean, threshold.tau)
     record["detection"] = detection
+
+
+def _roc(clean: np.ndarray, adv: np.ndarray) -> dict[str, list[float]]:
+    """At most 200 points of the curve."""
+    fpr, tpr = roc_curve(clean, adv)
+    keep = np.unique(np.linspace(0, len(fpr) - 1, 200).astype(int))
+    return {"fpr": fpr[keep].tolist(), "tpr": tpr[keep].tolist()}
+
+
+def _successful(measured: Measured, clean: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Detection of the inputs of each attack that make the answer wrong; attacks without one are left out."""
+    found = {}
+    for key, attacked in measured.attacked.items():
+        if attacked.scores is None or attacked.right.all():
+            continue
+        adv = attacked.scores[~attacked.right]
+        rates = {f"tpr_at_{round(100 * fpr)}_fpr": tpr_at_fpr(clean, adv, fpr) for fpr in (0.01, 0.05)}
+        found[key] = {"n": len(adv), "auroc": auroc(clean, adv), **rates, "roc": _roc(clean, adv)}
+    return found
 
 
 def _at_threshold(measured: Measured, clean: np.ndarray, tau: float) -> dict[str, Any]:

@@ -118,6 +118,11 @@ def detector(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
             lines.append(charts.Line(model.name, model.look, corners))
             said.append(f"{model.name}, AUROC {decimal(detection.get('auroc'))}")
             legend.append((charts.swatch(model.look), said[-1]))
+        for key, adaptive in _adaptive(model).items():
+            look = f"{model.look} adaptive"
+            lines.append(charts.Line(key, look, _corners(adaptive["roc"]["fpr"], adaptive["roc"]["tpr"])))
+            said.append(f"{model.name}, successful {key}, AUROC {decimal(adaptive['auroc'])}")
+            legend.append((charts.swatch(look), said[-1]))
     chart = None
     if lines:
         said.append("chance, AUROC 0.5")
@@ -238,6 +243,7 @@ def _detector_rows(detected: Sequence[Shown], settings: dict[str, Any]) -> list[
         ("Attacks found at 5% false positives", field("tpr_at_5_fpr"), percent),
         ("Successful attacks: AUROC", field("auroc_successful"), decimal),
         ("Successful attacks found at 5% false positives", field("tpr_at_5_fpr_successful"), percent),
+        ("Successful adaptive attacks: AUROC", [_of_adaptive(m, "auroc") for m in detected], decimal),
         ("Threshold, tau", field("threshold"), decimal),
         ("Clean inputs rejected at it", field("clean_rejection_rate"), percent),
         ("Fooled and accepted, worst of the suite", field("fooled_and_accepted"), percent),
@@ -246,6 +252,17 @@ def _detector_rows(detected: Sequence[Shown], settings: dict[str, Any]) -> list[
         (f"Robust accuracy at eps/2 ({eps_text(half)})", at_half if any(rejecting) else [], percent),
     )
     return [(name, [write(v) for v in values]) for name, values, write in rows if any(map(is_number, values))]
+
+
+def _of_adaptive(model: Shown, name: str) -> float | None:
+    return min((detection[name] for detection in _adaptive(model).values()), default=None)
+
+
+def _adaptive(model: Shown) -> dict[str, dict[str, Any]]:
+    """Detection of successful attacks that know the guard, by attack."""
+    found = (model.record.get("detection") or {}).get("successful") or {}
+    names = {key: (attack or {}).get("name") for key, attack in (model.record.get("attacks") or {}).items()}
+    return {key: detection for key, detection in found.items() if names.get(key) == "adaptive"}
 
 
 def _at(model: Shown, eps: float) -> float | None:

@@ -183,6 +183,9 @@ def test_scores_and_detector(subject, samples, clean, swapped, monkeypatch):
     assert len(s_c["clean"]["histogram"]["edges"]) == 41
     assert (detection["auroc"], detection["auroc_successful"]) == (0.75, 1.0)
     assert detection["acc_robust_with_rejection"] == 1.0 > record["acc_robust"] == 0.5
+    successful = detection["successful"]["pgd-4"]
+    assert (successful["n"], successful["auroc"], successful["tpr_at_1_fpr"]) == (6, 1.0, 1.0)
+    assert successful["roc"]["tpr"][-1] == 1.0 and len(successful["roc"]["fpr"]) == len(successful["roc"]["tpr"])
     assert detection["threshold"] == 0.0 and detection["clean_rejection_rate"] == 0.0
 
 
