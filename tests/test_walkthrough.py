@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cmai_fast.cli import app
 from cmai_fast.data import load_dataset
 from cmai_fast.models import resolve
-from cmai_fast.workflows import calibrate, training
+from cmai_fast.workflows import training
 from shortened import shorten_checks
 
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"
@@ -52,10 +52,8 @@ def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_runs_as_written(users_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    # The commands to the letter. What no option of theirs sets is shorter: the fit of new heads and of a verifier, the
-    # attacks of checks.
+    # The commands to the letter. What no option sets is shorter: the fit of a verifier, the attacks of checks.
     monkeypatch.setattr(training, "HEAD_STEPS", 30)
-    monkeypatch.setattr(calibrate, "VERIFIER_STEPS", 5)
     shorten_checks(monkeypatch)
     steps = commands()
     assert [shlex.split(c)[1] for c in steps] == ["attack", "immunize", "evaluate", "calibrate", "guard"]

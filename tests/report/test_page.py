@@ -11,7 +11,7 @@ import pytest
 
 from cmai_fast.report import render_report, write_report
 from html_pages import charts, element, parsed, section, visible
-from invented_results import fake_model, fake_results, models_of
+from invented_results import fake_model, fake_results, fake_roc, models_of
 
 
 def test_headline_states_the_finding() -> None:
@@ -254,6 +254,19 @@ def test_detector_without_threshold_shows_no_row_about_rejection() -> None:
             del model["detection"][key]
     text = visible(section(render_report(results), "detector"))
     assert "AUROC" in text and "with rejection" not in text and "eps/2" not in text and "not measured" not in text
+
+
+def test_the_adaptive_attack_has_a_curve_of_its_own() -> None:
+    results = fake_results()
+    model = models_of(results)[1]
+    model["attacks"]["adaptive-100x3"] = {"name": "adaptive", "acc_robust": 0.5, "asr": 0.4}
+    found = {"n": 40, "auroc": 0.777, "tpr_at_1_fpr": 0.2, "tpr_at_5_fpr": 0.4, "roc": fake_roc(0.4)}
+    model["detection"]["successful"] = {"pgd": found | {"auroc": 0.999}, "adaptive-100x3": found}
+    drawn = section(render_report(results), "detector")
+    assert 'adaptive" d="M' in drawn and "successful adaptive-100x3, AUROC 0.777" in visible(drawn)
+    assert "Successful adaptive attacks: AUROC" in visible(drawn) and "0.999" not in visible(drawn)
+    plain = section(render_report(fake_results()), "detector")
+    assert 'adaptive" d="M' not in plain and "adaptive attacks" not in visible(plain)
 
 
 def test_metrics_of_the_task_and_the_task_are_shown() -> None:
