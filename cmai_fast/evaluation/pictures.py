@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +37,16 @@ class Shown:
 
 
 def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most: int = 6) -> list[Shown]:
-    """Up to `most` samples of the attacked model `name`, broken ones first.
+    """Up to `most` samples of the attacked model `name`, broken ones first; up to half are wrong answers that its guard
+    accepts, if it has one.
 
     `attack` is the key of the attack whose images are shown, rounded to 8 bits; the runner has kept them.
     """
     runner, attacked, found = measured.runner, measured.attacked[attack], []
-    for row in _rows(attacked, most):
+    threshold, accepted = runner.pipeline.threshold, {}
+    if threshold is not None and attacked.scores is not None:
+        accepted = dict(zip(attacked.rows, (attacked.scores >= threshold.tau).tolist(), strict=True))
+    for row in _rows(attacked, most, accepted):
         sample, (clean,) = runner.samples[row], runner.images([row])
         adv = round_to_8bit(attacked.images[row][None], clean[None], threat)[0]
         amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
@@ -57,21 +61,26 @@ def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most:
             "adversarial_png": _png(batch, adv),
             "answers": {},
         }
+        if row in accepted:
+            record["accepted"] = accepted[row]
         found.append(Shown(sample, clean, adv, record))
     return found
 
 
-def _rows(attacked: Attacked, most: int) -> list[int]:
+def _rows(attacked: Attacked, most: int, accepted: Mapping[int, bool]) -> list[int]:
     """Broken samples before unbroken ones, spread over the data set; only samples whose clean answer is right."""
     rows = np.array(attacked.rows, dtype=int)
     broken, held = rows[~attacked.right], rows[attacked.right]
+    passed = [int(row) for row in broken if accepted.get(int(row))]
+    first = [passed[i] for i in np.unique(np.linspace(0, len(passed) - 1, min(most // 2, len(passed))).astype(int))]
+    broken, most = np.setdiff1d(broken, first), most - len(first)
     spread: Sequence[np.ndarray] = [
         group[np.linspace(0, len(group) - 1, min(most, len(group))).astype(int)] for group in (broken, held)
     ]
     chosen = np.unique(spread[0])
     if len(chosen) < most:
         chosen = np.concatenate([chosen, np.unique(spread[1])[: most - len(chosen)]])
-    return [int(i) for i in chosen[:most]]
+    return first + [int(i) for i in chosen[:most]]
 
 
 def _png(batch: BatchImages, image: Tensor) -> str:

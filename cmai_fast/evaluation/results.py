@@ -108,6 +108,7 @@ class Picture(TypedDict, total=False):
     clean_png: str
     perturbation_png: str
     adversarial_png: str
+    accepted: bool  # by the guard of `against`, if it has one
     answers: dict[str, dict[str, str | None]]
 
 

@@ -285,6 +285,7 @@ def _picture(picture: Picture, models: Sequence[Shown]) -> dict[str, Any]:
             (_png(picture.get("adversarial_png")), "adversarial"),
         ],
         "answers": answers,
+        "accepted": picture.get("accepted"),
     }
 
 

@@ -62,12 +62,27 @@ def test_pictures_are_what_the_model_saw(subject, samples, measured):
 
 def test_broken_samples_come_first_and_what_was_not_attacked_never(measured):
     right = np.array([i not in (5, 9) for i in range(1, 12)])
-    attacked = replace(measured.attacked["pgd-8"], rows=list(range(1, 12)), right=right)
+    found = measured.attacked["pgd-8"]
+    attacked = replace(found, rows=list(range(1, 12)), right=right, scores=found.scores[1:])
     flawed = replace(measured, attacked={"pgd-8": attacked})
     rows = [row_of(p, measured) for p in shown("m", flawed, "pgd-8", THREAT, most=5)]
     assert rows[:2] == [5, 9] and len(set(rows)) == 5 and 0 not in rows
-    nothing = replace(attacked, rows=[], right=np.zeros(0, dtype=bool))
+    nothing = replace(attacked, rows=[], right=np.zeros(0, dtype=bool), scores=np.zeros(0))
     assert shown("m", replace(measured, attacked={"pgd-8": nothing}), "pgd-8", THREAT) == []
+
+
+def test_wrong_answers_that_the_guard_accepts_are_shown_and_marked(measured):
+    attacked, count = measured.attacked["pgd-8"], len(measured.attacked["pgd-8"].rows)
+    tau = measured.runner.pipeline.threshold.tau
+    right, scores = np.zeros(count, dtype=bool), np.full(count, tau - 0.1)
+    scores[[count - 1, count - 2]] = tau, tau + 0.1
+    flawed = replace(attacked, right=right, scores=scores)
+    pictures = shown("m", replace(measured, attacked={"pgd-8": flawed}), "pgd-8", THREAT, most=4)
+    rows = [row_of(p, measured) for p in pictures]
+    assert set(rows[:2]) == {attacked.rows[-1], attacked.rows[-2]} and len(set(rows)) == 4
+    assert [p.record["accepted"] for p in pictures] == [True, True, False, False]
+    plain = shown("m", replace(measured, attacked={"pgd-8": replace(flawed, scores=None)}), "pgd-8", THREAT, most=4)
+    assert all("accepted" not in p.record for p in plain)
 
 
 def test_an_image_that_was_not_moved(measured):

@@ -269,6 +269,14 @@ def test_the_adaptive_attack_has_a_curve_of_its_own() -> None:
     assert 'adaptive" d="M' not in plain and "adaptive attacks" not in visible(plain)
 
 
+def test_what_the_guard_makes_of_a_picture_is_said() -> None:
+    results = fake_results()
+    pictures = results["pictures"]
+    pictures[0]["accepted"], pictures[1]["accepted"] = True, False
+    text = visible(section(render_report(results), "pictures"))
+    assert text.count("its guard accepts the attacked answer") == 1 == text.count("its guard rejects the attacked")
+
+
 def test_metrics_of_the_task_and_the_task_are_shown() -> None:
     results = fake_results()
     models_of(results)[1].update(
