@@ -346,7 +346,7 @@ class MBATTrainer(StepTrainer):
                 return loss, None, None
         own = {k: v for k, v in inputs.items() if k != "sample_ids" and not k.startswith(OF_SAMPLES)}
         plain, logits, labels = super().prediction_step(model, own, prediction_loss_only, ignore_keys)
-        return plain if loss is None else loss, logits, labels
+        return plain if loss is None else loss, _tensors_alone(logits), labels
 
     def _look(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """`robust_eval.verdicts` (N,). Nothing can be done to a sample without an image: its robust values are the
@@ -395,6 +395,21 @@ class MBATTrainer(StepTrainer):
                 "cannot be distinguished from the others; give a dataset with __len__, or set dataloader_drop_last"
             )
         return self.accelerator.gather_for_metrics(rows).cpu()
+
+
+def _tensors_alone(outputs: Any) -> Any:
+    """The outputs that can be gathered: from transformers 5.24 on, Trainer leaves the cache of keys and values among
+    them and fails on it."""
+    if not isinstance(outputs, tuple):
+        return outputs
+    kept = tuple(value for value in outputs if _of_tensors(value))
+    return kept[0] if len(kept) == 1 else kept
+
+
+def _of_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_of_tensors, value))
+    return isinstance(value, Tensor)
 
 
 def _halved(size: int, error: DoesNotFitError, what: str, so: str = "") -> int:

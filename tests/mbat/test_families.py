@@ -37,7 +37,7 @@ class Samples(Dataset):
         return self.samples[i]
 
 
-def trainer_of(family: Family, folder: Any, **settings: Any) -> MBATTrainer:
+def trainer_of(family: Family, folder: Any, heads: ConsistencyHeads | None = None, **settings: Any) -> MBATTrainer:
     model = copy.deepcopy(family.model()).train()
     plain = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "inner_steps": 2, "learning_rate": 1e-3}
     return MBATTrainer(
@@ -46,6 +46,7 @@ def trainer_of(family: Family, folder: Any, **settings: Any) -> MBATTrainer:
         train_dataset=Samples(family),
         data_collator=lambda samples: family.batch(family.model(), samples),
         processing_class=family.processor,
+        heads=heads,
     )
 
 
@@ -53,7 +54,9 @@ def trainer_of(family: Family, folder: Any, **settings: Any) -> MBATTrainer:
 @every_family
 def test_gradients_are_those_of_the_formula(family, tmp_path, refreshes):
     """(1 - lam) * L_clean + lam * L_adv by one plain backward, at the adversarial images that the step found."""
-    trainer = trainer_of(family, tmp_path, lam=0.4, gamma=0.0, beta=0.2, refreshes=refreshes)
+    bridge = bridge_of(family.model())
+    heads = ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16)
+    trainer = trainer_of(family, tmp_path, heads, lam=0.4, gamma=0.0, beta=0.2, refreshes=refreshes)
     batch = family.batch(family.model(), family.samples())
     found = []
     attack = trainer._attack
