@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,3 +144,19 @@ def gradients_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     for p, grad in zip(parameters, earlier, strict=True):
         if grad is not None:
             p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+
+def halved(size: int, error: DoesNotFitError, what: str, so: str = "") -> int:
+    """How many samples are tried at once after `size` were too many."""
+    if size == 1:
+        raise torch.OutOfMemoryError(
+            f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
+            "4 bits (quantized_language_model), or let the processor make smaller images"
+        ) from error
+    half = (size + 1) // 2
+    warnings.warn(
+        f"{size} samples at once do not fit into memory ({error}). From now on {what} takes at most {half} at once{so}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return half

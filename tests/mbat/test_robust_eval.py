@@ -179,7 +179,7 @@ def test_the_most_robust_model_is_loaded_at_the_end(make_trainer, data, monkeypa
         found = verdicts(*args, **kwargs)
         return found | {"robust_accuracy": torch.full_like(found["robust_accuracy"], next(accuracies))}
 
-    monkeypatch.setattr("cmai_fast.mbat.trainer.verdicts", planted)
+    monkeypatch.setattr("cmai_fast.mbat.evaluating.verdicts", planted)
     trainer.train()
     assert trainer.state.best_metric == 0.75 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = parameters(trainer)
@@ -243,7 +243,7 @@ def test_starts_go_by_place_where_samples_have_no_ids(make_trainer, data, monkey
         seen.extend(sample_ids.tolist())
         return verdicts(*args, sample_ids=sample_ids, **kwargs)
 
-    monkeypatch.setattr("cmai_fast.mbat.trainer.verdicts", spy)
+    monkeypatch.setattr("cmai_fast.mbat.evaluating.verdicts", spy)
     trainer = make_trainer(eval_dataset=Subset(data, range(6)), per_device_eval_batch_size=4, eval_attack_steps=1)
     collate = trainer.data_collator
     trainer.data_collator = lambda samples: {k: v for k, v in collate(samples).items() if k != "sample_ids"}

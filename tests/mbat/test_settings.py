@@ -6,21 +6,20 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from cmai_fast.mbat import MBATConfig
+from cmai_fast.mbat import MBATConfig, evaluating
 from cmai_fast.mbat import step as step_module
-from cmai_fast.mbat import trainer as trainer_module
 from cmai_fast.threat import ThreatModel
 
 
 def test_eps_and_norm_set_later_train_and_evaluate(make_trainer, data, monkeypatch):
     trainer = make_trainer(max_steps=1, save_strategy="no", eval_dataset=Subset(data, range(2)), eval_attack_steps=1)
     seen = {"training": [], "evaluation": []}
-    attack, look = step_module.maximise, trainer_module.verdicts
+    attack, look = step_module.maximise, evaluating.verdicts
     monkeypatch.setattr(
         step_module, "maximise", lambda o, c, t, *a, **k: seen["training"].append(t) or attack(o, c, t, *a, **k)
     )
     monkeypatch.setattr(
-        trainer_module, "verdicts",
+        evaluating, "verdicts",
         lambda v, t, *a, **k: seen["evaluation"].append(t) or look(v, t, *a, **k),
     )  # fmt: skip
     trainer.args.norm, trainer.args.eps = "l2", 1.5
