@@ -128,7 +128,7 @@ def immunize(
 ) -> None:
     """Train a model against attacks, then attack it before and after.
 
-    Writes model/ (a plain transformers folder), cmcv/ (consistency heads and threshold), results.json and report.html.
+    Writes model/ (a plain transformers folder), cmcv/ (verifier and threshold), results.json and report.html.
     """
     threat = options.read_threat(norm, eps)
     largest = None if eps_max is None else parse_eps(eps_max, norm, "--eps-max")

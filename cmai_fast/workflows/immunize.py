@@ -60,6 +60,11 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
             f"{settings.model} holds adapters, which come frozen, and immunize writes a whole model; save "
             "merge_and_unload() of the PeftModel and name that folder, or train the adapters by MBATTrainer"
         )
+    if before.chooses and args.consistency_steps:
+        raise ValueError(
+            f"consistency_steps is {args.consistency_steps}, and {settings.model} is a dual encoder, whose S_c is not "
+            "that of a verifier; expected 0"
+        )
     entries = [
         Entry("undefended", UNDEFENDED, settings.model, lambda: before),
         Entry("immunised", IMMUNISED, str(out / "model"), partial(training.load, settings, str(out / "model"))),

@@ -185,7 +185,9 @@ def fitted(
 
 def needs_consistency(settings: ImmunizeSettings | MBATConfig) -> bool:
     """Whether training measures S_c."""
-    return bool(settings.beta or settings.gamma or settings.arm or settings.consistency_steps)
+    own = defence_values(settings) if isinstance(settings, ImmunizeSettings) else {}
+    values = [own.get(name, getattr(settings, name)) for name in ("beta", "gamma", "arm", "consistency_steps")]
+    return any(values)
 
 
 def must_fit(before: Pipeline, settings: ImmunizeSettings) -> bool:
