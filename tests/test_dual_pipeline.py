@@ -146,7 +146,7 @@ def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, t
         model=clip, data=mine, split_seed=0, max_steps=2, batch_size=4, attack_steps=2, restarts=1, limit=2,
         calibration_samples=2, device="cpu",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="consistency_steps is 5, and .*clip is a dual encoder"):
+    with pytest.raises(ValueError, match=r"consistency_steps is 5, and .*clip is a dual encoder"):
         immunize.immunize(replace(settings, defence="cmai"), tmp_path / "no", progress=False)
     assert not (tmp_path / "no").exists()
     results = immunize.immunize(settings, tmp_path / "run", progress=False)
