@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,10 @@ def test_ninja_builds_what_changed_and_what_reads_a_changed_header(project: Path
 def test_without_ninja_it_builds_as_well(project: Path, tmp_path: Path):
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("g++", "gcc", "as", "ld"):
-        (programs / name).symlink_to(str(shutil.which(name)))
+    own = [str(sysconfig.get_config_var(name) or "g++").split()[0] for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED")]
+    for name in {"g++", "gcc", "as", "ld", *own}:  # Debian's Python calls x86_64-linux-gnu-g++
+        if found := shutil.which(name):
+            (programs / Path(name).name).symlink_to(found)
     run = build(project, PATH=str(programs))
     assert not run.returncode and "ninja" not in run.stdout, run.stderr
     assert number(project) == 41

@@ -366,11 +366,12 @@ def test_weights_of_another_kind_are_refused(load, train, tmp_path, way):
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "ViT-GPT2", "CLIP"])
 def test_other_families(name, tmp_path, way):
     (family,) = (f for f in FAMILIES if f.name == name)
-    batch = family.batch(family.model(), family.samples())
+    batch, bridge = family.batch(family.model(), family.samples()), bridge_of(family.model())
     trainer = MBATTrainer(
         adapt(copy.deepcopy(family.model()), way),
         MBATConfig(output_dir=str(tmp_path / "out"), **{**PLAIN, "lam": 0.4, "gamma": 0.0, "beta": 0.2}),
         processing_class=family.processor,
+        heads=ConsistencyHeads(bridge.image_dim, bridge.text_dim, dim=8, hidden=16),
     )
     learned = check_formula(trainer, batch, 0.4)
     assert all(".lora_" in n for n in learned)
