@@ -14,7 +14,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 .PHONY: help setup demo test lint format bench wheel matrix clean
 
 help:
-	@echo "make demo     immunise the bundled model on real data, write runs/demo/report.html (up to 10 minutes on 2 cores)"
+	@echo "make demo     immunise the bundled model on real data, write runs/demo/report.html (up to 12 minutes on 2 cores)"
 	@echo "make test     run the tests"
 	@echo "make lint     check style (ruff) and types (mypy)"
 	@echo "make format   apply the style, also to C++ if clang-format is installed"

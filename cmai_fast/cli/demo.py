@@ -1,4 +1,4 @@
-"""`cmai-fast demo`: a short immunisation of the bundled model, small enough for two cores and ten minutes."""
+"""`cmai-fast demo`: a short immunisation of the bundled model, small enough for two cores and twelve minutes."""
 
 from __future__ import annotations
 
