@@ -40,6 +40,9 @@ class Texts:
     def rows(self, rows: Tensor | None) -> Texts:
         return self if rows is None else Texts(*(value[rows] for value in vars(self).values()))
 
+    def detached(self) -> Texts:
+        return Texts(self.statements.detach(), self.real)
+
 
 class Verifier:
     """Scores an answer by its margin: the log-odds of the answer against its alternatives, given image and question.
@@ -208,7 +211,7 @@ class Verifier:
 
     def scorer(self, texts: Texts) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
         """S_c of features of rows of a batch with these texts, as attacks take it; the texts are not differentiated."""
-        fixed = Texts(*(value.detach() for value in vars(texts).values()))
+        fixed = texts.detached()
         return lambda features, tokens, rows: self.consistency(features, fixed.rows(rows), tokens)
 
     def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:

@@ -25,8 +25,8 @@ class RecordCollator:
     `default_data_collator` for rows that already hold the model's inputs.
 
     For heads, wrong answers are added if every record of a batch has some and gamma is above 0; for a verifier,
-    `statements` about each record. Records without ids get no
-    `sample_ids`, so that those of different batches and processes are told apart.
+    `statements` about each record. Records without ids get no `sample_ids`, so that those of different batches and
+    processes are told apart.
     """
 
     def __init__(

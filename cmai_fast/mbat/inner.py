@@ -14,6 +14,7 @@ means the same for each of them, and for samples of which the model is sure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from cmai_fast.attacks.ascent import Ascent, ascend, step_sizes
 from cmai_fast.attacks.gradients import Course, Exact, Gradient, StaleBridge
 from cmai_fast.attacks.gradients import refresh_steps as refresh_steps  # for checks of a solver's settings
-from cmai_fast.attacks.losses import weighted
+from cmai_fast.attacks.losses import Loss, weighted
 from cmai_fast.attacks.state import Tally, prepare
 from cmai_fast.attacks.victim import Passes, Victim
 from cmai_fast.threat import ThreatModel
@@ -86,15 +87,32 @@ def maximise(
         steps, step_size = 1, 1.25 * threat.eps if step_size is None else step_size
     staleness: list[Tensor] = []
     gradient: Gradient = StaleBridge(refreshes, bridge_gradient, staleness) if solver == "bridge" else Exact()
+    loss, sizes = weighted(alpha, beta, balance=balance), step_sizes(threat.eps, steps, step_size)
+    return climbed(victim, clean, threat, loss, gradient, sizes, seed, sample_ids, staleness)
+
+
+def climbed(
+    victim: Victim,
+    clean: Tensor,
+    threat: ThreatModel,
+    loss: Loss,
+    gradient: Gradient,
+    sizes: Sequence[float],
+    seed: int,
+    sample_ids: Tensor | None,
+    staleness: Sequence[Tensor] = (),
+) -> InnerResult:
+    """The last iterate of an ascent of `loss` from a random start, with steps of these sizes; arguments as of
+    `maximise`. The model is restored, also after an exception."""
     outer_passes, victim.passes = victim.passes, Passes()
     try:
         with victim.attack_mode():
             clean, eps, sample_ids = prepare(victim, clean, threat, sample_ids)
-            estimate = gradient.start(
-                Course(victim, weighted(alpha, beta, balance=balance), clean, sample_ids, steps, seed)
-            )
+            estimate = gradient.start(Course(victim, loss, clean, sample_ids, len(sizes), seed))
             at, tally = Ascent.begin(victim, clean, eps, threat.norm, noise=(seed, sample_ids)), Tally(victim, clean)
-            ascend(victim, at, estimate, step_sizes(threat.eps, steps, step_size), threat.norm, tally)
-            return InnerResult(at.adv, at.model_input, victim.passes, staleness, tally.nonfinite, tally.zero_gradients)
+            ascend(victim, at, estimate, sizes, threat.norm, tally)
+            return InnerResult(
+                at.adv, at.model_input, victim.passes, list(staleness), tally.nonfinite, tally.zero_gradients
+            )
     finally:
         victim.passes = outer_passes + victim.passes

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from cmai_fast.attacks import Victim
-from cmai_fast.attacks.ascent import Ascent, ascend, step_sizes
-from cmai_fast.attacks.gradients import Course, Exact
-from cmai_fast.attacks.state import Tally, prepare
-from cmai_fast.attacks.victim import Outputs, Passes
+from cmai_fast.attacks.ascent import step_sizes
+from cmai_fast.attacks.gradients import Exact
+from cmai_fast.attacks.victim import Outputs
 from cmai_fast.bridge import frozen
 from cmai_fast.cmcv.verifier import Texts, Verifier
-from cmai_fast.mbat.inner import InnerResult
+from cmai_fast.mbat.inner import InnerResult, climbed
 from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices
 from cmai_fast.pixels import PixelSpace
 from cmai_fast.threat import ThreatModel
@@ -116,17 +115,9 @@ def inconsistent(
     sample_ids: Tensor | None = None,
 ) -> InnerResult:
     """Images in the ball with the least S_c that PGD finds; the language model does not run."""
-    fixed = Texts(*(value.detach() for value in vars(texts).values()))
-    outer, victim.passes = victim.passes, Passes()
-    with victim.attack_mode(), frozen(verifier.network):
-        clean, eps, ids = prepare(victim, clean, ball, sample_ids)
-        estimate = Exact(judge=False).start(Course(victim, AnswerLoss(verifier, fixed), clean, ids, steps, seed))
-        at = Ascent.begin(victim, clean, eps, ball.norm, noise=(seed, ids))
-        tally = Tally(victim, clean)
-        ascend(victim, at, estimate, step_sizes(ball.eps, steps), ball.norm, tally)
-    found = InnerResult(at.adv, at.model_input, victim.passes, [], tally.nonfinite, tally.zero_gradients)
-    victim.passes = outer + found.passes
-    return found
+    loss = AnswerLoss(verifier, texts.detached())
+    with frozen(verifier.network):
+        return climbed(victim, clean, ball, loss, Exact(judge=False), step_sizes(ball.eps, steps), seed, sample_ids)
 
 
 def _loss(verifier: Verifier, victim: Victim, texts: Texts, model_input: Tensor, train_tower: bool) -> Tensor:

@@ -159,10 +159,11 @@ def fitted(
     A model without any score gets this one, with a threshold, so that its detector can be compared.
     """
     progress = progress or Silent()
-    if not must_fit(before, settings) and not needs_consistency(settings):
+    fits = must_fit(before, settings)
+    if not fits and not needs_consistency(settings):
         return None
     samples = training_samples(settings.source, settings.task, before)
-    if not must_fit(before, settings):
+    if not fits:
         if before.chooses:
             assert before.heads is not None
             return before.heads
