@@ -76,3 +76,23 @@ class ThreatModel:
         if flat.shape[1] == 0:
             return flat.new_zeros(len(flat))
         return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+
+
+@dataclass(frozen=True)
+class WordBall:
+    """A ball around the input embedding of each word of a prompt, relative to the embedding's own length.
+
+    Args:
+        norm: `l2`: the Euclidean norm of what is added to a word is at most `eps` times the word's; `linf`: each of its
+            elements is at most `eps` times the word's root mean square.
+        eps: at 1 a word can be replaced by nothing at all.
+    """
+
+    norm: Literal["linf", "l2"] = "l2"
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"text_norm is {self.norm!r}; expected one of {', '.join(NORMS)}")
+        if not 0.0 <= self.eps < float("inf"):
+            raise ValueError(f"text_eps is {self.eps}; expected a finite share of a word's length, at least 0")

@@ -157,7 +157,20 @@ processes (`num_items_in_batch`). If the model's forward does not take this numb
 each one's mean over tokens. `loss_reduction="samples"` takes the mean over samples of each sample's mean over its
 tokens. `eval_loss` is a mean over samples.
 
-A sample without image tokens is trained on its text: there is no image to perturb, so its loss counts once, in full.
+A sample without image tokens is trained on its text: there is no image to perturb, so its loss counts once, in full
+(with `modality` text or both its words are attacked).
+
+## Attacks on the text
+
+`modality="text"` attacks the words of the prompt in place of the image, `"both"` the two together. A perturbation is
+added to the input embedding of each word, at most `text_eps` times as long as the embedding itself (`text_norm="linf"`:
+each element at most `text_eps` times its root mean square). Image tokens and responses stay.
+
+The gradient at the words comes with the one at the bridge, from the same backward pass, and the best step along it has
+a closed form: `both` takes no pass more than `image`, and `text` with the bridge solver and `refreshes=0` takes one
+adversarial pass of the language side and nothing else. `evaluate` attacks what training attacks, by PGD. S_c reads the
+image, so `beta` and ARM concern attacks on it. Dual encoders, encoder-decoders and FSDP are refused. [What this
+buys](results.md#attacks-on-the-text).
 
 ## S_c: heads or a verifier
 

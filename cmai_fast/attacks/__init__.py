@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cmai_fast.attacks.losses import LOSSES, targeted, weighted
     from cmai_fast.attacks.state import AttackResult
     from cmai_fast.attacks.victim import Evaluation, Outputs, Passes, Victim
+    from cmai_fast.attacks.words import Words
 
 __all__ = [
     "ATTACKS",
@@ -29,6 +30,7 @@ __all__ = [
     "Passes",
     "StaleBridge",
     "Victim",
+    "Words",
     "attack",
     "exact_gradient",
     "targeted",
@@ -51,5 +53,6 @@ __getattr__ = lazily(
         "Outputs": "victim",
         "Passes": "victim",
         "Victim": "victim",
+        "Words": "words",
     },
 )

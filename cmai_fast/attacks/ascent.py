@@ -77,7 +77,8 @@ def ascend(
 ) -> None:
     """Takes a step of each of `sizes` along the estimated gradient, in place: afterwards `at` holds the last iterate.
 
-    With `best`, each evaluated iterate is offered to it, and fooled rows are dropped from the batch.
+    With `best`, each evaluated iterate is offered to it, and fooled rows are dropped from the batch. Words under attack
+    take a step wherever the gradient came with theirs.
     """
     step = ops.pgd_linf_step_ if norm == "linf" else ops.pgd_l2_step_
     space = geometry(victim, at.clean)
@@ -97,6 +98,8 @@ def ascend(
             velocity=at.velocity, decay=decay, nonfinite=bad, **space,
         )  # fmt: skip
         tally.add(grad, bad, at.rows)
+        if victim.words is not None:
+            victim.words.climb(2 * (1 - k / len(sizes)), at.rows)
 
 
 def ascend_restart(run: Restart, sizes: Sequence[float], *, noise: bool, decay: float, early_stop: bool) -> None:

@@ -151,7 +151,7 @@ class Attack:
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
-    frozenset({"ascent", "attack", "deployed", "gradients", "losses", "restarts", "state", "victim"}),
+    frozenset({"ascent", "attack", "deployed", "gradients", "losses", "restarts", "state", "victim", "words"}),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from cmai_fast.pixels import PixelSpace
 if TYPE_CHECKING:
     from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
+    from cmai_fast.attacks.words import Words
 
 
 # (h_v (n, T, image_dim), how many of its tokens are no padding (n,), rows of the batch) -> S_c (n,), differentiable.
@@ -67,6 +68,7 @@ class Victim(BatchImages):
 
     Attributes:
         deployed: the guard around the model, for the adaptive attack; None: there is none.
+        words: the prompts, if they are under attack too: each full pass with a gradient moves them.
 
     `passes` counts the model passes.
 
@@ -87,6 +89,7 @@ class Victim(BatchImages):
         self.heads, self.text_features, self.scorer = heads, text_features, scorer
         self.passes = Passes()
         self.deployed: Deployed | None = None
+        self.words: Words | None = None
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None
         self._tokens = bridge.image_tokens(self.batch)
@@ -189,19 +192,29 @@ class Outputs:
     def _texts(self) -> Mapping[str, Tensor]:
         return self._victim.rows(self._batch, self._rows)
 
+    def _said(self) -> AbstractContextManager[None]:
+        words = self._victim.words
+        if words is None:
+            return nullcontext()
+        if self._batch is not self._victim.batch:
+            raise ValueError("the words of a victim are under attack, and other texts are asked for; expected its own")
+        return words.said(self._rows)
+
     def _judged(self) -> tuple[Tensor, Tensor]:
         if self._losses is None:
             if self._logits is not None:
                 logits, targets = self._logits
                 self._losses = task_loss(logits, targets), is_right(logits.detach(), targets)
             else:
-                self._losses = self._victim.bridge.losses(self._features, **self._texts())
+                with self._said():
+                    self._losses = self._victim.bridge.losses(self._features, **self._texts())
                 self._victim.passes.full_forward += 1
         return self._losses
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         if self._logits is None:
-            self._logits = self._victim.bridge.fuse(self._features, **self._texts())
+            with self._said():
+                self._logits = self._victim.bridge.fuse(self._features, **self._texts())
             self._victim.passes.full_forward += 1
         return self._logits
 

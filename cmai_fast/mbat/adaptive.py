@@ -44,6 +44,11 @@ class AdaptiveTrainer(Trainer):
     def _check_arm(self, args: MBATConfig) -> None:
         """Raises ValueError for an ARM that is asked for and has no trained heads."""
         trained = self._has_trained_heads(args)
+        if args.arm and args.modality == "text":
+            raise ValueError(
+                "arm is True and modality 'text': ARM acts on S_c of adversarial images, of which there are none. Set "
+                "modality to 'both', or leave arm out"
+            )
         if args.arm and not trained:
             raise ValueError(
                 "arm is True, and there are no trained consistency heads to measure S_c with: heads is None and gamma "
@@ -63,7 +68,7 @@ class AdaptiveTrainer(Trainer):
     def schedule(self) -> ARMSchedule | None:
         """ARM with the current settings; None if it is off."""
         args = self.args
-        if args.arm is False or not self._has_trained_heads(args):
+        if args.arm is False or args.modality == "text" or not self._has_trained_heads(args):
             return None
         ranges = {
             "beta": Range(args.beta, args.beta_max, args.beta_step),

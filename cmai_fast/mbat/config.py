@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 from cmai_fast.attacks.losses import BALANCES
 from cmai_fast.bridge.recompute import MODES
 from cmai_fast.mbat.inner import SOLVERS, refresh_steps
-from cmai_fast.threat import ThreatModel, parse_eps
+from cmai_fast.threat import ThreatModel, WordBall, parse_eps
 
 REDUCTIONS = ("tokens", "samples")
+MODALITIES = ("image", "text", "both")
 
 
 @dataclass
@@ -37,7 +38,21 @@ class MBATConfig(TrainingArguments):
     )
     refreshes: int = field(default=0, metadata={"help": "R, refreshes of the bridge gradient; 0: the clean branch's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of S_c in the inner problem; ARM starts from it."})
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Weight of S_c in the attack on the image; ARM starts from it. Of no use in modality text."},
+    )
+    modality: str = field(
+        default="image",
+        metadata={
+            "help": "What is attacked: image; text, the input embeddings of the prompt's words, in a ball of text_eps "
+            "around each; or both."
+        },
+    )
+    text_eps: float = field(
+        default=0.1, metadata={"help": "Radius of a word's ball, as a share of the length of its embedding."}
+    )
+    text_norm: str = field(default="l2", metadata={"help": "l2, or linf, which is relative to the root mean square."})
     balance: str = field(
         default="direction",
         metadata={
@@ -120,6 +135,11 @@ class MBATConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Collators need all columns of a record."})
 
     @property
+    def words(self) -> WordBall | None:
+        """The ball of each word of the prompt; None if the text is not attacked."""
+        return None if self.modality == "image" else WordBall(self.text_norm, self.text_eps)  # type: ignore[arg-type]
+
+    @property
     def threat(self) -> ThreatModel:
         """The ball of the current `norm` and `eps`."""
         return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # checked there
@@ -143,11 +163,12 @@ class MBATConfig(TrainingArguments):
 
     def _check(self) -> None:
         """Raises ValueError for a bad value, or two that exclude each other."""
-        _ = self.threat
+        _ = self.threat, WordBall(self.text_norm, self.text_eps)  # type: ignore[arg-type]
         for name, choices in (
             ("inner", (*SOLVERS, "none")),
             ("loss_reduction", REDUCTIONS),
             ("balance", BALANCES),
+            ("modality", MODALITIES),
             ("recompute", MODES),
             ("trainable", ("all", "vision")),
         ):

@@ -10,11 +10,12 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from cmai_fast.attacks.words import Words
 from cmai_fast.bridge import frozen
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.batches import checked, no_features, rows_with_images
 from cmai_fast.mbat.parts import OF_SAMPLES, DoesNotFitError, agreed, halved
-from cmai_fast.mbat.robust_eval import untouched, verdicts
+from cmai_fast.mbat.robust_eval import on_words, untouched, verdicts
 from cmai_fast.mbat.step import StepTrainer
 
 
@@ -105,14 +106,17 @@ class EvaluatingTrainer(StepTrainer):
     def _look_at(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "pixel_values" not in inputs:
             _, text = self.bridge.inputs(inputs)
+            features, steps = no_features(self.bridge, text), self.args.eval_attack_steps
             with frozen(self.model), torch.no_grad():
-                loss, right = self.bridge.losses(no_features(self.bridge, text), **text)
+                loss, right = self.bridge.losses(features, **text)
             found = {"loss": loss, "accuracy": right.to(loss)}
-            robust = {f"robust_{name}": value for name, value in found.items()} if self.args.eval_attack_steps else {}
-            return found | robust
+            if steps and self.args.words is not None:
+                return found | on_words(Words(self.bridge, text, self.args.words), features, steps)
+            return found | ({f"robust_{name}": value for name, value in found.items()} if steps else {})
         return verdicts(
             self._victim(inputs), self.args.threat, self.args.eval_attack_steps,
-            seed=self.args.seed, sample_ids=inputs["sample_ids"],
+            seed=self.args.seed, sample_ids=inputs["sample_ids"], words=self.args.words,
+            images=self.args.modality != "text",
         )  # fmt: skip
 
     def _of_each_sample(self, rows: Tensor) -> Tensor:

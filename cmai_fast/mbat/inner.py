@@ -8,6 +8,8 @@
 
 `bridge` freezes p = d(alpha * L_task)/d h_v, the co-state at the bridge, and maximises <p, h_v(x + delta)> through E_v,
 whose gradient is exact: only the language model is linearised. S_c depends on the vision side only and stays exact.
+Words under attack (`Victim.words`) move at no pass of their own: their gradient comes with p, and the step along it has
+a closed form. `reworded` attacks the words alone.
 In every solver p and q = dS_c/d h_v are balanced where they meet (`cmai_fast.attacks.losses.Weighted`), so that beta
 means the same for each of them, and for samples of which the model is sure.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cmai_fast.attacks.ascent import Ascent, ascend, step_sizes
@@ -25,6 +28,8 @@ from cmai_fast.attacks.gradients import refresh_steps as refresh_steps  # for ch
 from cmai_fast.attacks.losses import Loss, weighted
 from cmai_fast.attacks.state import Tally, prepare
 from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.words import Words
+from cmai_fast.bridge import frozen
 from cmai_fast.threat import ThreatModel
 
 SOLVERS = ("pgd", "bridge", "fgsm")
@@ -89,6 +94,34 @@ def maximise(
     gradient: Gradient = StaleBridge(refreshes, bridge_gradient, staleness) if solver == "bridge" else Exact()
     loss, sizes = weighted(alpha, beta, balance=balance), step_sizes(threat.eps, steps, step_size)
     return climbed(victim, clean, threat, loss, gradient, sizes, seed, sample_ids, staleness)
+
+
+def reworded(
+    words: Words, features: Tensor, solver: str, *, steps: int = 10, refreshes: int = 0
+) -> tuple[Tensor, Passes]:
+    """Attacks the words of a batch alone: which samples were wrong on the way (N,) bool, and the passes.
+
+    Args:
+        features: h_v (N, T, D) of the images, which stay.
+        solver, steps, refreshes: as of `maximise`. `bridge` starts from the gradient that the clean branch left, if it
+            did, so that R = 0 costs nothing; each refresh is a pass of the language side.
+
+    The model is restored, also after an exception.
+    """
+    passes = {"pgd": steps, "fgsm": 1, "bridge": refreshes}[solver]
+    if solver == "bridge" and bool(words.known.all()):
+        words.climb(2.0)
+    elif solver == "bridge":
+        passes = max(passes, 1)
+    fooled = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    for k in range(passes):
+        with frozen(words.bridge.model), torch.enable_grad():
+            with words.said():
+                losses, right = words.bridge.losses(features.detach(), **words.texts)
+            words.slope_of(losses)
+        fooled |= ~right
+        words.climb(2 * (1 - k / passes))
+    return fooled, Passes(full_forward=passes, full_backward=passes)
 
 
 def climbed(

@@ -16,11 +16,23 @@ from torch import Tensor, nn
 
 from cmai_fast.attacks import Passes, Victim, exact_gradient
 from cmai_fast.attacks.pgd import pgd
+from cmai_fast.attacks.words import Words
+from cmai_fast.bridge import frozen
+from cmai_fast.mbat.inner import reworded
 from cmai_fast.mbat.shards import is_sharded
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import ThreatModel, WordBall
 
 
-def verdicts(victim: Victim, threat: ThreatModel, steps: int, *, seed: int, sample_ids: Tensor) -> dict[str, Tensor]:
+def verdicts(
+    victim: Victim,
+    threat: ThreatModel,
+    steps: int,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    words: WordBall | None = None,
+    images: bool = True,
+) -> dict[str, Tensor]:
     """`loss` (L_task), `accuracy` (0 or 1), `s_c` if the victim has one, and the same after the attack as `robust_...`;
     (N,) each.
 
@@ -30,6 +42,8 @@ def verdicts(victim: Victim, threat: ThreatModel, steps: int, *, seed: int, samp
     Args:
         steps: of the attack; 0: no attack.
         seed, sample_ids: of its random start, as in `attacks.pgd`.
+        words: the ball of the prompt's words, if they are attacked too.
+        images: False attacks the words alone.
 
     The model is restored afterwards.
     """
@@ -37,12 +51,25 @@ def verdicts(victim: Victim, threat: ThreatModel, steps: int, *, seed: int, samp
     found = _look(victim, victim.space.to_model(clean))
     if steps:
         before = victim.passes
+        if words is not None:
+            victim.words = Words(victim.bridge, victim.bridge.inputs(victim.batch)[1], words)
+        if not images:
+            return found | on_words(victim.words, victim.own_features(), steps)
         result = pgd(victim, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
         assert result.model_input is not None
         _keep_pace(victim, clean, before, steps)
         robust = _look(victim, result.model_input) | {"accuracy": (~result.fooled).to(found["loss"])}
         found |= {f"robust_{name}": value for name, value in robust.items()}
     return found
+
+
+def on_words(words: Words | None, features: Tensor, steps: int) -> dict[str, Tensor]:
+    """The `robust_...` of an attack on the words alone."""
+    assert words is not None
+    fooled, _ = reworded(words, features, "pgd", steps=steps)
+    with frozen(words.bridge.model), torch.no_grad(), words.said():
+        losses, right = words.bridge.losses(features, **words.texts)
+    return {"robust_loss": losses, "robust_accuracy": (right & ~fooled).to(losses)}
 
 
 def _look(victim: Victim, model_input: Tensor) -> dict[str, Tensor]:

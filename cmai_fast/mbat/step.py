@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmai_fast.attacks import Passes, Victim
+from cmai_fast.attacks.words import Words, said
 from cmai_fast.bridge import BatchImages, ModelBridge, frozen
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.cmcv.verifier import Texts, Verifier
@@ -18,7 +19,7 @@ from cmai_fast.data.statements import STATEMENT_IDS
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.batches import no_features, rows_with_images, without_images
 from cmai_fast.mbat.checkpoints import CheckpointedTrainer
-from cmai_fast.mbat.inner import InnerResult, maximise
+from cmai_fast.mbat.inner import InnerResult, maximise, reworded
 from cmai_fast.mbat.loss import sample_weights, smoothed_losses, users_loss
 from cmai_fast.mbat.parts import WEIGHTS, Part, View, agreed, cut, take
 from cmai_fast.mbat.verifier import INNER_STEPS, inconsistent
@@ -139,24 +140,49 @@ class StepTrainer(CheckpointedTrainer):
         if "pixel_values" not in inputs:
             return self._text_side(text, weights)
         clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
-        loss, p = self._clean_branch(clean.leaf, text, weights)
+        words = self._words(text)
+        loss, p = self._clean_branch(clean.leaf, text, weights, words)
         part = Part(text, [clean], *self._read_texts(inputs, text), {"loss_clean": loss}, self._read_statements(inputs))
         if args.inner == "none":
             return part
+        if args.modality == "text":
+            assert words is not None
+            part.sums |= self._on_words(words, clean.leaf, text, weights)
+            return part
         victim = self._victim(inputs, part.own, part.stated, scores=self.beta > 0)
+        victim.words = words
         result = self._attack(victim, inputs["sample_ids"], p)
         model_input = result.model_input.to(clean.leaf.dtype)
         adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
         part.views.append(adversarial)
-        lam = self.lam
-        with torch.set_grad_enabled(lam > 0):
-            loss = self._outer_loss(adversarial.leaf, text, weights)
-        self._count(full_forward=1, full_backward=1)
-        if lam:
-            self.accelerator.backward(self._share * lam * loss)
         counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
-        part.sums |= {"loss_adv": loss.detach(), **dict(zip(_COUNTS, counts, strict=True))}
+        part.sums |= self._adversarial_branch(adversarial.leaf, text, weights, words)
+        part.sums |= dict(zip(_COUNTS, counts, strict=True))
         return part
+
+    def _words(self, text: dict[str, Tensor]) -> Words | None:
+        """The prompts, if they are attacked."""
+        ball = self.args.words if self.args.inner != "none" else None
+        return None if ball is None else Words(self.bridge, text, ball)
+
+    def _on_words(self, words: Words, leaf: Tensor, text: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        """Attacks the prompts alone, then the adversarial branch with the same h_v."""
+        args = self.args
+        _, passes = reworded(words, leaf, args.inner, steps=args.inner_steps, refreshes=args.refreshes)
+        self.passes = self.passes + passes
+        nothing = dict.fromkeys(_COUNTS, torch.zeros((), device=leaf.device))
+        return self._adversarial_branch(leaf, text, weights, words) | nothing
+
+    def _adversarial_branch(
+        self, leaf: Tensor, text: dict[str, Tensor], weights: Tensor, words: Words | None
+    ) -> dict[str, Tensor]:
+        lam = self.lam
+        with torch.set_grad_enabled(lam > 0), said(words):
+            loss = self._outer_loss(leaf, text, weights)
+        self._count(full_forward=1, full_backward=1)
+        if lam and loss.requires_grad:
+            self.accelerator.backward(self._share * lam * loss)
+        return {"loss_adv": loss.detach()}
 
     @property
     def _of_consistency(self) -> bool:
@@ -183,8 +209,13 @@ class StepTrainer(CheckpointedTrainer):
         return Part(text, [view], None, None, dict(zip(_COUNTS, counts, strict=True)), stated)
 
     def _text_side(self, text: dict[str, Tensor], weights: Tensor) -> Part:
-        """Samples without an image: there is nothing to perturb, so both branches are the same."""
-        loss = self._outer_loss(no_features(self.bridge, text), text, weights)
+        """Samples without an image: unless the text is attacked there is nothing to perturb, so both branches are the
+        same."""
+        features, words = no_features(self.bridge, text), self._words(text)
+        if words is not None:
+            loss, _ = self._clean_branch(features.requires_grad_(), text, weights, words)
+            return Part(text, [], None, None, {"loss_clean": loss} | self._on_words(words, features, text, weights))
+        loss = self._outer_loss(features, text, weights)
         self._count(full_forward=1, full_backward=1)
         if loss.requires_grad:  # false if only the vision side learns
             self.accelerator.backward(self._share * loss)
@@ -201,10 +232,13 @@ class StepTrainer(CheckpointedTrainer):
             if remainder.requires_grad:
                 self.accelerator.backward(remainder)
 
-    def _clean_branch(self, leaf: Tensor, text: dict[str, Tensor], weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _clean_branch(
+        self, leaf: Tensor, text: dict[str, Tensor], weights: Tensor, words: Words | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The loss of the clean images (0-d, detached) and p per sample, (N, T, D), or None if no solver needs it.
 
-        Leaves the gradients of the language model in `.grad`, and that of the bridge in `leaf.grad`. With another loss
+        Leaves the gradients of the language model in `.grad`, that of the bridge in `leaf.grad`, and with p, that of
+        `words` there. With another loss
         than L_task, p is None too: the solver computes its own, with one more full pass. (With label smoothing, the
         loss of a sample that the model is sure of falls while L_task rises.)
         """
@@ -216,10 +250,12 @@ class StepTrainer(CheckpointedTrainer):
                 return self._outer_loss(leaf, text, weights), None
         self._count(full_forward=1, full_backward=1)
         if not weight:
-            losses = self.bridge.losses(leaf, **text)[0]
+            with said(words):
+                losses = self.bridge.losses(leaf, **text)[0]
             (p,) = torch.autograd.grad(losses.sum(), leaf)
             return (weights.to(losses) * losses).sum().detach(), p
-        loss = self._outer_loss(leaf, text, weights)
+        with said(words if wants_p else None):
+            loss = self._outer_loss(leaf, text, weights)
         self.accelerator.backward(self._share * weight * loss)
         if not wants_p:
             return loss.detach(), None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from cmai_fast.attacks import Passes
+from cmai_fast.attacks.words import check_words
 from cmai_fast.bridge import bridge_of, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.verifier import Verifier
@@ -97,6 +98,8 @@ class MBATTrainer(EvaluatingTrainer):
             )
         if self.verifier and (args.gamma or args.consistency_steps):
             self.verifier.network.requires_grad_(True)  # one that was loaded or fitted comes frozen
+        if args.words:
+            check_words(self.bridge)
         if self.heads is None and (args.beta or args.gamma):
             if not args.gamma:
                 raise ValueError(
@@ -119,10 +122,11 @@ class MBATTrainer(EvaluatingTrainer):
             super().__init__(model, args, data_collator, *positional, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             check_sharding(self)
-        if self.verifier and shards.is_sharded(self.model):
+        if (self.verifier or args.words) and shards.is_sharded(self.model):
+            what = "heads is a verifier" if self.verifier else f"modality is {args.modality!r}"
             raise ValueError(
-                "heads is a verifier, which reads the input embeddings, and the model is sharded (FSDP); give "
-                "ConsistencyHeads, or train without FSDP"
+                f"{what}, which reads the input embeddings, and the model is sharded (FSDP); give ConsistencyHeads and "
+                "modality 'image', or train without FSDP"
             )
         check_loss(self)
         check_dispatch(self)

@@ -1,0 +1,133 @@
+"""An attack on the words of a prompt: a perturbation of their input embeddings, each in a ball of its own.
+
+Perturbed word embeddings in training are those of Miyato et al. (2017); a ball relative to each word's own length makes
+one radius fit embeddings of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmai_fast.bridge import Bridge, ModelBridge
+from cmai_fast.bridge.labels import IGNORE
+from cmai_fast.threat import WordBall
+
+
+class Words:
+    """The prompts of a batch under attack.
+
+    What is added to the embeddings changes the language side alone, so the gradient at the words comes with the one at
+    the bridge, from the same backward pass. Whatever attack or training step runs a full pass inside `said` leaves the
+    gradient here, and `climb` takes a step along it: the maximum of the linearised loss is at a corner of the ball that
+    is known in closed form.
+
+    Args:
+        bridge: of a model that reads prompt and response as one sequence.
+        texts: inputs of `Bridge.fuse`.
+        ball: of each word.
+
+    Attributes:
+        delta: (N, L, text_dim) float32, 0 at image tokens, responses and padding.
+
+    Raises:
+        ValueError: a dual encoder or an encoder-decoder.
+    """
+
+    def __init__(self, bridge: ModelBridge, texts: Mapping[str, Tensor], ball: WordBall) -> None:
+        check_words(bridge)
+        self.bridge, self.texts, self.ball = bridge, dict(texts), ball
+        ids, image = texts["input_ids"], texts["input_ids"] == bridge.model.config.image_token_id
+        prompt = (texts["labels"] == IGNORE) & texts["attention_mask"].bool() & ~image
+        with torch.no_grad():
+            own = bridge.model.get_input_embeddings()(ids.masked_fill(image, 0)).float()
+        length = own.norm(dim=-1, keepdim=True) * prompt[..., None]
+        self._radius = ball.eps * (length if ball.norm == "l2" else length / own.shape[-1] ** 0.5)
+        self.delta = torch.zeros_like(own)
+        self._slope, self._fresh = torch.zeros_like(own), prompt.new_zeros(len(ids))
+        self._moved = False
+        self._leaf: Tensor | None = None
+
+    @property
+    def known(self) -> Tensor:
+        """(N,) bool: rows with a gradient that no step was taken along yet."""
+        return self._fresh
+
+    @contextmanager
+    def said(self, rows: Tensor | None = None) -> Iterator[None]:
+        """Inside, the language side reads the perturbed words of `rows` (n,) of the batch (None: all), and backward
+        passes through it leave their gradients."""
+        place = slice(None) if rows is None else rows
+
+        def perturbed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            words, delta = kwargs.get("inputs_embeds"), self.delta[place]
+            if words is None or words.shape != delta.shape:
+                found = None if words is None else tuple(words.shape)
+                raise ValueError(
+                    f"{type(self.bridge.model).__name__} calls its language model with inputs_embeds of shape {found}, "
+                    f"and the words under attack have {tuple(delta.shape)}; text attacks do not support this model"
+                )
+            if torch.is_grad_enabled() and not words.requires_grad:
+                self._leaf = delta.to(words.dtype, copy=True).requires_grad_()
+                words = words + self._leaf
+            elif self._moved:
+                words = words + delta.to(words.dtype)
+            if words.requires_grad:
+                words.register_hook(lambda gradient: self._keep(gradient, place))
+            return args, {**kwargs, "inputs_embeds": words}
+
+        handle = self.bridge.model.get_decoder().register_forward_pre_hook(perturbed, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def slope_of(self, losses: Tensor) -> None:
+        """Leaves the gradients of losses (n,) that were computed inside `said`, where nothing else needs a gradient."""
+        assert self._leaf is not None
+        torch.autograd.grad(losses.sum(), self._leaf)
+
+    def _keep(self, gradient: Tensor, place: slice | Tensor) -> None:
+        # In float16 a loss is differentiated several times, scaled less and less: the first finite gradient counts.
+        gradient = gradient.detach().float()
+        new = gradient.flatten(1).isfinite().all(1) & ~self._fresh[place]
+        self._slope[place] = torch.where(new[:, None, None], gradient, self._slope[place])
+        self._fresh[place] |= new
+
+    def climb(self, share: float, rows: Tensor | None = None) -> None:
+        """Moves the words of `rows` (None: all) by `share` of their radius along their new gradients, inside the ball.
+        Rows without a new gradient stay; the gradients are used up."""
+        move = self._fresh.clone()
+        if rows is not None:
+            move &= torch.zeros_like(move).index_fill_(0, rows, True)
+        self._fresh.zero_()
+        if not move.any():
+            return
+        slope, delta = self._slope[move], self.delta[move]
+        radius = self._radius[move]
+        if self.ball.norm == "linf":
+            delta = delta + share * radius * slope.sign()
+            self.delta[move] = torch.minimum(torch.maximum(delta, -radius), radius)
+        else:
+            tiny = torch.finfo(slope.dtype).tiny
+            delta = delta + share * radius * slope / slope.norm(dim=-1, keepdim=True).clamp_min(tiny)
+            self.delta[move] = delta * (radius / delta.norm(dim=-1, keepdim=True).clamp_min(tiny)).clamp_max(1.0)
+        self._moved = True
+
+
+def said(words: Words | None) -> AbstractContextManager[None]:
+    """`words.said()`, if there are any."""
+    return nullcontext() if words is None else words.said()
+
+
+def check_words(bridge: ModelBridge) -> None:
+    """Raises ValueError for a model whose prompt cannot be attacked."""
+    if not isinstance(bridge, Bridge):
+        raise ValueError(
+            f"{type(bridge.model).__name__} has no prompt and response in one sequence, which attacks on words need; "
+            "set modality to 'image'"
+        )
