@@ -60,7 +60,15 @@ def fake_model(robust: float, asr: float, clean: float, falls_at: float, detecto
                 "passes": {"forward": 101000, "backward": 100000},
             },
         },
-        "curve": [{"eps": n / 255, "acc_robust": clean / (1 + math.exp((n - falls_at) / 2.1))} for n in levels],
+        "curve": [
+            {
+                "eps": n / 255,
+                "acc_robust": clean / (1 + math.exp((n - falls_at) / 2.1)),
+                "score": {"mean": 0.6 - 0.01 * n, "low": 0.4 - 0.01 * n, "high": 0.7 - 0.01 * n},
+                "fooled_and_accepted": 0.004 * n,
+            }
+            for n in levels
+        ],
         "s_c": {
             "clean": fake_histogram(0.62, 0.1, 1),
             "adversarial": fake_histogram(0.62 - 0.3 * detector, 0.16, 2),

@@ -189,12 +189,20 @@ def curve_stage(threat: ThreatModel, place: int) -> str:
 
 
 def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[str, Any]]:
-    """Robust accuracy under one attack at each radius, each an independent attack on all samples."""
-    points, count = [], len(runner.samples)
+    """Robust accuracy under one attack at each radius, each an independent attack on all samples; with a score, its mean
+    and its 10% and 90% quantiles over the attacked inputs, and what the guard lets through of the wrong answers."""
+    points, count, threshold = [], len(runner.samples), runner.pipeline.threshold
     for i, eps in enumerate(curve_radii(threat)):
         ball = ThreatModel(threat.norm, eps)
         attacked = runner.attack(spec, ball, stage=curve_stage(ball, i), brief=True)
-        points.append({"eps": eps, "acc_robust": float(attacked.right.sum() / count), "attack": spec.key})
+        point = {"eps": eps, "acc_robust": float(attacked.right.sum() / count), "attack": spec.key}
+        if attacked.scores is not None:
+            low, high = np.quantile(attacked.scores, (0.1, 0.9))
+            point["score"] = {"mean": float(attacked.scores.mean()), "low": float(low), "high": float(high)}
+        if attacked.scores is not None and threshold is not None:
+            accepted = attacked.scores >= threshold.tau
+            point["fooled_and_accepted"] = float((accepted & ~attacked.right).sum() / count)
+        points.append(point)
     return points
 
 

@@ -50,11 +50,14 @@ class AttackResults(TypedDict, total=False):
 
 
 class CurvePoint(TypedDict, total=False):
-    """Robust accuracy at one eps (pixel range [0, 1]; a number or a text such as "8/255")."""
+    """Robust accuracy at one eps (pixel range [0, 1]; a number or a text such as "8/255"); with a guard, the score of the
+    attacked inputs (`mean`, and `low` and `high` of the middle 80%) and the share fooled and accepted."""
 
     eps: float | str
     acc_robust: float
     attack: str
+    score: dict[str, float] | None
+    fooled_and_accepted: float | None
 
 
 class Check(TypedDict, total=False):

@@ -199,7 +199,7 @@ class Runner:
         Args:
             stage: its name in the state; None: attack and radius. A name must always mean the same attack.
             keep: keep the attacked images.
-            brief: leave out S_c and the 8-bit images; the 8-bit fields then repeat the others.
+            brief: leave out the 8-bit images; the 8-bit fields then repeat the others.
         """
         spec.check(threat.norm)
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
@@ -231,7 +231,7 @@ class Runner:
             sample_ids=batch["sample_ids"], **spec.settings,
         )  # fmt: skip
         own, adv = _apart(victim, clean), _apart(victim, result.adv)
-        entry = self._judged(rows, adv, own, scored=not brief)
+        entry = self._judged(rows, adv, own)
         if not brief:
             rounded = _apart(victim, round_to_8bit(result.adv, clean, threat))
             known = {k: entry[k] for k in ("predictions", "scores")}

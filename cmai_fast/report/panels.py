@@ -101,7 +101,42 @@ def consistency(results: Results, models: Sequence[Shown]) -> dict[str, Any] | N
     summary = None
     if len(found) > FEW:
         summary = Table("model", ["clean mean", "adversarial mean", "threshold"], [_means(model) for model, _ in found])
-    return {"cards": cards, "summary": summary, "missing": _missing(models, [model for model, _ in found])}
+    return {
+        "cards": cards,
+        "summary": summary,
+        "over_eps": _scores_over_eps(results["settings"], [model for model, _ in found]),
+        "missing": _missing(models, [model for model, _ in found]),
+    }
+
+
+def _scores_over_eps(settings: dict[str, Any], models: Sequence[Shown]) -> list[dict[str, Any]]:
+    """The score of attacked inputs over eps, a chart per model, whose scores have no common unit."""
+    unit, scale = _eps_unit(settings)
+    cards = []
+    for model in models:
+        scored = [p for p in model.record.get("curve") or [] if _is_scored(p)]
+        if not scored:
+            continue
+        at = [(scale * eps_number(p["eps"]), p["score"]) for p in scored]
+        clean = ((model.record.get("s_c") or {}).get("clean") or {}).get("mean")
+        points: list[tuple[float, float | None]] = [(place, score["mean"]) for place, score in at]
+        band = [(place, score["low"], score["high"]) for place, score in at]
+        tips = [f"eps {place:.4g}: mean {decimal(mean, 2)}" for place, mean in points]
+        lines = [charts.Line("attacked", model.look, points, tips, band, marker=model.marker)]
+        if is_number(clean):
+            lines.append(charts.Line("clean mean", "clean", [(0.0, clean), (at[-1][0], clean)]))
+        tau = (model.record.get("detection") or {}).get("threshold")
+        if is_number(tau):
+            lines.append(charts.Line("threshold", "chance", [(0.0, tau), (at[-1][0], tau)]))
+        heights = [value for line in lines for _, value in line.points if value is not None]
+        y = charts.number_axis("score (no unit)", [*heights, *(v for _, *ends in band for v in ends)], ticks=5)
+        x = charts.number_axis(f"eps ({unit})", [0.0, *(place for place, _ in at)], ticks=6)
+        passed = [(place, p.get("fooled_and_accepted")) for (place, _), p in zip(at, scored, strict=True)]
+        shares = ", ".join(f"{percent(share)} at {place:.4g}" for place, share in passed if is_number(share))
+        said = f"Score of attacked inputs over eps for {model.name}: mean, and the range of the middle 80%."
+        note = f"Answered wrongly and accepted: {shares}." if shares else ""
+        cards.append({"model": model, "chart": charts.line_chart(lines, x, y, said), "note": note})
+    return cards
 
 
 def detector(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None:
@@ -281,6 +316,11 @@ def _histograms(model: Shown) -> list[charts.Steps]:
             look = "clean" if kind == "clean" else model.look
             shapes.append(charts.Steps(kind, look, edges, [count / total for count in counts]))
     return shapes
+
+
+def _is_scored(point: dict[str, Any]) -> bool:
+    score = point.get("score")
+    return isinstance(score, dict) and all(is_number(score.get(key)) for key in ("mean", "low", "high"))
 
 
 def _means(model: Shown) -> tuple[Shown | str, list[str]]:

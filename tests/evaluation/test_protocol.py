@@ -58,6 +58,11 @@ def test_the_fitted_model_is_right_and_breaks(subject, samples):
     assert 0 <= low <= record["acc_robust"] <= high <= 1
     assert [p["eps"] for p in record["curve"]] == sorted({*CURVE_EPS, THREAT.eps})
     assert record["curve"][0]["acc_robust"] > record["curve"][-1]["acc_robust"] == record["acc_robust"]
+    for point in record["curve"]:
+        assert point["score"]["low"] <= point["score"]["mean"] <= point["score"]["high"]
+        assert 0 <= point["fooled_and_accepted"] <= 1 - point["acc_robust"]
+    own_radius = next(p for p in record["curve"] if p["eps"] == THREAT.eps)
+    assert own_radius["score"]["mean"] == pytest.approx(measured.attacked["pgd-4"].scores.mean())
     images, own = measured.attacked["pgd-4"].images, measured.runner.images(range(12))
     assert 0 < max((images[i] - own[i]).abs().max() for i in range(12)) <= THREAT.eps + 1e-6
 

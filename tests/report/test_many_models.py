@@ -29,7 +29,7 @@ def test_every_model_stands_in_every_section(count: int) -> None:
         for name in (model["name"] for model in results["models"]):
             assert name in text, (name, anchor)
     assert charts(section(page, "eps")) == charts(section(page, "detector")) == 1
-    assert charts(section(page, "consistency")) == count
+    assert charts(section(page, "consistency")) == 2 * count
     assert f"{count} models on fakevqa" in visible(element(page, "header"))
 
 

@@ -40,9 +40,9 @@ def test_numbers_of_the_tables_appear() -> None:
 def test_one_chart_per_section_that_has_numbers() -> None:
     page = render_report(fake_results())
     found = {name: charts(section(page, name)) for name in ("eps", "consistency", "detector", "training", "overhead")}
-    assert found == {"eps": 1, "consistency": 2, "detector": 1, "training": 4, "overhead": 1}
+    assert found == {"eps": 1, "consistency": 4, "detector": 1, "training": 4, "overhead": 1}
     labels = re.findall(r'<svg class="chart"[^>]*aria-label="([^"]+)"', page)
-    assert len(labels) == 9 and all(label.endswith(".") for label in labels)
+    assert len(labels) == 11 and all(label.endswith(".") for label in labels)
 
 
 def test_chart_places_its_points_where_the_numbers_are() -> None:
@@ -254,6 +254,17 @@ def test_detector_without_threshold_shows_no_row_about_rejection() -> None:
             del model["detection"][key]
     text = visible(section(render_report(results), "detector"))
     assert "AUROC" in text and "with rejection" not in text and "eps/2" not in text and "not measured" not in text
+
+
+def test_the_score_over_eps_is_drawn_with_the_threshold_and_what_passes_it() -> None:
+    results = fake_results()
+    page = render_report(results)
+    assert page.count("Score of attacked inputs over eps for") == 2
+    assert "Answered wrongly and accepted: 0.4% at 1, " in page
+    for model in models_of(results):
+        for point in model["curve"]:
+            point["score"], point["fooled_and_accepted"] = {"mean": None, "low": 0.1, "high": "x"}, None
+    assert "Score over eps" not in render_report(results)
 
 
 def test_the_adaptive_attack_has_a_curve_of_its_own() -> None:
