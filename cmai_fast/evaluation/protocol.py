@@ -189,8 +189,8 @@ def curve_stage(threat: ThreatModel, place: int) -> str:
 
 
 def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[str, Any]]:
-    """Robust accuracy under one attack at each radius, each an independent attack on all samples; with a score, its mean
-    and its 10% and 90% quantiles over the attacked inputs, and what the guard lets through of the wrong answers."""
+    """Robust accuracy under one attack at each radius, each an independent attack on all samples; with a score, its
+    mean and 10% and 90% quantiles over the attacked inputs, and what the guard lets through of the wrong answers."""
     points, count, threshold = [], len(runner.samples), runner.pipeline.threshold
     for i, eps in enumerate(curve_radii(threat)):
         ball = ThreatModel(threat.norm, eps)

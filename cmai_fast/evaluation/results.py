@@ -50,8 +50,8 @@ class AttackResults(TypedDict, total=False):
 
 
 class CurvePoint(TypedDict, total=False):
-    """Robust accuracy at one eps (pixel range [0, 1]; a number or a text such as "8/255"); with a guard, the score of the
-    attacked inputs (`mean`, and `low` and `high` of the middle 80%) and the share fooled and accepted."""
+    """Robust accuracy at one eps (pixel range [0, 1]; a number or a text such as "8/255"); with a guard, the score of
+    the attacked inputs (`mean`, and `low` and `high` of the middle 80%) and the share fooled and accepted."""
 
     eps: float | str
     acc_robust: float

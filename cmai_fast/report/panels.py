@@ -5,7 +5,7 @@ A few models share a chart with names at the ends of their lines, many get a leg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -114,10 +114,10 @@ def _scores_over_eps(settings: dict[str, Any], models: Sequence[Shown]) -> list[
     unit, scale = _eps_unit(settings)
     cards = []
     for model in models:
-        scored = [p for p in model.record.get("curve") or [] if _is_scored(p)]
+        scored = [(p, score) for p in model.record.get("curve") or [] if (score := _score_of(p))]
         if not scored:
             continue
-        at = [(scale * eps_number(p["eps"]), p["score"]) for p in scored]
+        at = [(scale * eps_number(p["eps"]), score) for p, score in scored]
         clean = ((model.record.get("s_c") or {}).get("clean") or {}).get("mean")
         points: list[tuple[float, float | None]] = [(place, score["mean"]) for place, score in at]
         band = [(place, score["low"], score["high"]) for place, score in at]
@@ -131,7 +131,7 @@ def _scores_over_eps(settings: dict[str, Any], models: Sequence[Shown]) -> list[
         heights = [value for line in lines for _, value in line.points if value is not None]
         y = charts.number_axis("score (no unit)", [*heights, *(v for _, *ends in band for v in ends)], ticks=5)
         x = charts.number_axis(f"eps ({unit})", [0.0, *(place for place, _ in at)], ticks=6)
-        passed = [(place, p.get("fooled_and_accepted")) for (place, _), p in zip(at, scored, strict=True)]
+        passed = [(place, p.get("fooled_and_accepted")) for (place, _), (p, _) in zip(at, scored, strict=True)]
         shares = ", ".join(f"{percent(share)} at {place:.4g}" for place, share in passed if is_number(share))
         said = f"Score of attacked inputs over eps for {model.name}: mean, and the range of the middle 80%."
         note = f"Answered wrongly and accepted: {shares}." if shares else ""
@@ -318,9 +318,11 @@ def _histograms(model: Shown) -> list[charts.Steps]:
     return shapes
 
 
-def _is_scored(point: dict[str, Any]) -> bool:
+def _score_of(point: Mapping[str, Any]) -> dict[str, float] | None:
+    """The score at a point of the curve; None without one."""
     score = point.get("score")
-    return isinstance(score, dict) and all(is_number(score.get(key)) for key in ("mean", "low", "high"))
+    there = isinstance(score, dict) and all(is_number(score.get(key)) for key in ("mean", "low", "high"))
+    return score if there else None
 
 
 def _means(model: Shown) -> tuple[Shown | str, list[str]]:
