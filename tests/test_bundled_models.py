@@ -53,7 +53,7 @@ def test_the_bundled_models_answer_by_plain_transformers() -> None:
 def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> None:
     folder = resolve(name)
     files = [f for f in folder.rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) <= 8 * 2**20
+    assert sum(f.stat().st_size for f in files) <= 12 * 2**20
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
     pipeline = Pipeline.load(name)
     assert 1e6 <= sum(p.numel() for p in pipeline.model.parameters()) <= 3e6

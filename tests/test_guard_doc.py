@@ -43,7 +43,8 @@ def test_commands_and_programs_of_the_page_run(tmp_path, monkeypatch):
             if kind == "python":
                 exec(block, names)
         assert len(names["decisions"]) == 2 and "ask-again" in POLICIES
-        case = names["Guard"](names["guard"].pipeline, ("ask-again",), threshold=2.0).decide("photo.png", "is it red?")
+        guard = names["Guard"](names["guard"].pipeline, ("ask-again",), threshold=100.0)
+        case = guard.decide("photo.png", "is it red?")
         assert case.route == "ask-again" and case.answer is not None
     finally:
         POLICIES._things.pop("ask-again", None)

@@ -152,9 +152,8 @@ def test_heads_saved_before_the_settings_were_keep_eight_tokens(pipeline, tmp_pa
 
 @pytest.mark.parametrize("name", ["easyvqa-llava", "easyvqa-llava-immune"])
 def test_bundled_thresholds_say_how_answers_were_generated(name):
-    from cmai_fast.models.loading import find_heads
-
-    assert ConsistencyHeads.from_pretrained(find_heads(name))[1].generation == Generation(8)
+    threshold = Pipeline.load(name).threshold
+    assert threshold.generation == Generation(8) and threshold.fingerprint is not None
 
 
 @pytest.mark.parametrize("family", GENERATIVE, ids=lambda f: f.name)

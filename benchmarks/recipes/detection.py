@@ -5,8 +5,9 @@
 Per radius: the suite (PGD, APGD-CE, then the adaptive attack) on test questions, the model's own detector over all
 attacked inputs and over those that fooled the model, what is fooled and accepted at a share of false rejections
 (`--rate`), and two trivial detectors: energy in high frequencies, and the model's own log p of its answer, on the same
-images and under an adaptive attack of their own. `--heads DIR` takes another calibration. Radii that the file holds are
-not measured again.
+images and under an adaptive attack of their own. `--heads DIR` takes another calibration. On all clean test questions:
+right answers that are accepted at 1% and 5% of false rejections, by kind, and wrong answers that are rejected. What the
+file holds is not measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.metrics import auroc, threshold_at_fpr, tpr_at_fpr
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.tasks import TASKS
 from cmai_fast.threat import ThreatModel, parse_eps
 from cmai_fast.workflows.samples import asked
 
@@ -156,6 +158,33 @@ def one_radius(pipeline: Pipeline, eps: float, args: argparse.Namespace, calibra
     return found
 
 
+def clean_answers(pipeline: Pipeline, calibration: np.ndarray) -> dict[str, Any]:
+    """What the guard does to the clean test split: all answers, those of each kind, and natural mismatches (the
+    question with one of its wrong answers)."""
+    samples, rng = asked(DATA, "test", TASK, None), np.random.default_rng(0)
+    task = TASKS[TASK]
+    said, scores, other = [], [], []
+    for start in track(range(0, len(samples), 128), "clean answers"):
+        rows = samples[start : start + 128]
+        answers, own = pipeline.answer(rows)
+        wrong = [s.wrong_choices[rng.integers(len(s.wrong_choices))] for s in rows]
+        said, scores = said + answers, scores + list(own)
+        other += pipeline.score(rows, wrong).tolist()
+    right = np.array([task.score(a, s) >= 1 for a, s in zip(said, samples, strict=True)])
+    kinds = np.array([s.answer if s.answer in ("yes", "no") else "colour or shape" for s in samples])
+    groups = {"all": np.ones_like(right)} | {kind: kinds == kind for kind in np.unique(kinds)}
+    found: dict[str, Any] = {"n": len(samples), "right": float(right.mean())}
+    for rate in (0.01, 0.05):
+        tau = threshold_at_fpr(calibration, rate)
+        accepted, passed = np.array(scores) >= tau, np.array(other) >= tau
+        found[f"{rate:.0%} false rejections"] = {
+            "right_and_accepted": {k: float((accepted & right)[rows].mean()) for k, rows in groups.items()},
+            "wrong_of_accepted": float((accepted & ~right).sum() / accepted.sum()),
+            "mismatches_rejected": {k: float((~passed)[rows].mean()) for k, rows in groups.items()},
+        }
+    return found
+
+
 def _standing(measured: Any) -> np.ndarray:
     """(N,) bool: right under every attack."""
     standing = measured.clean.right.copy()
@@ -182,6 +211,9 @@ def main() -> None:
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     held_out = asked(DATA, "calibration", TASK, 1000)
     calibration = own_scores(pipeline, held_out, 128)
+    if "clean" not in results:
+        results["clean"] = clean_answers(pipeline, calibration)
+        write_results(results, args.out)
     for eps in args.eps:
         key = f"{eps * 255:g}/255, {args.rate:.0%} false rejections"
         if key in results:

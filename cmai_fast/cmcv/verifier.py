@@ -19,7 +19,7 @@ from cmai_fast.cmcv.saved import AGAIN, read_record, read_weights, write_pair
 from cmai_fast.cmcv.statements import Statements
 from cmai_fast.cmcv.tower import beside
 from cmai_fast.data.sample import Sample
-from cmai_fast.data.statements import PADDING, STATEMENT_ANSWERS, STATEMENT_IDS, Statement, encode
+from cmai_fast.data.statements import PADDING, STATEMENT_ANSWERS, STATEMENT_IDS, Told, encode
 
 FORMAT = 1
 WEIGHTS, RECORD = "verifier.safetensors", "verifier.json"
@@ -66,7 +66,7 @@ class Verifier:
     ) -> None:
         self.tokenizer, self.network, self.alternatives, self.tower = tokenizer, network, alternatives, tower
         self.bridge = bridge if tower is None else bridge_of(tower)
-        self.statements: Callable[[Sample], Sequence[Statement]] = Statements((), alternatives)
+        self.statements: Told = Statements((), alternatives)
         self._embed = bridge.model.get_input_embeddings
         self._known: dict[tuple[str, str], Tensor] = {}  # statements that the network has read since it was frozen
         theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed().weight.shape[1]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from cmai_fast.data.pictures import read_picture
 from cmai_fast.data.prompt import PromptForm, check_text
 from cmai_fast.data.remembered import RememberedPictures
 from cmai_fast.data.sample import Sample, numeric_id
-from cmai_fast.data.statements import Statement, stacked
+from cmai_fast.data.statements import Told, stacked
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _NEGATIVE = ("input_ids", "attention_mask", "labels")
@@ -55,7 +55,7 @@ class VQACollator:
         max_length: int | None = None,
         seed: int = 0,
         control_tokens: Literal["text", "refuse"] = "text",
-        statements: Callable[[Sample], Sequence[Statement]] | None = None,
+        statements: Told | None = None,
     ) -> None:
         self.processor, self.negatives, self.max_length, self.seed = processor, negatives, max_length, seed
         self.statements = statements

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cmai_fast.data.sample import Sample
 
 PADDING = -1  # after a statement's tokens
 STATEMENT_IDS, STATEMENT_ANSWERS = "statement_ids", "statement_answers"  # keys of a batch
 
 # A question, and answers to it: the right one, then wrong ones.
 Statement = tuple[str, Sequence[str]]
+Told = Callable[[Sample], Sequence[Statement]]  # what is said of the picture of a sample
 
 
 def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:

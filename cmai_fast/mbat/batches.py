@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.records import IDS
 from cmai_fast.data.sample import numeric_id
-from cmai_fast.data.statements import STATEMENT_ANSWERS, STATEMENT_IDS, Statement
+from cmai_fast.data.statements import STATEMENT_ANSWERS, STATEMENT_IDS, Told
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.parts import OF_SAMPLES, WEIGHTS
@@ -34,7 +34,7 @@ class RecordCollator:
         processor: Any,
         bridge: ModelBridge,
         args: MBATConfig,
-        statements: Callable[[Sample], Sequence[Statement]] | None = None,
+        statements: Told | None = None,
     ) -> None:
         self.processor, self.context, self.needs, self.args = processor, bridge.context, bridge.needs, args
         self.statements = statements

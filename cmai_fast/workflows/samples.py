@@ -13,7 +13,7 @@ from torch import Tensor
 from cmai_fast.data import Sample, VQACollator
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.sources import DataSource, check_answers, check_images
-from cmai_fast.data.statements import Statement
+from cmai_fast.data.statements import Told
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, Task, with_choices
 
@@ -40,9 +40,7 @@ def training_samples(
     return samples if chooses else with_choices(samples, TASKS[task])
 
 
-def training_collator(
-    pipeline: Pipeline, seed: int, statements: Callable[[Sample], Sequence[Statement]] | None = None
-) -> VQACollator | ChoiceCollator:
+def training_collator(pipeline: Pipeline, seed: int, statements: Told | None = None) -> VQACollator | ChoiceCollator:
     """The collator of training: with what is said of each picture or, without `statements`, one wrong answer per
     sample, drawn with `seed`; for a dual encoder, with the texts of the batch to choose from."""
     if isinstance(pipeline.collate, ChoiceCollator):
@@ -75,7 +73,7 @@ def training_batches(
     samples: Sequence[Sample],
     batch_size: int,
     seed: int,
-    statements: Callable[[Sample], Sequence[Statement]] | None = None,
+    statements: Told | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches of `training_collator`, in an order that depends only on `seed`."""
     return endless(pipeline, samples, training_collator(pipeline, seed, statements), batch_size, seed)

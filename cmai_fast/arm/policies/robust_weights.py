@@ -38,14 +38,15 @@ class RobustWeights:
             adapters, which are merged into their base model.
         alpha: share of the immunised weights; None: by score, from a quarter just below the threshold to 1 at
             threshold - reach.
-        reach: the distance below the threshold at which alpha by score is 1.
+        reach: the distance below the threshold at which alpha by score is 1; None: 4 for a verifier's log-odds, 0.25
+            for a cosine.
         check: answer only if the new answer's score, by what the immunised model was calibrated with, reaches its
             threshold.
     """
 
     robust: str = ""
     alpha: float | None = 1.0
-    reach: float = 0.25
+    reach: float | None = None
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class RobustWeights:
             )
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise ValueError(f"robust-weights: alpha is {self.alpha}; expected a share above 0 and up to 1, or none")
-        if not 0 < self.reach < math.inf:
+        if self.reach is not None and not 0 < self.reach < math.inf:
             raise ValueError(f"robust-weights: reach is {self.reach}; expected a distance of scores above 0")
 
     def bind(self, pipeline: Pipeline) -> _Bound:
@@ -79,7 +80,8 @@ class RobustWeights:
                     "(cmai-fast calibrate), or set check to false"
                 )
         name = f"{pipeline.name} with weights of {self.robust}"
-        again = Pipeline(name, pipeline.model, pipeline.processor, heads, threshold, pipeline.generation, verifier)
+        with weights.switched(1.0, pipeline.processor.tokenizer):  # those that the threshold was set with
+            again = Pipeline(name, pipeline.model, pipeline.processor, heads, threshold, pipeline.generation, verifier)
         again.collate = pipeline.collate
         return _Bound(self, weights, again)
 
@@ -118,7 +120,8 @@ class _Bound:
     def _alpha(self, case: Case) -> float:
         if self.settings.alpha is not None:
             return self.settings.alpha
-        share = (case.threshold - case.score) / self.settings.reach
+        reach = self.settings.reach or (4.0 if case.pipeline.verifier else 0.25)
+        share = (case.threshold - case.score) / reach
         return 1.0 if not share < 1 else max(1, math.ceil(share * _LEVELS)) / _LEVELS  # 1 also for NaN
 
 

@@ -14,7 +14,7 @@ FEW = {"n0": 10, "n": 40, "sigma": 0.05, "seed": 0}
 
 def test_it_answers_what_the_smoothed_verifier_accepts(attacked, state):
     case = attacked.cases[0]
-    easy, hard = replace(case, threshold=-1.01), replace(case, threshold=1.01)
+    easy, hard = replace(case, threshold=-100.0), replace(case, threshold=100.0)
     before = state(case.pipeline.model)
     first, second = decide(Certify(**FEW), [easy, hard])
     assert state(case.pipeline.model) == before
@@ -43,9 +43,9 @@ def test_what_is_smoothed_is_the_score_of_the_noised_picture_with_the_answer(att
 def test_a_guard_adds_certificates_to_what_it_accepts(attacked):
     samples = [case.sample for case in attacked.cases[:2]]
     pipeline = attacked.cases[0].pipeline
-    for decision in Guard(pipeline, threshold=-1.01, certify=Certify(**FEW)).decide_samples(samples):
+    for decision in Guard(pipeline, threshold=-100.0, certify=Certify(**FEW)).decide_samples(samples):
         assert decision.route == "answer" and decision.details["certificate"]["accepts"] is True
-    for decision in Guard(pipeline, threshold=1.01, certify=Certify(**FEW)).decide_samples(samples):
+    for decision in Guard(pipeline, threshold=100.0, certify=Certify(**FEW)).decide_samples(samples):
         assert decision.route == "reject" and decision.details == {}
 
 

@@ -72,7 +72,7 @@ def test_each_policy_gets_what_those_before_it_passed_on_in_one_call(attacked):
             return [c.decision("x", self.name) if i < self.count else None for i, c in enumerate(cases)]
 
     samples = [replace(case.sample, id=i) for i, case in enumerate(attacked.cases[:4])]
-    guard = Guard(attacked.cases[0].pipeline, [Takes("a", 1), Takes("b", 2)], threshold=2.0)
+    guard = Guard(attacked.cases[0].pipeline, [Takes("a", 1), Takes("b", 2)], threshold=100.0)
     assert [d.route for d in guard.decide_samples(samples)] == ["a", "b", "b", "reject"]
     assert asked == [("a", [0, 1, 2, 3]), ("b", [1, 2, 3])]
 
@@ -94,7 +94,7 @@ def test_a_plugin_may_be_a_function_with_settings_or_a_class(registered, attacke
     assert say(case, words="a").answer == "a", "the function itself is unchanged"
     (said,) = decide(chain(["say"], {"say.words": "yes", "say.times": "2"})[0], [case])
     assert said.answer == "yes yes" and decide(chain(["say"])[0], [case])[0].answer == "nothing"
-    decision = Guard(pipeline, ["bound"], threshold=2.0).decide_samples([case.sample])[0]
+    decision = Guard(pipeline, ["bound"], threshold=100.0).decide_samples([case.sample])[0]
     assert decision.answer == "easyvqa-llava!"
 
 

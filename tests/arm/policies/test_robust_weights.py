@@ -97,7 +97,7 @@ def test_threads_that_share_the_model_never_see_the_other_weights(attacked):
     pipeline = attacked.cases[0].pipeline
     samples = [case.sample for case in attacked.cases[:6]]
     plain = Guard(pipeline, threshold=-2.0)
-    robust = Guard(pipeline, [RobustWeights(IMMUNE)], threshold=2.0)
+    robust = Guard(pipeline, [RobustWeights(IMMUNE)], threshold=100.0)
     expected = [guard.decide_samples(samples) for guard in (plain, robust)]
     assert [d.answer for d in expected[0]] != [d.answer for d in expected[1]]
     start = threading.Barrier(4)
