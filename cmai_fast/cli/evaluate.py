@@ -35,6 +35,15 @@ def evaluate(
     norm: options.Norm = "linf",
     steps: options.AttackSteps = 50,
     restarts: options.Restarts = 2,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attack",
+            metavar="NAME[:STEPS[xRESTARTS]]",
+            help="An attack that joins the suite (attack --list), such as adaptive, which knows the guard; may be "
+            "given several times.",
+        ),
+    ] = None,
     limit: options.Limit = 500,
     batch_size: options.BatchSize = 64,
     max_new_tokens: options.MaxNewTokens = None,
@@ -52,19 +61,21 @@ def evaluate(
     """Measure accuracy, clean and under the attack suite, and detection; write a report."""
     threat = options.read_threat(norm, eps)
     source = options.read_data(data, fields, split_seed)
-    options.check([model, *(against or ())], source, task=task, metrics=metric)
+    options.check([model, *(against or ())], source, task=task, metrics=metric, attacks=also)
     printed = options.is_stdout(out)
     if printed and resume:
         raise ValueError("--out - has nothing to resume; name the folder of the interrupted run")
 
+    from cmai_fast.evaluation.suite import AttackSpec
     from cmai_fast.workflows import evaluate as workflow
 
+    joined = [AttackSpec.parse(named) for named in also or ()]
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside, "run") if printed else out
         results = workflow.evaluate(
             model, source, threat,
-            against=against or (), out=folder, limit=limit, steps=steps, restarts=restarts, batch_size=batch_size,
-            seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens, resume=resume, device=device,
+            against=against or (), also=joined, out=folder, limit=limit, steps=steps, restarts=restarts,
+            batch_size=batch_size, seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens, resume=resume, device=device,
             dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
         )  # fmt: skip
         if printed:

@@ -136,8 +136,10 @@ def check(
     task: str | None = None,
     metrics: Iterable[str] | None = None,
     answers: bool = True,
+    attacks: Iterable[str] | None = None,
 ) -> None:
     """Raises ValueError for wrong names and records, before PyTorch is loaded."""
+    from cmai_fast.attacks import ATTACKS
     from cmai_fast.models import resolve
 
     for model in models:
@@ -146,6 +148,8 @@ def check(
         from cmai_fast.tasks import TASKS
 
         TASKS.check(task)
+    for attack in attacks or ():
+        ATTACKS.check(attack.partition(":")[0])
     for metric in metrics or ():
         from cmai_fast.metrics import METRICS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,22 @@ class AttackSpec:
             object.__setattr__(self, "steps", attack.steps)
         self.check(attack.threats[0])
         object.__setattr__(self, "settings", attack.read(self.settings))
+
+    @classmethod
+    def parse(cls, text: str) -> AttackSpec:
+        """From `NAME`, with its default budget, or `NAME:STEPS` or `NAME:STEPSxRESTARTS`.
+
+        Raises:
+            ValueError: an unknown name, or no such numbers.
+        """
+        name, _, budget = text.partition(":")
+        ATTACKS.check(name)
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?", budget)
+        if budget and found is None:
+            raise ValueError(f"attack {text!r}: expected NAME, NAME:STEPS or NAME:STEPSxRESTARTS, such as {name}:100x3")
+        if found is None:
+            return cls(name, restarts=ATTACKS[name].restarts)
+        return cls(name, int(found[1]), int(found[2] or 1))
 
     @property
     def label(self) -> str:

@@ -34,6 +34,7 @@ def evaluate(
     *,
     against: Sequence[str] = (),
     attacks: Sequence[AttackSpec] | None = None,
+    also: Sequence[AttackSpec] = (),
     out: Path,
     limit: int = 500,
     steps: int = 50,
@@ -57,6 +58,7 @@ def evaluate(
         against: models to compare with. The first is the undefended one, whose adversarial images are also tried
             on the others.
         attacks: the suite; None: PGD of `steps` and `restarts`, and APGD-CE of twice the steps.
+        also: attacks that join the suite after these. `adaptive` runs on models with a guard alone.
         out: a folder that is new or empty, or with `resume` that of the same command, finished or not.
         limit: maximum number of samples, drawn with `seed`.
         batch_size: samples at a time; results do not depend on it.
@@ -68,9 +70,11 @@ def evaluate(
         ValueError: an unknown name, a bad setting, or `out` holds something else; `out` is then unchanged.
     """
     out, names = Path(out), [*against, model]
-    suite = headline_suite(steps, restarts) if attacks is None else list(attacks)
+    suite = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
     for spec in suite:
         spec.check(threat.norm)
+    if twice := [spec.key for spec in suite if suite.count(spec) > 1]:
+        raise ValueError(f"the suite has {twice[0]} twice; expected each attack once")
     for name in names:
         check_names(name, task=task, metrics=metrics)
         if names.count(name) > 1:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.settings import ImmunizeSettings
 
@@ -131,13 +132,13 @@ def test_evaluate_hands_on_every_option(run, replace_workflow, results, mine):
         "evaluate --model easyvqa-llava --against easyvqa-llava-immune --against a/b --data my.jsonl "
         "--map question=text,id=id --task vqa --metric exact-match --eps 1.5 --norm l2 --steps 7 --restarts 3 "
         "--limit 9 --batch-size 5 --max-new-tokens 6 --seed 4 --out runs/e --resume --no-progress --device cpu "
-        "--dtype float32 --attention sdpa"
+        "--dtype float32 --attention sdpa --attack adaptive:5x2 --attack apgd"
     )
     done = run(*typed.split())
     assert done.exit_code == 0, done.output
     assert called.args == (MODEL, DataSource(mine, {"question": "text", "id": "id"}), ThreatModel("l2", 1.5))
     assert called.kwargs == {
-        "against": ["easyvqa-llava-immune", "a/b"], "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3,
+        "also": [AttackSpec("adaptive", 5, 2), AttackSpec("apgd")], "against": ["easyvqa-llava-immune", "a/b"], "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3,
         "batch_size": 5, "seed": 4, "task": "vqa", "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True,
         "progress": False, "device": "cpu", "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip

@@ -61,6 +61,27 @@ def test_one_model(few, folders, tmp_path):
     assert "the undefended model breaks" not in {c["check"] for c in model["sanity"]}
 
 
+def test_the_adaptive_attack_joins_the_suite_and_its_curve_the_report(few, verified_folder, model_folder, tmp_path):
+    """On models with a guard; the report of one without says that it was left out."""
+    also = [AttackSpec.parse("adaptive:3x2")]
+    results = evaluate(
+        str(verified_folder), DATA, THREAT, attacks=SUITE[:1], also=also, out=tmp_path / "out", progress=False
+    )
+    (model,) = results["models"]
+    assert list(model["attacks"]) == ["pgd-4", "adaptive-3x2"]
+    assert list(model["detection"]["fooled_and_accepted_by_attack"]) == ["pgd-4", "adaptive-3x2"]
+    assert "adaptive" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8").lower()
+
+
+def test_attacks_are_read_with_their_budgets():
+    assert AttackSpec.parse("adaptive") == AttackSpec("adaptive", 100, 3)
+    assert AttackSpec.parse("pgd:7") == AttackSpec("pgd", 7) and AttackSpec.parse("pgd:7x2").key == "pgd-7x2"
+    with pytest.raises(ValueError, match="unknown attack 'pdg'; did you mean pgd"):
+        AttackSpec.parse("pdg:7")
+    with pytest.raises(ValueError, match="attack 'pgd:x2': expected NAME, NAME:STEPS or NAME:STEPSxRESTARTS"):
+        AttackSpec.parse("pgd:x2")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -73,6 +94,7 @@ def test_one_model(few, folders, tmp_path):
         ({"steps": 0}, "steps is 0"),
         ({"limit": 0}, "limit is 0"),
         ({"device": "gpu"}, "gpu"),
+        ({"also": [AttackSpec("pgd", 50, 2)]}, "the suite has pgd-50x2 twice"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, message, monkeypatch):
