@@ -75,8 +75,8 @@ def evaluate(
         results = workflow.evaluate(
             model, source, threat,
             against=against or (), also=joined, out=folder, limit=limit, steps=steps, restarts=restarts,
-            batch_size=batch_size, seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens, resume=resume, device=device,
-            dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
+            batch_size=batch_size, seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens,
+            resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
         )  # fmt: skip
         if printed:
             typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
