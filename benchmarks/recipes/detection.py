@@ -163,7 +163,9 @@ def clean_answers(pipeline: Pipeline, calibration: np.ndarray) -> dict[str, Any]
     question with one of its wrong answers)."""
     samples, rng = asked(DATA, "test", TASK, None), np.random.default_rng(0)
     task = TASKS[TASK]
-    said, scores, other = [], [], []
+    said: list[str] = []
+    scores: list[float] = []
+    other: list[float] = []
     for start in track(range(0, len(samples), 128), "clean answers"):
         rows = samples[start : start + 128]
         answers, own = pipeline.answer(rows)
@@ -179,7 +181,7 @@ def clean_answers(pipeline: Pipeline, calibration: np.ndarray) -> dict[str, Any]
         accepted, passed = np.array(scores) >= tau, np.array(other) >= tau
         found[f"{rate:.0%} false rejections"] = {
             "right_and_accepted": {k: float((accepted & right)[rows].mean()) for k, rows in groups.items()},
-            "wrong_of_accepted": float((accepted & ~right).sum() / accepted.sum()),
+            "wrong_of_accepted": float((accepted & ~right).sum() / max(accepted.sum(), 1)),
             "mismatches_rejected": {k: float((~passed)[rows].mean()) for k, rows in groups.items()},
         }
     return found
@@ -209,6 +211,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipeline = Pipeline.load(args.model, heads=args.heads)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    settings = {
+        "model": args.model, "heads": args.heads.name if args.heads else None, "n": args.limit,
+        "adaptive": f"{args.steps} steps, {args.restarts} restarts, 2 targets",
+    }  # fmt: skip
+    if {k: v for k, v in results.get("settings", settings).items() if k != "versions"} != settings:
+        raise SystemExit(f"{args.out} holds results of other settings; name another --out")
+    results["settings"] = settings | {"versions": versions()}
     held_out = asked(DATA, "calibration", TASK, 1000)
     calibration = own_scores(pipeline, held_out, 128)
     if "clean" not in results:
@@ -219,10 +228,6 @@ def main() -> None:
         if key in results:
             continue
         results[key] = one_radius(pipeline, eps, args, calibration)
-        results["settings"] = {
-            "model": args.model, "heads": args.heads.name if args.heads else None, "n": args.limit,
-            "adaptive": f"{args.steps} steps, {args.restarts} restarts, 2 targets", "versions": versions(),
-        }  # fmt: skip
         write_results(results, args.out)
 
 

@@ -78,16 +78,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    names = ("model", "eps", "text_eps", "steps", "learning_rate", "attack_steps", "limit", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"batch_size": 32, "inner": "bridge, K = 4, R = 1"}
+    if {k: v for k, v in results.get("settings", settings).items() if k != "versions"} != settings:
+        raise SystemExit(f"{args.out} holds rows of other settings; name another --out")
     for row in args.rows:
         if row in results:
             continue
         pipeline = Pipeline.load(args.model, heads=None)
         training = trained(pipeline, row, args) if row != "none" else None
         results[row] = {"training": training, "robust_accuracy": attacked(pipeline, args)}
-        results["settings"] = {
-            name: getattr(args, name)
-            for name in ("model", "eps", "text_eps", "steps", "learning_rate", "attack_steps", "limit", "seed")
-        } | {"batch_size": 32, "inner": "bridge, K = 4, R = 1", "versions": versions()}
+        results["settings"] = settings | {"versions": versions()}
         write_results(results, args.out)
         print(row, json.dumps(results[row]), flush=True)
 

@@ -49,6 +49,8 @@ def apgd(
 
     As in the authors' code, checkpoint w_j is reached when x^(w_j) has been evaluated; its two conditions need no more.
     """
+    if victim.words is not None:
+        raise ValueError("words are under attack, which APGD does not move; use pgd")
     return restarted(
         lambda run: _Run(run, steps, early_stop).ascend(steps),
         victim, clean, threat, restarts=restarts, seed=seed, sample_ids=sample_ids, loss=loss, gradient=gradient,

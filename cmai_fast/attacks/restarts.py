@@ -78,6 +78,8 @@ def restarted(
                 rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
                 if not len(rows):
                     break
+                if victim.words is not None and number:
+                    victim.words.restart(rows)
                 own = seed + 1_000_003 * max(number - from_clean, 0)
                 ascend(
                     Restart(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmai_fast.bridge import (
     BatchImages,
@@ -56,6 +56,13 @@ class Evaluation:
     right: Tensor
 
 
+@contextmanager
+def attack_mode(model: nn.Module, *others: nn.Module | None) -> Iterator[None]:
+    """As `Victim.attack_mode`; `others` are frozen with the model."""
+    with unpacked(model), recomputed(model), patches_by_matmul(model), lean_activations(model), frozen(model, *others):
+        yield
+
+
 class Victim(BatchImages):
     """A batch under attack, bound to its model.
 
@@ -68,7 +75,7 @@ class Victim(BatchImages):
 
     Attributes:
         deployed: the guard around the model, for the adaptive attack; None: there is none.
-        words: the prompts, if they are under attack too: each full pass with a gradient moves them.
+        words: the prompts, if they are under attack too (`Words`).
 
     `passes` counts the model passes.
 
@@ -98,9 +105,7 @@ class Victim(BatchImages):
     def attack_mode(self) -> Iterator[None]:
         """Context for attacks: the model is frozen, differentiable if quantised, recomputes activations as in training,
         and has memory-saving MLPs and a fast patch embedding. It is restored afterwards, also after an exception."""
-        model = self.bridge.model
-        cheap = unpacked(model), recomputed(model), patches_by_matmul(model), lean_activations(model)
-        with cheap[0], cheap[1], cheap[2], cheap[3], frozen(model, self.heads):
+        with attack_mode(self.bridge.model, self.heads):
             yield
 
     def outputs(self, image_features: Tensor, rows: Tensor | None = None) -> Outputs:

@@ -22,9 +22,9 @@ class Words:
     """The prompts of a batch under attack.
 
     What is added to the embeddings changes the language side alone, so the gradient at the words comes with the one at
-    the bridge, from the same backward pass. Whatever attack or training step runs a full pass inside `said` leaves the
-    gradient here, and `climb` takes a step along it: the maximum of the linearised loss is at a corner of the ball that
-    is known in closed form.
+    the bridge, from the same backward pass. A full pass inside `said` leaves it here, and `climb` takes a step along
+    it: the maximum of the linearised loss is at a corner of the ball that is known in closed form. FGSM, PGD, MI-FGSM
+    and the inner solvers of MBAT do both.
 
     Args:
         bridge: of a model that reads prompt and response as one sequence.
@@ -44,9 +44,9 @@ class Words:
         ids, image = texts["input_ids"], texts["input_ids"] == bridge.model.config.image_token_id
         prompt = (texts["labels"] == IGNORE) & texts["attention_mask"].bool() & ~image
         with torch.no_grad():
-            own = bridge.model.get_input_embeddings()(ids.masked_fill(image, 0)).float()
-        length = own.norm(dim=-1, keepdim=True) * prompt[..., None]
-        self._radius = ball.eps * (length if ball.norm == "l2" else length / own.shape[-1] ** 0.5)
+            own = bridge.model.get_input_embeddings()(ids.masked_fill(image, 0)).detach().float()
+            length = own.norm(dim=-1, keepdim=True) * prompt[..., None]
+            self._radius = ball.eps * (length if ball.norm == "l2" else length / own.shape[-1] ** 0.5)
         self.delta = torch.zeros_like(own)
         self._slope, self._fresh = torch.zeros_like(own), prompt.new_zeros(len(ids))
         self._moved = False
@@ -57,10 +57,15 @@ class Words:
         """(N,) bool: rows with a gradient that no step was taken along yet."""
         return self._fresh
 
+    def restart(self, rows: Tensor) -> None:
+        """Puts the words of `rows` back."""
+        self.delta[rows] = 0.0
+        self._fresh.zero_()
+
     @contextmanager
-    def said(self, rows: Tensor | None = None) -> Iterator[None]:
+    def said(self, rows: Tensor | None = None, *, alone: bool = False) -> Iterator[None]:
         """Inside, the language side reads the perturbed words of `rows` (n,) of the batch (None: all), and backward
-        passes through it leave their gradients."""
+        passes through it leave their gradients. `alone`: nothing else is differentiated; for `slope_of`."""
         place = slice(None) if rows is None else rows
 
         def perturbed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -71,9 +76,10 @@ class Words:
                     f"{type(self.bridge.model).__name__} calls its language model with inputs_embeds of shape {found}, "
                     f"and the words under attack have {tuple(delta.shape)}; text attacks do not support this model"
                 )
-            if torch.is_grad_enabled() and not words.requires_grad:
+            if alone or (torch.is_grad_enabled() and not words.requires_grad):
+                # Under gradient checkpointing of adapters, what the embedding gives is a leaf, which leads nowhere.
                 self._leaf = delta.to(words.dtype, copy=True).requires_grad_()
-                words = words + self._leaf
+                words = words.detach() + self._leaf
             elif self._moved:
                 words = words + delta.to(words.dtype)
             if words.requires_grad:
@@ -87,7 +93,7 @@ class Words:
             handle.remove()
 
     def slope_of(self, losses: Tensor) -> None:
-        """Leaves the gradients of losses (n,) that were computed inside `said`, where nothing else needs a gradient."""
+        """Leaves the gradients of losses (n,) that were computed inside `said(alone=True)`."""
         assert self._leaf is not None
         torch.autograd.grad(losses.sum(), self._leaf)
 

@@ -173,6 +173,10 @@ class Verifier:
             self._known |= dict(zip(new, read, strict=True))
         return torch.stack([self._known[pair] for pair in pairs])
 
+    def forget(self) -> None:
+        """Forgets the statements that it has read; for after a change of the model's input embeddings."""
+        self._known.clear()
+
     def _embedded(self, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input embeddings (M, L, text_dim) of tokens from `data.statements.encode`, which are no padding and which
         are the answer's (M, L)."""

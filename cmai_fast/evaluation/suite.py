@@ -40,10 +40,10 @@ class AttackSpec:
         Raises:
             ValueError: an unknown name, or no such numbers.
         """
-        name, _, budget = text.partition(":")
+        name, colon, budget = text.partition(":")
         ATTACKS.check(name)
         found = re.fullmatch(r"(\d+)(?:x(\d+))?", budget)
-        if budget and found is None:
+        if colon and found is None:
             raise ValueError(f"attack {text!r}: expected NAME, NAME:STEPS or NAME:STEPSxRESTARTS, such as {name}:100x3")
         if found is None:
             return cls(name, restarts=ATTACKS[name].restarts)

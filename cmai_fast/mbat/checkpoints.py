@@ -26,7 +26,7 @@ _HEADS_OPTIMIZER = "heads_optimizer.pt"
 # `eps` in the [0, 1] pixel range.
 _IN_CARD = (
     "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "beta_max", "eps_max",
-    "lam_max", "trainable",
+    "lam_max", "trainable", "modality", "text_eps", "text_norm",
 )  # fmt: skip
 
 

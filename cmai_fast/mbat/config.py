@@ -40,7 +40,7 @@ class MBATConfig(TrainingArguments):
     alpha: float = field(default=1.0, metadata={"help": "Weight of L_task in the inner problem."})
     beta: float = field(
         default=0.1,
-        metadata={"help": "Weight of S_c in the attack on the image; ARM starts from it. Of no use in modality text."},
+        metadata={"help": "Weight of S_c in the attack on the image; ARM starts from it. Modality text has none."},
     )
     modality: str = field(
         default="image",

@@ -27,9 +27,8 @@ from cmai_fast.attacks.gradients import Course, Exact, Gradient, StaleBridge
 from cmai_fast.attacks.gradients import refresh_steps as refresh_steps  # for checks of a solver's settings
 from cmai_fast.attacks.losses import Loss, weighted
 from cmai_fast.attacks.state import Tally, prepare
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Passes, Victim, attack_mode
 from cmai_fast.attacks.words import Words
-from cmai_fast.bridge import frozen
 from cmai_fast.threat import ThreatModel
 
 SOLVERS = ("pgd", "bridge", "fgsm")
@@ -97,30 +96,31 @@ def maximise(
 
 
 def reworded(
-    words: Words, features: Tensor, solver: str, *, steps: int = 10, refreshes: int = 0
+    words: Words, features: Tensor, solver: str, *, steps: int = 10, refreshes: int = 0, early_stop: bool = False
 ) -> tuple[Tensor, Passes]:
     """Attacks the words of a batch alone: which samples were wrong on the way (N,) bool, and the passes.
 
     Args:
         features: h_v (N, T, D) of the images, which stay.
         solver, steps, refreshes: as of `maximise`. `bridge` starts from the gradient that the clean branch left, if it
-            did, so that R = 0 costs nothing; each refresh is a pass of the language side.
+            did, so that R = 0 costs nothing, else with one more pass; each refresh is a pass of the language side.
+        early_stop: words of samples that are wrong stay as they are.
 
     The model is restored, also after an exception.
     """
     passes = {"pgd": steps, "fgsm": 1, "bridge": refreshes}[solver]
     if solver == "bridge" and bool(words.known.all()):
         words.climb(2.0)
-    elif solver == "bridge":
-        passes = max(passes, 1)
+    elif solver == "bridge" and refreshes < steps:
+        passes += 1
     fooled = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    for k in range(passes):
-        with frozen(words.bridge.model), torch.enable_grad():
-            with words.said():
+    with attack_mode(words.bridge.model), torch.enable_grad():
+        for k in range(passes):
+            with words.said(alone=True):
                 losses, right = words.bridge.losses(features.detach(), **words.texts)
             words.slope_of(losses)
-        fooled |= ~right
-        words.climb(2 * (1 - k / passes))
+            fooled |= ~right
+            words.climb(2 * (1 - k / passes), (~fooled).nonzero().squeeze(1) if early_stop else None)
     return fooled, Passes(full_forward=passes, full_backward=passes)
 
 

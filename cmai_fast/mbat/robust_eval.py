@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cmai_fast.attacks import Passes, Victim, exact_gradient
 from cmai_fast.attacks.pgd import pgd
+from cmai_fast.attacks.victim import attack_mode
 from cmai_fast.attacks.words import Words
-from cmai_fast.bridge import frozen
 from cmai_fast.mbat.inner import reworded
 from cmai_fast.mbat.shards import is_sharded
 from cmai_fast.threat import ThreatModel, WordBall
@@ -37,7 +37,8 @@ def verdicts(
     (N,) each.
 
     A sample is robust if it is right on the clean image and on every image that the attack tried. `robust_loss` and
-    `robust_s_c` are those of the attack's result: the first image that fools, else the one with the highest loss.
+    `robust_s_c` are those of the attack's result: the first image that fools, else the one with the highest loss. With
+    words, it is that image with the words as they were when the sample was fooled, else the last ones.
 
     Args:
         steps: of the attack; 0: no attack.
@@ -51,23 +52,29 @@ def verdicts(
     found = _look(victim, victim.space.to_model(clean))
     if steps:
         before = victim.passes
-        if words is not None:
-            victim.words = Words(victim.bridge, victim.bridge.inputs(victim.batch)[1], words)
+        attacked = None if words is None else Words(victim.bridge, victim.bridge.inputs(victim.batch)[1], words)
         if not images:
-            return found | on_words(victim.words, victim.own_features(), steps)
-        result = pgd(victim, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
-        assert result.model_input is not None
-        _keep_pace(victim, clean, before, steps)
-        robust = _look(victim, result.model_input) | {"accuracy": (~result.fooled).to(found["loss"])}
+            assert attacked is not None
+            with victim.attack_mode():
+                features = victim.own_features()
+            same = {"robust_s_c": found["s_c"]} if "s_c" in found else {}  # the image did not move
+            return found | on_words(attacked, features, steps) | same
+        earlier, victim.words = victim.words, attacked
+        try:
+            result = pgd(victim, clean, threat, steps=steps, seed=seed, sample_ids=sample_ids)
+            assert result.model_input is not None
+            _keep_pace(victim, clean, before, steps)
+            robust = _look(victim, result.model_input) | {"accuracy": (~result.fooled).to(found["loss"])}
+        finally:
+            victim.words = earlier
         found |= {f"robust_{name}": value for name, value in robust.items()}
     return found
 
 
-def on_words(words: Words | None, features: Tensor, steps: int) -> dict[str, Tensor]:
-    """The `robust_...` of an attack on the words alone."""
-    assert words is not None
-    fooled, _ = reworded(words, features, "pgd", steps=steps)
-    with frozen(words.bridge.model), torch.no_grad(), words.said():
+def on_words(words: Words, features: Tensor, steps: int) -> dict[str, Tensor]:
+    """The `robust_loss` and `robust_accuracy` of an attack on the words alone."""
+    fooled, _ = reworded(words, features, "pgd", steps=steps, early_stop=True)
+    with attack_mode(words.bridge.model), torch.no_grad(), words.said():
         losses, right = words.bridge.losses(features, **words.texts)
     return {"robust_loss": losses, "robust_accuracy": (right & ~fooled).to(losses)}
 

@@ -98,9 +98,10 @@ class MBATTrainer(EvaluatingTrainer):
             )
         if self.verifier and (args.gamma or args.consistency_steps):
             self.verifier.network.requires_grad_(True)  # one that was loaded or fitted comes frozen
+        beta = 0.0 if args.modality == "text" else args.beta  # S_c reads the image
         if args.words:
             check_words(self.bridge)
-        if self.heads is None and (args.beta or args.gamma):
+        if self.heads is None and (beta or args.gamma):
             if not args.gamma:
                 raise ValueError(
                     f"beta is {args.beta}, gamma 0 and heads None: attacks would lower the S_c of random heads that "
@@ -122,12 +123,7 @@ class MBATTrainer(EvaluatingTrainer):
             super().__init__(model, args, data_collator, *positional, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             check_sharding(self)
-        if (self.verifier or args.words) and shards.is_sharded(self.model):
-            what = "heads is a verifier" if self.verifier else f"modality is {args.modality!r}"
-            raise ValueError(
-                f"{what}, which reads the input embeddings, and the model is sharded (FSDP); give ConsistencyHeads and "
-                "modality 'image', or train without FSDP"
-            )
+        self._check_embeddings()
         check_loss(self)
         check_dispatch(self)
         if self.heads is not None:
@@ -176,11 +172,23 @@ class MBATTrainer(EvaluatingTrainer):
         shards.run_through_root(self.bridge)
         return prepared
 
+    def _check_embeddings(self) -> None:
+        """Raises ValueError for what reads the input embeddings of a model that has none, or is sharded."""
+        if self.args.words:
+            check_words(self.bridge)
+        if (self.verifier or self.args.words) and shards.is_sharded(self.model):
+            what = "heads is a verifier" if self.verifier else f"modality is {self.args.modality!r}"
+            raise ValueError(
+                f"{what}, which reads the input embeddings, and the model is sharded (FSDP); give ConsistencyHeads and "
+                "modality 'image', or train without FSDP"
+            )
+
     def _check_changes(self) -> None:
         """Settings that were changed since the trainer was made take effect, or are refused."""
         args = self.args
         check_arguments(self, args, {})
         self._check_arm(args)
+        self._check_embeddings()
         if args.trainable != self._made_for:
             raise ValueError(
                 f"trainable was {self._made_for!r} when the trainer was made and is {args.trainable!r} now; set it "
@@ -191,7 +199,7 @@ class MBATTrainer(EvaluatingTrainer):
                 f"recompute was {self._recompute!r} when the trainer was made and is {args.recompute!r} now; set it "
                 "before"
             )
-        if self.heads is None and (args.gamma or args.beta):
+        if self.heads is None and (args.gamma or (args.beta and args.modality != "text")):
             raise ValueError(
                 f"gamma is {args.gamma} and beta {args.beta}, and there are no consistency heads: they were 0 when the "
                 "trainer was made. Set them before, or give heads"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cmai_fast.attacks import Victim
+from cmai_fast.attacks.apgd import apgd
 from cmai_fast.attacks.pgd import pgd
 from cmai_fast.attacks.victim import Outputs
 from cmai_fast.attacks.words import Words
@@ -176,6 +177,37 @@ def test_models_without_a_prompt_in_their_sequence_are_refused(family):
     bridge = bridge_of(model)
     with pytest.raises(ValueError, match=f"{type(model).__name__} has no prompt and response in one sequence"):
         Words(bridge, bridge.inputs(batch)[1], BALLS[0])
+
+
+def test_a_leaf_that_the_embedding_makes_is_no_path(case):
+    """Gradient checkpointing of adapters lets the embedding's output require a gradient."""
+    bridge, _, texts, features = case
+    plain, hooked = Words(bridge, texts, BALLS[0]), []
+    reworded(plain, features, "pgd", steps=3)
+    bridge.model.enable_input_require_grads()
+    try:
+        hooked = Words(bridge, texts, BALLS[0])
+        reworded(hooked, features, "pgd", steps=3)
+    finally:
+        bridge.model.disable_input_require_grads()
+    assert torch.equal(plain.delta, hooked.delta) and not hooked.delta.requires_grad
+
+
+def test_a_restart_begins_with_the_words_as_they_are(case64):
+    victim = case64.victim()
+    found = []
+    for restarts in (1, 2):
+        victim.words = Words(victim.bridge, victim.bridge.inputs(victim.batch)[1], WordBall("l2", 1e-3))
+        pgd(victim, case64.clean, ThreatModel("linf", 0.0), steps=3, restarts=restarts, seed=0)
+        found.append(victim.words.delta.clone())
+    torch.testing.assert_close(*found)  # at eps 0 every restart is the same
+
+
+def test_apgd_refuses_words(case64):
+    victim = case64.victim()
+    victim.words = Words(victim.bridge, victim.bridge.inputs(victim.batch)[1], BALLS[0])
+    with pytest.raises(ValueError, match="words are under attack, which APGD does not move"):
+        apgd(victim, case64.clean, LINF, steps=2)
 
 
 def test_bad_balls_are_refused():

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.data import Subset
 
-from cmai_fast.attacks.words import Words
-from cmai_fast.bridge import bridge_of
-from cmai_fast.mbat import MBATConfig
+from cmai_fast.attacks import Victim, Words
+from cmai_fast.bridge import bridge_of, set_recompute
+from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.mbat.inner import reworded
+from cmai_fast.mbat.robust_eval import verdicts
+from cmai_fast.threat import ThreatModel, WordBall
+from own_answers import answer_itself
 
 PLAIN = {"gamma": 0.0, "beta": 0.0, "arm": False}
+
+
+def trained(make_trainer, **config):
+    """A trainer whose model is right about some samples."""
+    trainer = make_trainer(max_steps=40, save_strategy="no", inner="none", learning_rate=3e-3, **PLAIN, **config)
+    trainer.train()
+    return trainer
 
 
 @pytest.mark.parametrize("modality", ["text", "both"])
@@ -94,20 +106,95 @@ def test_samples_without_an_image_are_attacked_in_their_words(make_trainer, coll
 
 @pytest.mark.parametrize("modality", ["text", "both"])
 def test_the_evaluation_attacks_what_training_attacks(make_trainer, data, modality):
-    trainer = make_trainer(
-        max_steps=40, save_strategy="no", inner="none", learning_rate=3e-3, text_eps=0.5, eval_attack_steps=3,
-        eval_dataset=Subset(data, range(10)), **PLAIN,
-    )  # fmt: skip
-    trainer.train()
+    trainer = trained(make_trainer, text_eps=0.5, eval_attack_steps=3, eval_dataset=Subset(data, range(10)))
     image = trainer.evaluate()
     trainer.args.modality = modality
     found = trainer.evaluate()
-    assert found["eval_loss"] == pytest.approx(image["eval_loss"])
+    assert found["eval_loss"] == pytest.approx(image["eval_loss"]) and found["eval_accuracy"] > 0
     if modality == "both":
         assert found["eval_robust_loss"] > image["eval_robust_loss"]
         assert found["eval_robust_accuracy"] <= image["eval_robust_accuracy"]
     assert found["eval_robust_loss"] > found["eval_loss"]
     assert found["eval_robust_accuracy"] <= found["eval_accuracy"]
+
+
+def test_an_attack_on_words_recomputes_as_training_does(make_tiny, batch):
+    bridge = bridge_of(make_tiny()[0].eval())
+    image, text = bridge.inputs(batch)
+    with torch.no_grad():
+        features = bridge.encode_image(batch["pixel_values"], **image)
+    calls = []
+    layer = bridge.text_model.layers[0].self_attn
+    handle = layer.register_forward_hook(lambda *a: calls.append(1))
+    for recompute, passes in (("none", 1), ("full", 2)):
+        set_recompute(bridge.model, bridge.vision_side, recompute)
+        calls.clear()
+        reworded(Words(bridge, text, WordBall()), features, "pgd", steps=1)
+        assert len(calls) == passes
+    handle.remove()
+
+
+@pytest.mark.parametrize("refreshes", [0, 1])
+def test_a_loss_of_its_own_costs_one_more_pass(make_trainer, batch, refreshes):
+    """With label smoothing the clean branch has no gradient of L_task, as for images."""
+    passes = {}
+    for smoothing in (0.0, 0.1):
+        trainer = make_trainer(
+            modality="text", inner_steps=4, refreshes=refreshes, label_smoothing_factor=smoothing, **PLAIN
+        )
+        trainer.training_step(trainer.model, batch)
+        passes[smoothing] = trainer.passes.full_backward
+    assert passes == {0.0: 2 + refreshes, 0.1: 3 + refreshes}
+
+
+def test_the_words_of_a_broken_sample_are_those_that_broke_it(make_tiny):
+    """So that the loss of the attack on words compares with that of the attack on both; answers are the model's own."""
+    case, found = answer_itself(make_tiny(), 6, torch.float64), {}
+    batch = case.batch() | {"pixel_values": case.space.to_model(case.clean)}
+    for images in (False, True):
+        victim = Victim(bridge_of(case.model), case.space, batch)
+        found[images] = verdicts(
+            victim, ThreatModel("linf", 0.0), 6, seed=0, sample_ids=case.sample_ids, words=WordBall("l2", 0.003),
+            images=images,
+        )  # fmt: skip
+        assert victim.words is None and found[images]["accuracy"].all()
+    both, text = found[True], found[False]
+    assert 0 < both["robust_accuracy"].sum() < 6
+    assert torch.equal(text["robust_accuracy"], both["robust_accuracy"])
+    broken = both["robust_accuracy"] == 0
+    torch.testing.assert_close(text["robust_loss"][broken], both["robust_loss"][broken])
+
+
+def test_without_images_under_attack_their_score_is_the_clean_one(make_trainer, data):
+    trainer = make_trainer(modality="text", eval_dataset=Subset(data, range(4)), eval_attack_steps=2)
+    found = trainer.evaluate()
+    assert found["eval_robust_s_c"] == found["eval_s_c"]
+
+
+def test_the_model_card_names_the_attack(make_trainer, tmp_path):
+    trainer = make_trainer(modality="text", text_eps=0.3, **PLAIN)
+    trainer.create_model_card()
+    card = next(tmp_path.rglob("README.md")).read_text()
+    assert "modality" in card and "text_eps" in card and "0.3" in card
+
+
+def test_a_sharded_model_is_refused_also_later(make_trainer, monkeypatch):
+    trainer = make_trainer(**PLAIN)
+    monkeypatch.setattr("cmai_fast.mbat.trainer.shards.is_sharded", lambda model: True)
+    trainer.args.modality = "both"
+    with pytest.raises(ValueError, match="modality is 'both', which reads the input embeddings"):
+        trainer._check_changes()
+
+
+def test_beta_needs_no_heads_where_no_image_is_attacked(make_tiny, data, tmp_path):
+    model, processor = make_tiny()
+    config = MBATConfig(
+        str(tmp_path), modality="text", gamma=0.0, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    MBATTrainer(model, config, train_dataset=data, processing_class=processor).train()
+    with pytest.raises(ValueError, match=r"beta is 0\.1, gamma 0 and heads None"):
+        MBATTrainer(model, replace(config, modality="image"), train_dataset=data, processing_class=processor)
 
 
 def test_bad_settings_are_refused(make_trainer):

@@ -24,8 +24,8 @@ class Certify:
     It is about this answer: a picture in the ball may make the model say something else, which is then judged anew. It
     does not say that the answer is right.
 
-    With the shipped heads of `easyvqa-llava` it brings back nothing: all of 4 clean and 14 attacked questions (PGD-10,
-    8/255) below the threshold were certified as rejected (sigma 0.1, n = 200).
+    With the verifier of `easyvqa-llava` it brings back nothing: of 11 clean and 74 attacked questions (PGD-10, 8/255)
+    below the threshold none was certified as accepted (sigma 0.1, n = 200).
 
     Args:
         sigma: standard deviation of the noise, in the [0, 1] pixel range.

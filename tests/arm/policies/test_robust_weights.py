@@ -93,6 +93,27 @@ def test_alpha_by_score_grows_with_the_distance_below_the_threshold(attacked):
     assert [d.details["alpha"] for d in decide(bound, cases)] == list(below.values())
 
 
+def test_by_default_alpha_is_1_four_log_odds_below_the_threshold(attacked):
+    """The scores of a verifier are log-odds, with a tenth of whose range a cosine would be at its end."""
+    bound = RobustWeights(IMMUNE, alpha=None).bind(attacked.cases[0].pipeline)
+    assert attacked.cases[0].pipeline.verifier is not None
+    cases = [replace(attacked.cases[0], threshold=0.0, score=-distance) for distance in (0.5, 1.5, 3.0, 4.0)]
+    assert [d.details["alpha"] for d in decide(bound, cases)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_what_the_verifier_read_with_other_weights_is_forgotten(attacked):
+    """The statements are read through the embeddings, which the weights exchange."""
+    near, far = (
+        [replace(case, threshold=0.0, score=-distance) for case in attacked.cases[:6]] for distance in (0.1, 9.0)
+    )
+    policy = RobustWeights(IMMUNE, alpha=None, check=True)
+    one, other = policy.bind(attacked.cases[0].pipeline), policy.bind(attacked.cases[0].pipeline)
+    first = decide(one, near), decide(one, far)
+    second = decide(other, far), decide(other, near)
+    assert any(d is not None for d in first[1])
+    assert first[0] == second[1] and first[1] == second[0]
+
+
 def test_threads_that_share_the_model_never_see_the_other_weights(attacked):
     pipeline = attacked.cases[0].pipeline
     samples = [case.sample for case in attacked.cases[:6]]
