@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,21 @@ Contender = Callable[[], Any]
 ROUND_SECONDS = (
     2e-3  # calls shorter than this are repeated within a round, so that the clock and the caches do not decide
 )
+
+
+@pytest.fixture(scope="module")
+def recipes() -> Any:
+    """The recipes `at_size` and `sized_models`."""
+    sys.path.insert(0, str(Path(__file__).parent / "recipes"))
+    try:
+        import at_size
+        import sized_models
+
+        yield at_size, sized_models
+    finally:
+        sys.path.pop(0)
+        for name in ("at_size", "sized_models"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from cmai_fast.attacks import Victim, exact_gradient
 from cmai_fast.bridge import bridge_of, lean_activations
 from cmai_fast.evaluation.overhead import SavedActivations
 from cmai_fast.pixels import PixelSpace
-
-
-@pytest.fixture(scope="module")
-def recipes() -> Any:
-    sys.path.insert(0, str(Path(__file__).parent / "recipes"))
-    try:
-        import at_size
-        import sized_models
-
-        yield at_size, sized_models
-    finally:
-        sys.path.pop(0)
-        for name in ("at_size", "sized_models"):
-            sys.modules.pop(name, None)
 
 
 def test_training_step(side_by_side, recipes, tmp_path: Path) -> None:
