@@ -57,6 +57,8 @@ def test_trajectory_is_that_of_the_published_algorithm(threat, case64):
 class Scripted:
     """Losses and gradients of each row written beforehand, whatever the image: every turn of the rules comes up."""
 
+    words = None
+
     def __init__(self, rows: int, looks: int) -> None:
         generator = torch.Generator().manual_seed(0)
         up = torch.rand(looks, rows, generator=generator) < 0.8
