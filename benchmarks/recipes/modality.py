@@ -1,6 +1,6 @@
 """What training against attacks on the text adds: the immunised model, trained further against each kind of attack.
 
-    python benchmarks/recipes/modality.py --out benchmarks/results/modality.json
+    python benchmarks/recipes/modality.py --steps 200 --limit 300 --out benchmarks/results/modality.json
 
 Each row continues from `easyvqa-llava-immune` for the same steps with `MBATConfig(modality=...)`, and is then attacked
 by PGD on images, on the words of the prompt, and on both. A question is robust if the answer stays right at every step,

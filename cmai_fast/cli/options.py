@@ -139,7 +139,6 @@ def check(
     attacks: Iterable[str] | None = None,
 ) -> None:
     """Raises ValueError for wrong names and records, before PyTorch is loaded."""
-    from cmai_fast.attacks import ATTACKS
     from cmai_fast.models import resolve
 
     for model in models:
@@ -149,6 +148,8 @@ def check(
 
         TASKS.check(task)
     for attack in attacks or ():
+        from cmai_fast.attacks import ATTACKS
+
         ATTACKS.check(attack.partition(":")[0])
     for metric in metrics or ():
         from cmai_fast.metrics import METRICS

@@ -202,9 +202,8 @@ class StepTrainer(ConsistencyTrainer):
         """The loss of the clean images (0-d, detached) and p per sample, (N, T, D), or None if no solver needs it.
 
         Leaves the gradients of the language model in `.grad`, that of the bridge in `leaf.grad`, and with p, that of
-        `words` there. With another loss
-        than L_task, p is None too: the solver computes its own, with one more full pass. (With label smoothing, the
-        loss of a sample that the model is sure of falls while L_task rises.)
+        `words` there. With another loss than L_task, p is None too: the solver computes its own, with one more full
+        pass. (With label smoothing, the loss of a sample that the model is sure of falls while L_task rises.)
         """
         args = self.args
         weight = 1 - self.lam if args.inner != "none" else 1.0

@@ -99,8 +99,6 @@ class MBATTrainer(EvaluatingTrainer):
         if self.verifier and (args.gamma or args.consistency_steps):
             self.verifier.network.requires_grad_(True)  # one that was loaded or fitted comes frozen
         beta = 0.0 if args.modality == "text" else args.beta  # S_c reads the image
-        if args.words:
-            check_words(self.bridge)
         if self.heads is None and (beta or args.gamma):
             if not args.gamma:
                 raise ValueError(
