@@ -2,12 +2,14 @@
 
     python benchmarks/recipes/ablation.py time                     # on an idle machine: seconds of a step of each row
     python benchmarks/recipes/ablation.py run --seeds 0 1 2         # hours; resumes, and skips what is there
+    python benchmarks/recipes/ablation.py adaptive --only full      # the guard of each finished run, attacked
     python benchmarks/recipes/ablation.py table
 
 Every row starts from the undefended `easyvqa-llava` and trains for as many steps as fit into `--seconds` by
 times.json (a verifier that is fitted first counts too). The suite is that of the headline results: PGD-50 with two
 restarts and APGD-CE-100; a question is robust if its answer stays right under both. `run` writes one JSON file per row
-and seed, so several processes may share the work by `--only`.
+and seed, so several processes may share the work by `--only`. `adaptive` attacks the verifier that a run has trained,
+at the threshold that rejects 5% of clean inputs, and adds what is wrong and accepted to the file of the run.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from full_strength import DATA, TASK, claim, evaluate
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.evaluation.overhead import stepper
 from cmai_fast.evaluation.progress import Overall
+from cmai_fast.evaluation.protocol import measure, stages
 from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_text
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.threat import parse_eps
-from cmai_fast.workflows.samples import training_batches, training_samples
+from cmai_fast.threat import ThreatModel, parse_eps
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 from cmai_fast.workflows.training import fitted, needs_consistency, train, training_arguments
 
@@ -115,13 +119,39 @@ def one(settings: ImmunizeSettings, work: Path, args: argparse.Namespace) -> dic
     return {k: record[k] for k in kept if k in record} | {"training": curves, "settings": asdict(settings)}
 
 
+def adaptive(args: argparse.Namespace) -> None:
+    """The adaptive attack (100 steps, 2 targets) on the runs that have a verifier and whose model is still there."""
+    suite = (AttackSpec("adaptive", 100, args.restarts),)
+    for seed in args.seeds:
+        for row in args.only or ROWS:
+            path, model = args.out / "runs" / f"{row}-seed{seed}.json", args.work / f"{row}-seed{seed}" / "model"
+            if not path.exists() or not model.exists():
+                continue
+            record, subject = json.loads(path.read_text()), Pipeline.load(str(model))
+            if "adaptive" in record or subject.verifier is None:
+                continue
+            samples, threat = asked(DATA, "test", TASK, args.limit), ThreatModel("linf", args.eps)
+            with Overall(stages(path.stem, len(samples), threat, suite, None, False)) as progress:
+                found = measure(subject, samples, threat, suite, batch_size=64, progress=progress).record
+            kept = {key: found[key] for key in ("acc_robust", "attacks", "detection")}
+            write_results(record | {"adaptive": kept | {"versions": versions()}}, path)
+
+
 def table(args: argparse.Namespace) -> None:
     times = json.loads((args.out / "times.json").read_text())["seconds_a_step"]
     found = [json.loads(p.read_text()) for p in sorted((args.out / "runs").glob("*.json"))]
-    lines = ["| Row | Seeds | Clean | Robust | ASR | Steps | Seconds per step |", "|" + "---|" * 7]
+    lines = [
+        "| Row | Seeds | Clean | Robust | ASR | Wrong and accepted | the same, adaptive | Steps | Seconds per step |",
+        "|" + "---|" * 9,
+    ]
     for row, (title, _) in ROWS.items():
         if mine := [r for r in found if r["row"] == row]:
             shares = [_share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
+            guards = [
+                [r["detection"] for r in mine if r.get("detection")],
+                [r["adaptive"]["detection"] for r in mine if "adaptive" in r],
+            ]
+            shares += [_share([d["fooled_and_accepted"] for d in guard]) if guard else "" for guard in guards]
             cells = [title, str(len(mine)), *shares, str(mine[0]["settings"]["max_steps"]), f"{times[row]:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     write_text("\n".join(lines) + "\n", args.out / "table.md")
@@ -135,7 +165,7 @@ def _share(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "time", "table"))
+    parser.add_argument("what", choices=("run", "time", "adaptive", "table"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation"))
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="checkpoints and trained models")
     parser.add_argument("--eps", type=parse_eps, default=16 / 255)
@@ -144,10 +174,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=500, help="test questions attacked")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of time")
+    parser.add_argument("--restarts", type=int, default=1, help="of the adaptive attack")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"run": run, "time": measure_time, "table": table}[args.what](args)
+    {"run": run, "time": measure_time, "adaptive": adaptive, "table": table}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class Verifier:
         self.statements: Told = Statements((), alternatives)
         self._embed = bridge.model.get_input_embeddings
         self._known: dict[tuple[str, str], Tensor] = {}  # statements that the network has read since it was frozen
+        self._known_with: tuple[Tensor, int] | None = None  # the input embeddings that they were read with
         theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed().weight.shape[1]}
         made_for = {name: network.settings[name] for name in theirs}
         if made_for != theirs:
@@ -160,10 +161,14 @@ class Verifier:
         return Texts(self.network.statements(*self._embedded(each[:, :-1], each[:, -1]))[index], real)
 
     def _statements(self, pairs: list[tuple[str, str]]) -> Tensor:
-        """(M, dim); those of a network that does not learn are read once."""
+        """(M, dim); those of a network that does not learn are read once with the same input embeddings."""
         if any(p.requires_grad for p in self.network.parameters()):
             self._known.clear()
             return self.network.statements(*self._embedded(*encode(self.tokenizer, pairs)))
+        weight = self._embed().weight.detach()  # shares storage, which is then not freed, and its count of changes
+        if self._known_with is None or _changed(weight, *self._known_with):
+            self._known.clear()
+            self._known_with = weight, _writes(weight)
         if new := [pair for pair in pairs if pair not in self._known]:
             if len(self._known) > _REMEMBERED:
                 self._known.clear()
@@ -172,10 +177,6 @@ class Verifier:
                 read = self.network.statements(*self._embedded(*encode(self.tokenizer, new)))
             self._known |= dict(zip(new, read, strict=True))
         return torch.stack([self._known[pair] for pair in pairs])
-
-    def forget(self) -> None:
-        """Forgets the statements that it has read; for after a change of the model's input embeddings."""
-        self._known.clear()
 
     def _embedded(self, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input embeddings (M, L, text_dim) of tokens from `data.statements.encode`, which are no padding and which
@@ -264,6 +265,15 @@ class Verifier:
             tower = beside(bridge)
             set_tower(bridge_of(tower), {k.removeprefix(_TOWER): v for k, v in tensors.items() if k.startswith(_TOWER)})
         return cls(bridge, tokenizer, network, alternatives, tower), threshold
+
+
+def _changed(weight: Tensor, known: Tensor, version: int) -> bool:
+    """Whether the weight has other storage than the known one (exchanged, moved), or was written to since."""
+    return weight.data_ptr() != known.data_ptr() or _writes(weight) != version
+
+
+def _writes(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version  # made in inference mode: not counted
 
 
 def tower_weights(bridge: ModelBridge) -> dict[str, Tensor]:

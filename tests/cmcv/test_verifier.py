@@ -115,6 +115,24 @@ def test_statements_are_read_once_by_a_frozen_network_and_anew_by_one_that_learn
     assert not torch.equal(verifier.texts(["q?"], ["red"]).statements, first.statements), "not those before training"
 
 
+def test_statements_are_read_anew_with_other_embeddings(verifier):
+    """Weights written to, exchanged and exchanged back, in inference mode or not."""
+    weight, read = verifier._embed().weight, lambda: verifier.texts(["q?"], ["red"]).statements
+    own, first = weight.data, read()
+    other = torch.randn_like(own)
+    weight.data = other
+    assert not torch.equal(read(), first)
+    weight.data = own
+    with torch.inference_mode():
+        assert torch.equal(read(), first)
+    with torch.no_grad():
+        kept = own.clone()
+        weight.copy_(other)
+        assert not torch.equal(read(), first)
+        weight.copy_(kept)
+    assert torch.equal(read(), first)
+
+
 def test_a_batch_reads_like_the_same_texts(verifier, tiny_processor, samples):
     """`read`, from a batch, and `texts`, from strings; statements that are missing count for nothing."""
     seen = features(verifier, tiny_processor, samples)

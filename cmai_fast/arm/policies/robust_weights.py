@@ -107,8 +107,6 @@ class _Bound:
         samples, again = [case.sample for case in cases], self.again
         again.collate = cases[0].pipeline.collate  # of a dual encoder: the texts of today
         with self.weights.switched(alpha, again.processor.tokenizer):
-            if again.verifier is not None:
-                again.verifier.forget()  # what it read with other weights
             if again.threshold is None:
                 return [
                     case.decision(answer, "robust-weights", alpha=alpha)
