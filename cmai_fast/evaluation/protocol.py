@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from cmai_fast.data import Sample
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.runner import Answers, Attacked, Parts, Runner, eps_text
 from cmai_fast.evaluation.state import State
-from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.suite import AttackSpec, check_suite
 from cmai_fast.metrics import (
     accuracy,
     attack_success_rate,
@@ -77,9 +76,7 @@ def measure(
         task, state, batch_size, seed, progress: as for `Runner`.
         metrics: names of corpus metrics to report beside the task's own.
     """
-    repeated = [key for key, times in Counter(spec.key for spec in suite).items() if times > 1]
-    if repeated:
-        raise ValueError(f"the suite has {repeated[0]} twice; expected each attack once")
+    check_suite(suite)
     runner = Runner(
         pipeline, samples, task=task, state=state, batch_size=batch_size, seed=seed, progress=progress
     )  # fmt: skip

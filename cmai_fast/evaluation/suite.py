@@ -83,6 +83,13 @@ def headline_suite(steps: int, restarts: int) -> list[AttackSpec]:
     return [AttackSpec("pgd", steps, restarts), AttackSpec("apgd", 2 * steps)]
 
 
+def check_suite(suite: Sequence[AttackSpec]) -> None:
+    """Raises ValueError if an attack is in the suite twice: its results would stand under one key."""
+    keys = [spec.key for spec in suite]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the suite has {twice[0]} twice; expected each attack once")
+
+
 def curve_attack(suite: Sequence[AttackSpec]) -> AttackSpec:
     """PGD with fewer steps than the headline, since the curve over eps has many points. Results name it."""
     return AttackSpec("pgd", min(20, *(int(spec.steps or 1) for spec in suite[:1])) if suite else 20)

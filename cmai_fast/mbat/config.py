@@ -140,6 +140,11 @@ class MBATConfig(TrainingArguments):
         return None if self.modality == "image" else WordBall(self.text_norm, self.text_eps)  # type: ignore[arg-type]
 
     @property
+    def lowers_consistency(self) -> bool:
+        """Whether the attack lowers S_c: beta is above 0 and images, which S_c reads, are attacked."""
+        return self.beta > 0 and self.modality != "text"
+
+    @property
     def threat(self) -> ThreatModel:
         """The ball of the current `norm` and `eps`."""
         return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # checked there

@@ -98,8 +98,7 @@ class MBATTrainer(EvaluatingTrainer):
             )
         if self.verifier and (args.gamma or args.consistency_steps):
             self.verifier.network.requires_grad_(True)  # one that was loaded or fitted comes frozen
-        beta = 0.0 if args.modality == "text" else args.beta  # S_c reads the image
-        if self.heads is None and (beta or args.gamma):
+        if self.heads is None and (args.lowers_consistency or args.gamma):
             if not args.gamma:
                 raise ValueError(
                     f"beta is {args.beta}, gamma 0 and heads None: attacks would lower the S_c of random heads that "
@@ -197,7 +196,7 @@ class MBATTrainer(EvaluatingTrainer):
                 f"recompute was {self._recompute!r} when the trainer was made and is {args.recompute!r} now; set it "
                 "before"
             )
-        if self.heads is None and (args.gamma or (args.beta and args.modality != "text")):
+        if self.heads is None and (args.gamma or args.lowers_consistency):
             raise ValueError(
                 f"gamma is {args.gamma} and beta {args.beta}, and there are no consistency heads: they were 0 when the "
                 "trainer was made. Set them before, or give heads"

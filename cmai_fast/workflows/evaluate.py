@@ -13,7 +13,7 @@ from cmai_fast.evaluation.comparison import BASELINE, IMMUNISED, UNDEFENDED, Ent
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.state import running
-from cmai_fast.evaluation.suite import AttackSpec, curve_attack, headline_suite
+from cmai_fast.evaluation.suite import AttackSpec, check_suite, curve_attack, headline_suite
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.metrics import METRICS
 from cmai_fast.models import resolve
@@ -73,8 +73,7 @@ def evaluate(
     suite = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
     for spec in suite:
         spec.check(threat.norm)
-    if twice := [spec.key for spec in suite if suite.count(spec) > 1]:
-        raise ValueError(f"the suite has {twice[0]} twice; expected each attack once")
+    check_suite(suite)
     for name in names:
         check_names(name, task=task, metrics=metrics)
         if names.count(name) > 1:
