@@ -154,7 +154,7 @@ class Pipeline:
         Has no effect on a model that generates its answers.
         """
         if isinstance(self.collate, ChoiceCollator):
-            self.collate = ChoiceCollator(self.processor, choices_of(samples))
+            self.collate = ChoiceCollator(self.processor, choices_of(samples, every=True))
 
     def images(self, samples: Sequence[Sample]) -> BatchImages:
         """The images of these samples, one batch, on the model's device."""
@@ -169,9 +169,33 @@ class Pipeline:
         if not samples:
             return []
         if isinstance(self.collate, ChoiceCollator):
-            return self._nearest(self.collate, samples, images)
+            nearest = self.similarities(samples, images).argmax(-1).tolist()
+            return [self.collate.texts[i] for i in nearest]  # type: ignore[index]  # similarities needs them
         with self._in_use():
             return self._say(samples, self._prompts(samples, images))
+
+    def similarities(self, samples: Sequence[Sample], images: Sequence[Tensor] | None = None) -> Tensor:
+        """Of a dual encoder: the logits (N, K) of each image with the texts to choose from (`choose_from`).
+
+        `images`: as for `generate`.
+
+        Raises:
+            ValueError: the model generates its answers, or there are no texts.
+        """
+        texts = getattr(self.collate, "texts", None)
+        if not self.chooses or texts is None:
+            raise ValueError(
+                f"{self.name} has no texts to choose from; give records with choices (guard --data), or call "
+                "choose_from(samples)"
+            )
+        with self._in_use():
+            # Any text will do: labels do not affect the choice.
+            batch = self._closed(samples, [texts[0]] * len(samples))
+            if images is not None:
+                batch = self._with(images, batch, batch)
+            _, text = self.bridge.inputs(batch)
+            features = self.bridge.encode_image(batch["pixel_values"].to(self.model.dtype))
+            return self.bridge.fuse(features, **text)[0].squeeze(1)
 
     def score(
         self, samples: Sequence[Sample], answers: Sequence[str], images: Sequence[Tensor] | None = None
@@ -246,24 +270,13 @@ class Pipeline:
         features = self.verifier.bridge.encode_image(prompts["pixel_values"], **image_inputs)
         return self.verifier.margin(features, texts, self.bridge.image_tokens(text))
 
-    def _nearest(
-        self, collate: ChoiceCollator, samples: Sequence[Sample], images: Sequence[Tensor] | None
-    ) -> list[str]:
-        texts = collate.texts
-        if texts is None:
-            raise ValueError(
-                f"{self.name} has no texts to choose from; give records with choices (guard --data), or call "
-                "choose_from(samples)"
-            )
+    def with_texts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch of a dual encoder with its texts encoded, without gradients; any other batch as it is."""
+        if not isinstance(self.bridge, DualBridge):
+            return batch
         with self._in_use():
-            # Any text will do: labels do not affect the choice.
-            batch = self._closed(samples, [texts[0]] * len(samples))
-            if images is not None:
-                batch = self._with(images, batch, batch)
-            _, text = self.bridge.inputs(batch)
-            features = self.bridge.encode_image(batch["pixel_values"].to(self.model.dtype))
-            logits, _ = self.bridge.fuse(features, **text)
-        return [texts[i] for i in logits.squeeze(1).argmax(-1).tolist()]
+            texts = self.bridge.encode_texts(batch["input_ids"], batch.get("attention_mask"))
+        return {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")} | {"text_embeds": texts}
 
     def on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.model.device) for k, v in batch.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,10 @@ from cmai_fast.data import Sample, load_dataset
 from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.data.easyvqa import COLORS
 from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation.protocol import measure
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.tasks import TASKS, posed
 from cmai_fast.threat import ThreatModel
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "shape", *COLORS)
@@ -109,6 +113,34 @@ def test_the_answer_is_that_of_the_models_own_forward(pipeline, samples):
 def test_it_needs_to_know_the_texts(samples):
     with pytest.raises(ValueError, match=r"call choose_from"):
         Pipeline("clip", model(), processor()).generate(samples)
+
+
+def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
+    captions = [
+        replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape"), images=s.images) for s in samples
+    ]
+    ranked = copy.copy(pipeline)
+    ranked.choose_from(captions)
+    assert len(ranked.collate.texts) == len({r for s in captions for r in s.references}), "not the first alone"
+    suite = [AttackSpec("pgd", 5), AttackSpec("apgd", 5)]
+    measured = measure(ranked, captions, ThreatModel("linf", 32 / 255), suite, task="retrieval")
+    clean, robust = measured.record["metrics"]["clean"], measured.record["metrics"]["robust"]
+    assert clean["image-to-text R@1"] == measured.record["acc_clean"] > 0.8
+    assert robust["image-to-text R@1"] == measured.record["acc_robust"] < clean["image-to-text R@1"] - 0.3
+    assert robust["text-to-image R@1"] < clean["text-to-image R@1"]
+    assert all(clean[f"{way} R@1"] <= clean[f"{way} R@5"] for way in ("image-to-text", "text-to-image"))
+    assert measured.record["attacks"]["pgd-5"]["attacked"] == round(clean["image-to-text R@1"] * len(captions))
+    scored = ranked.similarities(captions)
+    assert scored.shape == (16, len(ranked.collate.texts))
+    with pytest.raises(ValueError, match="call choose_from"):
+        Pipeline("clip", model(), processor()).similarities(captions)
+
+
+def test_zero_shot_asks_by_template(samples):
+    named = replace(samples[0], references=("red",), choices=("red", "blue"))
+    asked = posed(TASKS["zero-shot"], named)
+    assert asked.choices == ("a photo of a red.", "a photo of a blue.") and asked.references == asked.choices[:1]
+    assert TASKS["zero-shot"].score("A photo of a red", asked) == 1 and TASKS["zero-shot"].score("a red", asked) == 0
 
 
 def test_it_is_attacked_evaluated_and_immunised_from_a_file(pipeline, samples, tmp_path: Path):

@@ -76,6 +76,8 @@ class Victim(BatchImages):
     Attributes:
         deployed: the guard around the model, for the adaptive attack; None: there is none.
         words: the prompts, if they are under attack too (`Words`).
+        exact: whether a text counts as wrong as soon as a token differs from the label. If not, no sample counts as
+            fooled, so that attacks take all their steps and return the image with the highest loss.
 
     `passes` counts the model passes.
 
@@ -97,6 +99,7 @@ class Victim(BatchImages):
         self.passes = Passes()
         self.deployed: Deployed | None = None
         self.words: Words | None = None
+        self.exact = True
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None
         self._tokens = bridge.image_tokens(self.batch)
@@ -230,8 +233,9 @@ class Outputs:
 
     @property
     def right(self) -> Tensor:
-        """(n,) bool, no gradient: every target token is the most likely one."""
-        return self._judged()[1]
+        """(n,) bool, no gradient: every target token is the most likely one; True if the victim is not `exact`."""
+        right = self._judged()[1]
+        return right if self._victim.exact else torch.ones_like(right)
 
     @property
     def logits(self) -> Tensor:

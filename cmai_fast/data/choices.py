@@ -12,12 +12,14 @@ from cmai_fast.data.sample import Sample, numeric_id
 from cmai_fast.metrics.exact_match import folded
 
 
-def choices_of(samples: Sequence[Sample]) -> tuple[str, ...]:
+def choices_of(samples: Sequence[Sample], every: bool = False) -> tuple[str, ...]:
     """The distinct texts to choose from: the choices of all samples, or the answer of a sample without choices.
 
-    Class names are choices. A caption is the answer of its picture, and all captions are the texts to choose from.
+    Class names are choices. A caption is the answer of its picture, and all captions are the texts to choose from; with
+    `every` also those beside the first of a picture.
     """
-    return tuple(dict.fromkeys(text for s in samples for text in (s.choices or (s.answer,))))
+    own = lambda s: (s.references or (s.answer,)) if every else (s.answer,)  # noqa: E731  # s.answer raises
+    return tuple(dict.fromkeys(text for s in samples for text in (s.choices or own(s))))
 
 
 class ChoiceCollator:

@@ -96,30 +96,36 @@ class EasyVQA(Sequence[Sample]):
             choices=answer_choices(self.answers[i]),
         )
 
-    def picture_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures with the colour and shape that this split's own questions reveal.
+    def facts(self) -> dict[int, tuple[int | None, int | None]]:
+        """By picture id: colour and shape, as indices of `COLORS` and `SHAPES`, that this split's questions reveal.
 
-        Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 if no question reveals it. Only
-        facts stated by an answer are used ("what color ...?" or a "yes" to a question without a negation).
+        Only facts stated by an answer are used ("what color ...?" or a "yes" to a question without a negation).
         """
-        import torch
-
-        colour: dict[int, int] = {}
-        shape: dict[int, int] = {}
+        found: dict[int, list[int | None]] = {self.image_ids[i]: [None, None] for i in self.sample_ids}
         for i in self.sample_ids:
-            picture, answer, words = self.image_ids[i], self.answers[i], self.questions[i].rstrip("?").split()
+            answer, words = self.answers[i], self.questions[i].rstrip("?").split()
             told = [answer]
             if answer == "yes" and not {"no", "not"} & set(words):
                 told = words
             for word in told:
-                if word in COLORS:
-                    colour[picture] = COLORS.index(word)
-                elif word in SHAPES:
-                    shape[picture] = SHAPES.index(word)
-        pictures = sorted({self.image_ids[i] for i in self.sample_ids})
-        pixels = torch.from_numpy(_load_pictures(self._official)[pictures]).permute(0, 3, 1, 2).contiguous()
-        return (
-            pixels,
-            torch.tensor([colour.get(p, -1) for p in pictures]),
-            torch.tensor([shape.get(p, -1) for p in pictures]),
-        )
+                for which, kind in enumerate((COLORS, SHAPES)):
+                    if word in kind:
+                        found[self.image_ids[i]][which] = kind.index(word)
+        return {picture: (colour, shape) for picture, (colour, shape) in sorted(found.items())}
+
+    def picture(self, picture: int) -> np.ndarray:
+        """A picture of this split by its id, uint8 (64, 64, 3)."""
+        return _load_pictures(self._official)[picture]
+
+    def picture_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pictures with the colour and shape of `facts`.
+
+        Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 if no question reveals it.
+        """
+        import torch
+
+        facts = self.facts()
+        pixels = torch.from_numpy(_load_pictures(self._official)[list(facts)]).permute(0, 3, 1, 2).contiguous()
+        labels = [[-1 if value is None else value for value in pair] for pair in facts.values()]
+        colours, shapes = torch.tensor(labels).unbind(1)
+        return pixels, colours, shapes

@@ -11,8 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
-from cmai_fast.evaluation.runner import Answers, Attacked, Parts, Runner, eps_text
+from cmai_fast.evaluation.recall import recall
+from cmai_fast.evaluation.runner import Answers, Attacked, Runner, eps_text
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec, check_suite
 from cmai_fast.metrics import (
@@ -27,7 +29,7 @@ from cmai_fast.metrics import (
 )
 from cmai_fast.metrics import measure as measure_all
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.tasks import Task
+from cmai_fast.tasks import Task, ranks
 from cmai_fast.threat import ThreatModel
 
 CURVE_EPS = (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 24 / 255)
@@ -86,13 +88,17 @@ def measure(
         measured.record["left_out"] = dict.fromkeys(left_out, "the model has no guard")
     suite = [spec for spec in suite if spec.key not in left_out]
     for i, spec in enumerate(suite):
-        attacked = runner.attack(spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0)
+        rows = range(len(standing)) if ranks(runner.task) else np.flatnonzero(standing).tolist()
+        attacked = runner.attack(spec, threat, rows, keep=i == 0 or ranks(runner.task))
         measured.attacked[spec.key] = attacked
-        standing[attacked.rows] = ~_settled(pipeline, attacked)
+        standing[attacked.rows] &= ~_settled(pipeline, attacked)
     for name, images in (transferred or {}).items():
         measured.attacked[name] = runner.transfer(images, threat, name=name)
     _add_accuracy(measured, {spec.key: spec for spec in suite})
     measured.record["metrics"] = _corpus_metrics(measured, metrics)
+    if ranks(runner.task):
+        for kind, found in recall(measured, batch_size).items():
+            measured.record["metrics"][kind] |= found
     if curve is not None:
         measured.record["curve"] = _curve(runner, curve, threat)
     if pipeline.scores:
@@ -118,7 +124,7 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
     for key, attacked in measured.attacked.items():
         robust = worst_case(robust, attacked.over(len(clean), attacked.right))
         robust_8bit = worst_case(robust_8bit, attacked.over(len(clean), attacked.right_8bit))
-        attacks[key] = _attack_record(attacked, specs.get(key)) | {
+        attacks[key] = _attack_record(attacked, clean, specs.get(key)) | {
             "acc_robust": accuracy(robust),
             "acc_robust_8bit": accuracy(robust_8bit),
         }
@@ -128,12 +134,14 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
     record["attacks"] = attacks
 
 
-def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any]:
-    """`attacked` is the number of samples that the attack ran on, `broken` the number it made wrong, `asr` their ratio.
+def _attack_record(attacked: Attacked, clean: np.ndarray, spec: AttackSpec | None) -> dict[str, Any]:
+    """`attacked` is the number of samples that the attack ran on, without those that were wrong before (`clean`),
+    `broken` the number it made wrong, `asr` their ratio.
 
     The caller adds `acc_robust` and `acc_robust_8bit`, which are cumulative over this attack and those before it.
     """
-    count, broken = len(attacked.rows), int((~attacked.right).sum())
+    right = clean[attacked.rows]
+    count, broken = int(right.sum()), int((right & ~attacked.right).sum())
     record: dict[str, Any] = {
         "attacked": count,
         "broken": broken,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,62 +21,14 @@ from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
 from cmai_fast.attacks.state import random_start
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
-from cmai_fast.pipeline import Pipeline, out_of_memory
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit
-from cmai_fast.tasks import TASKS, Task
+from cmai_fast.tasks import TASKS, Task, ranks, task_over
 from cmai_fast.threat import ThreatModel
-
-T = TypeVar("T")
-
-
-class Parts:
-    """Batches of at most `size` samples; the size is halved when memory runs out."""
-
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"batch_size is {size}; expected at least 1")
-        self.size, self._warned = size, False
-
-    def over(self, rows: Sequence[int], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
-        """Yields batches of `rows`, each with the result of `work`.
-
-        Raises:
-            torch.OutOfMemoryError: a single sample does not fit; the message says what helps.
-        """
-        start = 0
-        while start < len(rows):
-            part = list(rows[start : start + self.size])
-            try:
-                result = work(part)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    raise torch.OutOfMemoryError(
-                        f"one sample alone does not fit into memory ({str(error).splitlines()[0]}); use a smaller "
-                        "dtype (bfloat16), a larger device, or smaller images"
-                    ) from error
-                self.size = max(1, len(part) // 2)
-                self._warn()
-            else:
-                yield part, result
-                start += len(part)
-                continue
-            if torch.cuda.is_available():  # outside the except block, which keeps the tensors of the batch alive
-                torch.cuda.empty_cache()
-
-    def _warn(self) -> None:
-        if not self._warned:
-            warnings.warn(
-                f"a batch does not fit into memory; evaluation continues with {self.size} samples at a time, with the "
-                "same results. Set a smaller batch_size to avoid the attempt",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._warned = True
 
 
 @dataclass
@@ -119,8 +71,9 @@ class Attacked(Answers):
 
 
 def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Victim:
-    """The victim of a batch of `pipeline.collate`, on the model's device."""
-    return Victim(pipeline.bridge, pipeline.space, pipeline.on_device(batch), pipeline.heads)
+    """The victim of a batch of `pipeline.collate`, on the model's device; the texts of a dual encoder are encoded once,
+    not at every step."""
+    return Victim(pipeline.bridge, pipeline.space, pipeline.with_texts(pipeline.on_device(batch)), pipeline.heads)
 
 
 class Runner:
@@ -150,7 +103,7 @@ class Runner:
         if not samples:
             raise ValueError("there are no samples; expected at least one to measure a model on")
         self.pipeline, self.samples, self.seed = pipeline, samples, seed
-        self.task = TASKS[task] if isinstance(task, str) else task
+        self.task = task_over(TASKS[task] if isinstance(task, str) else task, samples)
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
         pipeline.choose_from(samples)
@@ -194,7 +147,8 @@ class Runner:
     ) -> Attacked:
         """One attack on the samples at `rows`; None: all whose clean answer is right.
 
-        The attack moves away from the model's clean answer if that is right, else from the first reference.
+        The attack moves away from the model's clean answer if that is right, else from the first reference. Where it
+        stopped at a changed token and the text is still right by the task, it runs again without such stops.
 
         Args:
             stage: its name in the state; None: attack and radius. A name must always mean the same attack.
@@ -220,9 +174,41 @@ class Runner:
         self, spec: AttackSpec, threat: ThreatModel, rows: list[int], keep: bool, brief: bool
     ) -> tuple[dict[str, Any], dict[int, Tensor] | None]:
         start = time.perf_counter()
+        # R@5 of an image that is not R@1 can be attacked too, so where texts are ranked nothing stops early.
+        victim, clean, result = self._run(spec, threat, rows, exact=not ranks(self.task))
+        own, first = _apart(victim, clean), _apart(victim, result.adv)
+        entry, adv = self._judged(rows, first, own), list(first)
+        passes, attacked = result.passes, result.adv
+        # Another token, at which an attack stops, is no proof: the text may say the same, or be right as well.
+        right = self.right(rows, entry["predictions"])
+        left = [k for k, fooled in enumerate(result.fooled.tolist()) if fooled and right[k]]
+        if left and spec.stops:
+            other, _, again = self._run(spec, threat, [rows[k] for k in left], exact=False)
+            for k, image in zip(left, _apart(other, again.adv), strict=True):
+                adv[k] = image
+            passes, attacked = passes + again.passes, victim.join(adv).to(clean)
+            entry = self._judged(rows, adv, own, (first, entry))
+        if not brief:
+            rounded = _apart(victim, round_to_8bit(attacked, clean, threat))
+            known = {k: entry[k] for k in ("predictions", "scores")}
+            entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+        entry |= {
+            "fooled": result.fooled.tolist(),
+            "passes": vars(passes),
+            "nonfinite": result.nonfinite.tolist(),
+            "zero_gradients": result.zero_gradients.tolist(),
+            "seconds": time.perf_counter() - start,
+        }
+        return entry, dict(zip(rows, adv, strict=True)) if keep else None
+
+    def _run(
+        self, spec: AttackSpec, threat: ThreatModel, rows: list[int], exact: bool = True
+    ) -> tuple[Victim, Tensor, AttackResult]:
+        """The attack on the samples at `rows`; `exact`: as of `Victim`."""
         targets = [self._target(i) for i in rows]
         batch = self.pipeline.collate(targets)
         victim = victim_of(self.pipeline, batch)
+        victim.exact = exact
         if self.pipeline.guarded:
             victim.deployed = Deployed(self.pipeline, targets)
         clean = victim.pixels()
@@ -230,20 +216,7 @@ class Runner:
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
             sample_ids=batch["sample_ids"], **spec.settings,
         )  # fmt: skip
-        own, adv = _apart(victim, clean), _apart(victim, result.adv)
-        entry = self._judged(rows, adv, own)
-        if not brief:
-            rounded = _apart(victim, round_to_8bit(result.adv, clean, threat))
-            known = {k: entry[k] for k in ("predictions", "scores")}
-            entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
-        entry |= {
-            "fooled": result.fooled.tolist(),
-            "passes": vars(result.passes),
-            "nonfinite": result.nonfinite.tolist(),
-            "zero_gradients": result.zero_gradients.tolist(),
-            "seconds": time.perf_counter() - start,
-        }
-        return entry, dict(zip(rows, adv, strict=True)) if keep else None
+        return victim, clean, result
 
     def _target(self, row: int) -> Sample:
         """The sample with the answer that an attack moves away from.

@@ -59,6 +59,11 @@ class AttackSpec:
         """Whether it needs a model with a guard."""
         return ATTACKS[self.name].guard
 
+    @property
+    def stops(self) -> bool:
+        """Whether the attack stops at a sample whose answer has changed, and would go on if it had not."""
+        return not (self.attacks_guard or ATTACKS[self.name].single)
+
     def check(self, norm: str) -> None:
         """Raises ValueError if the attack does not support this norm."""
         ATTACKS[self.name].check(norm, int(self.steps or 0), self.restarts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 from cmai_fast.data.sample import Sample
@@ -17,7 +18,11 @@ class Task(Protocol):
         name: as in `--task`.
         label: its name in reports.
         metric_names: names in `metrics.METRICS` of the metrics reported over all predictions.
-        broken_below: in [0, 1]; a sample with a lower score counts as broken (wrong).
+        broken_below: a sample with a lower score counts as broken (wrong).
+
+    A task whose score depends on all samples, such as on the frequencies of their words, also has `over(samples)`,
+    which returns the task for these samples; `task_over` calls it. One that changes more of a sample than its prompt
+    has `posed(sample)`, and one whose metrics rank all texts for an image (retrieval) has `ranks = True`.
     """
 
     name: str
@@ -30,7 +35,7 @@ class Task(Protocol):
         ...
 
     def score(self, prediction: str, sample: Sample) -> float:
-        """How right a generated text is, in [0, 1]."""
+        """How right a generated text is; 0: not at all."""
         ...
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
@@ -42,7 +47,24 @@ class Task(Protocol):
         ...
 
 
-TASKS: Registry[Task] = Registry("task", "cmai_fast.tasks", frozenset({"task", "choices"}))
+def task_over(task: Task, samples: Sequence[Sample]) -> Task:
+    """The task for these samples: with what its score needs of all of them, if it needs that."""
+    over = getattr(task, "over", None)
+    return task if over is None else over(samples)
+
+
+def posed(task: Task, sample: Sample) -> Sample:
+    """The sample as it is put to a model: with the task's prompt, or as the task's own `posed` makes it."""
+    own = getattr(task, "posed", None)
+    return replace(sample, prompt=task.prompt(sample)) if own is None else own(sample)
+
+
+def ranks(task: Task) -> bool:
+    """Whether the task's metrics rank all texts for an image."""
+    return getattr(task, "ranks", False)
+
+
+TASKS: Registry[Task] = Registry("task", "cmai_fast.tasks", frozenset({"task", "choices", "perturbed"}))
 C = TypeVar("C", bound=Callable[[], Task])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.sources import DataSource, check_answers, check_images
 from cmai_fast.data.statements import Told
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.tasks import TASKS, Task, with_choices
+from cmai_fast.tasks import TASKS, Task, posed, with_choices
 
 
 def asked(source: DataSource, split: str, task: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
@@ -64,8 +63,7 @@ class _Asked(Sequence[Sample]):
             return _Asked(self.samples[index], self.task)
         if index >= len(self):
             raise IndexError(index)
-        sample = self.samples[index]
-        return replace(sample, prompt=self.task.prompt(sample))
+        return posed(self.task, self.samples[index])
 
 
 def training_batches(

@@ -10,10 +10,12 @@ import torch
 from rich.console import Console
 
 from cmai_fast.evaluation import progress as progress_module
+from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import measure, stages
-from cmai_fast.evaluation.runner import Parts
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.tasks.vqa import VQA
 from cmai_fast.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 32 / 255)
@@ -49,6 +51,31 @@ def test_what_does_not_fit_is_done_in_parts_to_the_same_results(subject, samples
 
     assert verdicts(parts) == verdicts(whole)
     assert [a.predictions for a in parts.attacked.values()] == [a.predictions for a in whole.attacked.values()]
+
+
+class OneWrong(VQA):
+    """Every text is right but one."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def score(self, prediction, sample):
+        return float(prediction != self.wrong)
+
+
+def test_a_changed_token_is_no_proof(subject, samples):
+    """An attack stops where a token changes; if the text is still right by the task, it goes on."""
+    spec, plain = AttackSpec("pgd", 10), Runner(subject, samples)
+    rows = range(len(samples))
+    stopped = plain.attack(spec, THREAT, rows)
+    assert stopped.fooled.any()
+    all_right = Runner(subject, samples, task=OneWrong("nothing"))
+    went_on = all_right.attack(spec, THREAT, rows, keep=True)
+    assert went_on.right.all() and went_on.passes.full_forward >= stopped.passes.full_forward + 10
+    clean = all_right.images(rows)
+    moved = [went_on.images[i] - clean[i] for i in rows]
+    assert all(0 < m.abs().max() <= THREAT.eps + 1e-6 for m in moved), "also where the clean image was no match"
+    assert AttackSpec("fgsm", 1).stops is AttackSpec("adaptive", 10).stops is False
 
 
 def test_one_sample_that_does_not_fit_says_what_helps(subject, samples):

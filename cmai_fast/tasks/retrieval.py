@@ -1,0 +1,44 @@
+"""Retrieval between images and texts, for dual encoders: which of all captions belongs to an image, and the reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cmai_fast.data.sample import Sample, differing
+from cmai_fast.metrics.exact_match import folded
+from cmai_fast.tasks.perturbed import perturbed
+from cmai_fast.tasks.task import task
+
+
+@task
+class Retrieval:
+    """An image is right if the nearest of all texts is one of its own captions, which is R@1 from image to text.
+
+    R@1, 5 and 10 both ways need the similarities of all images and texts; `evaluation.retrieval` adds them.
+    """
+
+    name = "retrieval"
+    label = "Retrieval"
+    metric_names: tuple[str, ...] = ()
+    broken_below = 1.0
+    ranks = True
+
+    def prompt(self, sample: Sample) -> str:
+        return ""
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        return float(folded(prediction) in {folded(r) for r in sample.references})
+
+    def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+        return {}
+
+    def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
+        return wrong_captions(sample, others)
+
+
+def wrong_captions(sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
+    """Captions that are wrong for a sample: its choices, else those of other samples, else its own, perturbed."""
+    if sample.choices:
+        return sample.wrong_choices
+    elsewhere = differing((text for other in others for text in other.references[:1]), sample.references)
+    return elsewhere or differing(perturbed(sample.answer), sample.references)
