@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cmai_fast.bridge import BatchImages, DualBridge, EncoderDecoderBridge, bridge_of, frozen
+from cmai_fast.bridge import BatchImages, DualBridge, bridge_of, frozen
 from cmai_fast.bridge.encoded_once import images_encoded_once
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.cmcv.fingerprint import changed, fingerprint
 from cmai_fast.cmcv.heads import RECORD as HEADS
 from cmai_fast.cmcv.verifier import RECORD as VERIFIER
 from cmai_fast.cmcv.verifier import Verifier
-from cmai_fast.data import Sample, VQACollator
+from cmai_fast.data import Sample
 from cmai_fast.data.choices import ChoiceCollator, choices_of
+from cmai_fast.data.collators import Collator, collator_of
 from cmai_fast.generation import Generation, own_settings
 from cmai_fast.pixels import PixelSpace
 
@@ -42,7 +43,7 @@ class Pipeline:
     Args:
         name: its name in errors and progress.
         model: an image-text model of `transformers`. It is used in evaluation mode and restored afterwards.
-        processor: its processor, one that `VQACollator` takes.
+        processor: its processor, one that `collator_of` takes.
         heads: trained with this model; S_c is their score.
         threshold: of the score.
         generation: None: that of the threshold's calibration, else 16 tokens.
@@ -66,11 +67,6 @@ class Pipeline:
         self.verifier = verifier
         self.name, self.model, self.processor, self.heads, self.threshold = name, model, processor, heads, threshold
         self.bridge = bridge_of(model)
-        if isinstance(self.bridge, EncoderDecoderBridge):
-            raise ValueError(
-                f"{type(model).__name__} only describes images and takes no questions; expected a model that answers "
-                "questions about images, or a dual encoder. MBATTrainer and the attacks take it"
-            )
         calibrated = threshold.generation if threshold is not None else None
         self.generation = generation or calibrated or Generation()
         if calibrated is not None and calibrated != self.generation:
@@ -86,11 +82,7 @@ class Pipeline:
                 "calibrate it for this model (cmai-fast calibrate)"
             )
         self.space = PixelSpace.from_processor(processor)
-        self.collate: VQACollator | ChoiceCollator = (
-            ChoiceCollator(processor)
-            if isinstance(self.bridge, DualBridge)
-            else VQACollator(processor, max_length=self.bridge.context)
-        )
+        self.collate: Collator = collator_of(self.bridge, processor)
         if heads is not None:
             dims = {"image_dim": self.bridge.image_dim, "text_dim": self.bridge.text_dim}
             theirs = {name: heads.settings[name] for name in dims}
@@ -256,7 +248,8 @@ class Pipeline:
         return prompts
 
     def _say(self, samples: Sequence[Sample], prompts: Mapping[str, Tensor]) -> list[str]:
-        self._check_context(samples, prompts["attention_mask"])
+        if "attention_mask" in prompts:  # an encoder-decoder has no prompt
+            self._check_context(samples, prompts["attention_mask"])
         with own_settings(self.model):
             output = self.model.generate(**prompts, generation_config=self.generation.config())
         new = output if self.model.config.is_encoder_decoder else output[:, prompts["input_ids"].shape[1] :]

@@ -13,7 +13,7 @@ from cmai_fast.data.pictures import read_picture
 from cmai_fast.data.prompt import PromptForm, check_text
 from cmai_fast.data.remembered import RememberedPictures
 from cmai_fast.data.sample import Sample, numeric_id
-from cmai_fast.data.statements import Told, stacked
+from cmai_fast.data.statements import Told, told
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _NEGATIVE = ("input_ids", "attention_mask", "labels")
@@ -65,32 +65,29 @@ class VQACollator:
         self._form.control.into(self._call)
 
     def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        asked = _checked(samples)
+        asked = checked_samples(samples)
         texts, rows, images = self._encode(asked)
-        closed = self._close(texts, rows, [(_answer(s), f"{_name(s)}: its answer") for s in asked])
+        closed = self._close(texts, rows, [(answer_of(s), f"{_name(s)}: its answer") for s in asked])
         # Texts first: accelerate takes the rows of the first tensor for the number of samples, and images may be fewer.
         batch = {**closed, **images}
         batch["sample_ids"] = torch.tensor([numeric_id(s.id) for s in asked])
         if self.negatives:
-            wrong = [(answer, f"{_name(s)}: its choice") for s in asked for answer in self._wrong_answers(s)]
+            wrong = [
+                (answer, f"{_name(s)}: its choice")
+                for s in asked
+                for answer in wrong_draws(s, self.negatives, self.seed)
+            ]
             places = [i for i in range(len(samples)) for _ in range(self.negatives)]
             closed = self._close([texts[i] for i in places], [rows[i] for i in places], wrong)
             by_sample = (len(asked), self.negatives)  # slicing a batch by sample keeps them with their samples
             batch.update({f"negative_{k}": closed[k].unflatten(0, by_sample) for k in _NEGATIVE})
         if self.statements is not None:
-            said = [self.statements(s) for s in asked]
-            for s, own in zip(asked, said, strict=True):
-                if not own or any(len(answers) < 2 for _, answers in own):
-                    raise ValueError(
-                        f"{_name(s)} has the statements {own!r:.200}; expected at least one, each with a right answer "
-                        "and a wrong one"
-                    )
-            batch.update(stacked(self.processor.tokenizer, said))
+            batch.update(told(self.processor.tokenizer, asked, self.statements))
         return batch
 
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch with prompts only, without labels, for `generate`."""
-        _, rows, batch = self._encode(_checked(samples))
+        _, rows, batch = self._encode(checked_samples(samples))
         return {**self._padded(rows), **batch}
 
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
@@ -147,18 +144,6 @@ class VQACollator:
                 padded[k][i, longest - len(v) :] = torch.from_numpy(v)
         return padded
 
-    def _wrong_answers(self, sample: Sample) -> list[str]:
-        for choice in sample.choices:
-            check_text(choice, f"{_name(sample)}: its choice")
-        others = sample.wrong_choices
-        if not others:
-            raise ValueError(
-                f"{_name(sample)} has no wrong answers in its 'choices'; the contrastive loss needs at least one. Add "
-                "them, or collate with negatives=0"
-            )
-        rng = np.random.default_rng((self.seed, numeric_id(sample.id) % 2**64))
-        return [others[j] for j in rng.integers(len(others), size=self.negatives)]
-
 
 def negative_texts(batch: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[str, torch.Tensor]:
     """The batch's `negative_KEY` (N, K, M) for each of `keys`, as (N * K, M): row i * K + k belongs to sample i.
@@ -181,11 +166,34 @@ def negative_texts(batch: Mapping[str, torch.Tensor], keys: Iterable[str]) -> di
     return found
 
 
+def wrong_draws(sample: Sample, count: int, seed: int) -> list[str]:
+    """`count` wrong answers of the sample's `choices`, drawn; the draw depends only on (seed, sample id).
+
+    Raises:
+        ValueError: there is none.
+    """
+    for choice in sample.choices:
+        check_text(choice, f"{_name(sample)}: its choice")
+    others = sample.wrong_choices
+    if not others:
+        raise ValueError(
+            f"{_name(sample)} has no wrong answers in its 'choices'; the contrastive loss needs at least one. Add "
+            "them, or collate with negatives=0"
+        )
+    rng = np.random.default_rng((seed, numeric_id(sample.id) % 2**64))
+    return [others[j] for j in rng.integers(len(others), size=count)]
+
+
 def _name(sample: Sample) -> str:
     return f"sample {sample.id!r}"
 
 
-def _checked(samples: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
+def checked_samples(samples: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
+    """The samples of a batch.
+
+    Raises:
+        ValueError: no list of at least one sample, an id that is no text or number, images that are no tuple.
+    """
     if isinstance(samples, (Sample, Mapping, str)) or not len(samples):
         raise ValueError(f"the batch is {samples!r:.80}; expected a list of at least one sample")
     checked = [Sample.of(s, i) for i, s in enumerate(samples)]
@@ -201,7 +209,12 @@ def _checked(samples: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
     return checked
 
 
-def _answer(sample: Sample) -> str:
+def answer_of(sample: Sample) -> str:
+    """The first reference, as it is.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not sample.references or sample.references[0] is None:
         raise ValueError(f"{_name(sample)} has no answer; expected at least one right answer, as a text")
     return sample.references[0]

@@ -9,6 +9,8 @@ from typing import Any
 
 from cmai_fast.metrics.exact_match import folded
 
+ASK_CAPTION = "Provide a one-sentence caption for the provided image."  # the prompt of captioning
+
 
 @dataclass(frozen=True)
 class Sample:

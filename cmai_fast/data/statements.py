@@ -34,6 +34,22 @@ def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Te
     return ids, torch.tensor([len(a) for _, a in rows])
 
 
+def told(tokenizer: Any, samples: Sequence[Sample], statements: Told) -> dict[str, Tensor]:
+    """What `statements` say of each sample, as a batch holds it (`stacked`).
+
+    Raises:
+        ValueError: a sample without a statement, or one without a right and a wrong answer.
+    """
+    said = [statements(s) for s in samples]
+    for s, own in zip(samples, said, strict=True):
+        if not own or any(len(answers) < 2 for _, answers in own):
+            raise ValueError(
+                f"sample {s.id!r} has the statements {own!r:.200}; expected at least one, each with a right answer and "
+                "a wrong one"
+            )
+    return stacked(tokenizer, said)
+
+
 def stacked(tokenizer: Any, rows: Sequence[Sequence[Statement]]) -> dict[str, Tensor]:
     """Statements about N samples as a batch holds them: `statement_ids` (N, S, K, L) and `statement_answers` (N, S, K),
     the number of the answer's tokens, 0 where a sample has fewer than S statements or a statement fewer than K answers.

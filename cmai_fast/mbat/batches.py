@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from cmai_fast.bridge import BatchImages, DualBridge, ModelBridge
-from cmai_fast.data import Sample, VQACollator
-from cmai_fast.data.choices import ChoiceCollator
+from cmai_fast.data import Sample
+from cmai_fast.data.collators import Collator, collator_of
 from cmai_fast.data.records import IDS
 from cmai_fast.data.sample import numeric_id
 from cmai_fast.data.statements import STATEMENT_ANSWERS, STATEMENT_IDS, Told
@@ -21,8 +21,8 @@ from cmai_fast.mbat.parts import OF_SAMPLES, WEIGHTS
 
 
 class RecordCollator:
-    """The default collator of a trainer: `VQACollator` for records, `ChoiceCollator` for dual encoders,
-    `default_data_collator` for rows that already hold the model's inputs.
+    """The default collator of a trainer: `collator_of` for records, `default_data_collator` for rows that already hold
+    the model's inputs.
 
     For heads, wrong answers are added if every record of a batch has some and gamma is above 0; for a verifier,
     `statements` about each record. Records without ids get no `sample_ids`, so that those of different batches and
@@ -36,28 +36,23 @@ class RecordCollator:
         args: MBATConfig,
         statements: Told | None = None,
     ) -> None:
-        self.processor, self.context, self.needs, self.args = processor, bridge.context, bridge.needs, args
+        self.processor, self.bridge, self.args = processor, bridge, args
         self.statements = statements
-        self._collators: dict[int, VQACollator] = {}
+        self._collators: dict[int, Collator] = {}
 
     def __call__(self, records: Sequence[Any]) -> dict[str, Tensor]:
         if isinstance(records[0], Mapping) and "labels" in records[0]:
             return default_data_collator(list(records))
         samples = [Sample.of(record, place) for place, record in enumerate(records)]
-        if "input_ids" not in self.needs:
-            batch = ChoiceCollator(self.processor)(samples)
-        else:
-            wrong = all(any(c not in s.references for c in s.choices) for s in samples)
-            batch = self._with_negatives(int(wrong and self.args.gamma > 0 and self.statements is None))(samples)
+        wrong = all(any(c not in s.references for c in s.choices) for s in samples)
+        batch = self._with_negatives(int(wrong and self.args.gamma > 0 and self.statements is None))(samples)
         if not all(map(_has_id, records)):
             del batch["sample_ids"]  # places in this batch
         return batch
 
-    def _with_negatives(self, negatives: int) -> VQACollator:
+    def _with_negatives(self, negatives: int) -> Collator:
         if negatives not in self._collators:
-            self._collators[negatives] = VQACollator(
-                self.processor, negatives, self.context, statements=self.statements
-            )
+            self._collators[negatives] = collator_of(self.bridge, self.processor, negatives, statements=self.statements)
         return self._collators[negatives]
 
 

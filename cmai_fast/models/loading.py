@@ -11,7 +11,16 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    TrOCRProcessor,
+    VisionEncoderDecoderConfig,
+)
 
 from cmai_fast.models import resolve
 
@@ -55,7 +64,7 @@ def load_model(
         _check_attention(attention, target, dtype or config.dtype or torch.float32)
         kwargs["attn_implementation"] = attention
     try:
-        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
+        processor = _processor(where, config)
         model, report = kind.from_pretrained(
             where, **{**kwargs, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
         )
@@ -70,6 +79,17 @@ def load_model(
     if not {"device_map", "quantization_config"} & set(kwargs):
         model.to(target)
     return model.eval(), processor
+
+
+def _processor(where: str | Path, config: Any) -> Any:
+    """The processor; of an encoder-decoder, whose folder has none of its own, image processor and tokenizer in one."""
+    if not isinstance(config, VisionEncoderDecoderConfig):
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False)
+    images = AutoImageProcessor.from_pretrained(where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    if tokenizer.pad_token is None:  # GPT-2's
+        tokenizer.pad_token = tokenizer.eos_token
+    return TrOCRProcessor(images, tokenizer)
 
 
 def _base(where: str | Path) -> str | Path:

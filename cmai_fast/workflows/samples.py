@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast.data import Sample, VQACollator
+from cmai_fast.data import Sample
 from cmai_fast.data.choices import ChoiceCollator
+from cmai_fast.data.collators import Collator, collator_of
 from cmai_fast.data.sources import DataSource, check_answers, check_images
 from cmai_fast.data.statements import Told
 from cmai_fast.pipeline import Pipeline
@@ -39,14 +40,10 @@ def training_samples(
     return samples if chooses else with_choices(samples, TASKS[task])
 
 
-def training_collator(pipeline: Pipeline, seed: int, statements: Told | None = None) -> VQACollator | ChoiceCollator:
+def training_collator(pipeline: Pipeline, seed: int, statements: Told | None = None) -> Collator:
     """The collator of training: with what is said of each picture or, without `statements`, one wrong answer per
     sample, drawn with `seed`; for a dual encoder, with the texts of the batch to choose from."""
-    if isinstance(pipeline.collate, ChoiceCollator):
-        return ChoiceCollator(pipeline.processor)
-    return VQACollator(
-        pipeline.processor, int(statements is None), pipeline.bridge.context, seed, statements=statements
-    )
+    return collator_of(pipeline.bridge, pipeline.processor, int(statements is None), seed, statements)
 
 
 class _Asked(Sequence[Sample]):
