@@ -24,6 +24,8 @@ def attack(
     data: options.Data = "easyvqa",
     fields: options.Map = None,
     split_seed: options.SplitSeed = None,
+    split: options.Split = None,
+    missing: options.Missing = 0,
     task: options.Task = "vqa",
     metric: options.Metric = None,
     attack: Annotated[str, typer.Option(help="Name of an attack; --list shows them.")] = "pgd",
@@ -54,7 +56,7 @@ def attack(
     """Attack a model on test samples."""
     threat = options.read_threat(norm, eps)
     own = options.pairs(settings or (), "--set")
-    source = options.read_data(data, fields, split_seed)
+    source = options.read_data(data, fields, split_seed, split, missing)
 
     from cmai_fast.attacks import ATTACKS
 

@@ -22,6 +22,8 @@ def calibrate(
     data: options.Data = "easyvqa",
     fields: options.Map = None,
     split_seed: options.SplitSeed = None,
+    split: options.Split = None,
+    missing: options.Missing = 0,
     task: options.Task = "vqa",
     heads: options.Heads = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit a new verifier even if there is one.")] = False,
@@ -63,7 +65,7 @@ def calibrate(
     model generates. The length of these answers is saved with it. A dual encoder gets consistency heads instead.
     """
     options.is_stdout(out, "verifier and threshold")
-    source = options.read_data(data, fields, split_seed)
+    source = options.read_data(data, fields, split_seed, split, missing)
     options.check([model], source, ("calibration", "train") if refit else ("calibration",), task)
 
     radius = parse_eps(eps)

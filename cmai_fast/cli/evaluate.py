@@ -29,6 +29,8 @@ def evaluate(
     data: options.Data = "easyvqa",
     fields: options.Map = None,
     split_seed: options.SplitSeed = None,
+    split: options.Split = None,
+    missing: options.Missing = 0,
     task: options.Task = "vqa",
     metric: options.Metric = None,
     eps: options.Eps = None,
@@ -60,7 +62,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, clean and under the attack suite, and detection; write a report."""
     threat = options.read_threat(norm, eps)
-    source = options.read_data(data, fields, split_seed)
+    source = options.read_data(data, fields, split_seed, split, missing)
     options.check([model, *(against or ())], source, task=task, metrics=metric, attacks=also)
     printed = options.is_stdout(out)
     if printed and resume:

@@ -29,6 +29,8 @@ def guard(
     ] = None,
     fields: options.Map = None,
     split_seed: options.SplitSeed = None,
+    split: options.Split = None,
+    missing: options.Missing = 0,
     task: options.Task = "vqa",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Cases to use, drawn with the seed.", show_default="all")
@@ -79,7 +81,7 @@ def guard(
         raise ValueError("expected --image and --text, or --data")
     if data is None and (not image or text is None):
         raise ValueError("--image and --text go together; add --text" if image else "add the --image of this --text")
-    source = None if data is None else options.read_data(data, fields, split_seed)
+    source = None if data is None else options.read_data(data, fields, split_seed, split, missing)
     question = None if text is None else read_text(text)
     if question is not None and not question.strip():
         raise ValueError(f"--text is {question!r}; expected a question")

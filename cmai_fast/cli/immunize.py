@@ -31,6 +31,8 @@ def immunize(
     data: options.Data = "easyvqa",
     fields: options.Map = None,
     split_seed: options.SplitSeed = None,
+    split: options.Split = None,
+    missing: options.Missing = 0,
     task: options.Task = "vqa",
     defence: Annotated[
         str,
@@ -134,7 +136,7 @@ def immunize(
     largest = None if eps_max is None else parse_eps(eps_max, norm, "--eps-max")
     rise = None if eps_step is None else parse_eps(eps_step, norm, "--eps-step")
     options.is_stdout(out, "model, results and report")
-    source = options.read_data(data, fields, split_seed)
+    source = options.read_data(data, fields, split_seed, split, missing)
 
     from cmai_fast.defences import DEFENCES
 
@@ -144,14 +146,14 @@ def immunize(
     from cmai_fast.workflows import immunize as workflow
 
     settings = workflow.ImmunizeSettings(
-        model=model, data=data, fields=dict(source.fields), split_seed=split_seed, task=task, defence=defence,
-        eps=threat.eps, norm=norm, inner=inner, inner_steps=inner_steps, refreshes=refreshes, alpha=alpha, beta=beta,
-        consistency_steps=consistency_steps, lam=lam, gamma=gamma, arm=arm, tau_train=tau_train,
-        variance_max=variance_max, beta_max=beta_max, beta_step=beta_step, eps_max=largest, eps_step=rise,
-        lam_max=lam_max, lam_step=lam_step, trainable=trainable, max_steps=max_steps, batch_size=batch_size,
-        learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps,
-        restarts=restarts, limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device,
-        dtype=dtype, attention=attention, command=ctx.obj,
+        model=model, data=data, fields=dict(source.fields), split_seed=split_seed, split=split, missing=missing,
+        task=task, defence=defence, eps=threat.eps, norm=norm, inner=inner, inner_steps=inner_steps,
+        refreshes=refreshes, alpha=alpha, beta=beta, consistency_steps=consistency_steps, lam=lam, gamma=gamma,
+        arm=arm, tau_train=tau_train, variance_max=variance_max, beta_max=beta_max, beta_step=beta_step,
+        eps_max=largest, eps_step=rise, lam_max=lam_max, lam_step=lam_step, trainable=trainable, max_steps=max_steps,
+        batch_size=batch_size, learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup, seed=seed,
+        attack_steps=attack_steps, restarts=restarts, limit=limit, max_new_tokens=max_new_tokens,
+        save_steps=save_steps, device=device, dtype=dtype, attention=attention, command=ctx.obj,
     )  # fmt: skip
     results = workflow.immunize(settings, out, resume=resume, progress=progress)
     print_summary(results, out)

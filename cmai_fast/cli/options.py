@@ -19,7 +19,10 @@ STDOUT = Path("-")
 Model = Annotated[str, typer.Option(help="A bundled model, a model or run folder, or an id of the Hugging Face hub.")]
 Data = Annotated[
     str,
-    typer.Option(help="A named data set (easyvqa), a file (.jsonl, .json, .csv, .parquet), a folder, or hf:REPO."),
+    typer.Option(
+        help="A named data set (easyvqa), a file (.jsonl, .json, .csv, .parquet), a folder, NAME:FOLDER for official "
+        "files (vqav2:FOLDER; evaluate --list shows the names), or hf:REPO."
+    ),
 ]
 Map = Annotated[
     list[str] | None,
@@ -30,6 +33,15 @@ Map = Annotated[
 SplitSeed = Annotated[
     int | None,
     typer.Option(min=0, help="Seed that divides one file into train, calibration and test, which share no picture."),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="One of the data set's own splits, such as val2017, which then is the one set of records."
+    ),
+]
+Missing = Annotated[
+    int, typer.Option(min=0, help="How many picture files may be missing; samples that need them are left out.")
 ]
 Task = Annotated[str, typer.Option(help="What is asked and when an answer is right; evaluate --list shows them.")]
 Metric = Annotated[
@@ -96,11 +108,13 @@ def lister(show: Callable[[], None], help: str) -> Any:
     return typer.Option("--list", callback=listed, is_eager=True, help=help)
 
 
-def read_data(data: str, fields: Sequence[str] | None, split_seed: int | None) -> DataSource:
-    """The data source of `--data`, `--map` and `--split-seed`."""
+def read_data(
+    data: str, fields: Sequence[str] | None, split_seed: int | None, split: str | None, missing: int
+) -> DataSource:
+    """The data source of `--data`, `--map`, `--split-seed`, `--split` and `--missing`."""
     from cmai_fast.data.sources import DataSource
 
-    return DataSource(data, pairs(",".join(fields or ()).split(","), "--map"), split_seed)
+    return DataSource(data, pairs(",".join(fields or ()).split(","), "--map"), split_seed, split, missing)
 
 
 def read_threat(norm: Literal["linf", "l2"], eps: str | None) -> ThreatModel:

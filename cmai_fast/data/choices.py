@@ -55,7 +55,7 @@ class ChoiceCollator:
         pictures, labels = [], []
         for s in asked:
             if len(s.images) != 1:
-                raise ValueError(f"sample {s.id!r} has {len(s.images)} images; a dual encoder takes exactly one")
+                raise ValueError(f"{s.name} has {len(s.images)} images; a dual encoder takes exactly one")
             known = [places[folded(r)] for r in s.references if folded(r) in places]
             if not known:
                 raise ValueError(

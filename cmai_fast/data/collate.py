@@ -97,7 +97,7 @@ class VQACollator:
             try:
                 texts.append(self._form.prompt(s.prompt, len(s.images), "its question"))
             except ValueError as error:
-                raise ValueError(f"{_name(s)}: {error}") from error
+                raise ValueError(f"{s.name}: {error}") from error  # with file and line, for a sample of two images
         pictures = [
             [read_picture(p, f"{_name(s)}: its image" + f" {k}" * (len(s.images) > 1)) for k, p in enumerate(s.images)]
             for s in samples

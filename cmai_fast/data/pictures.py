@@ -66,6 +66,7 @@ def read_picture(image: Any, name: str = "image") -> Image.Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decoded(image, name)
     if hasattr(image, "read"):
+        name = f"{name} {image.name!r}" if isinstance(getattr(image, "name", None), str) else name
         return _decoded(_of_file(image, name), name)
     if hasattr(image, "detach"):  # a tensor; PyTorch need not be imported to read a file
         image = image.detach().cpu()

@@ -10,6 +10,7 @@ from typing import Any
 
 from cmai_fast.data.formats import digest_of
 from cmai_fast.data.sample import Sample
+from cmai_fast.data.zipped import ZippedPicture
 
 SPLITS = ("train", "calibration", "test")
 SHARE = 0.1  # of the pictures for calibration, and the same for test
@@ -58,6 +59,8 @@ def picture_key(image: Any) -> str:
         if image["bytes"] is None:
             return picture_key(image["path"])
         return _digest(image["bytes"])
+    if isinstance(image, ZippedPicture):
+        return _digest(image.read())
     if hasattr(image, "mode"):  # a PIL picture
         return _digest(
             f"{image.mode} {image.size} {image.getpalette() if image.mode == 'P' else ''}".encode(), image.tobytes()

@@ -73,7 +73,7 @@ def attack(
     spec.check(threat.norm)
     check_names(model, task=task, metrics=metrics)
     asked_for = {
-        "model": model, **data_settings(data), "split": "test", "attack": attack, "eps": threat.eps,
+        "model": model, **data_settings(data), "attack": attack, "eps": threat.eps,
         "norm": threat.norm, "steps": spec.steps, "restarts": restarts, "attack_settings": dict(spec.settings),
         "task": task, "metrics": list(metrics), "limit": limit, "seed": seed, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,

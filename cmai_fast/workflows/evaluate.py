@@ -79,7 +79,7 @@ def evaluate(
         if names.count(name) > 1:
             raise ValueError(f"the model {name} is named twice; expected each once")
     settings = {
-        "model": model, "against": list(against), **data_settings(data), "split": "test", "limit": limit,
+        "model": model, "against": list(against), **data_settings(data), "limit": limit,
         "eps": threat.eps, "norm": threat.norm, "attacks": [spec.to_dict() for spec in suite], "task": task,
         "metrics": list(metrics), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
         "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
@@ -119,8 +119,17 @@ def data_settings(data: DataSource) -> dict[str, Any]:
         "data": data.name,
         "fields": dict(data.fields),
         "split_seed": data.split_seed,
+        "split": _tested(data),
+        "missing": data.missing,
         "data_fingerprint": data.fingerprint(),
     }
+
+
+def _tested(data: DataSource) -> str:
+    """What is measured on, in results and reports."""
+    if data.split is None:
+        return "test"
+    return data.split if data.split_seed is None else f"test part of {data.split}"
 
 
 def check_names(model: str, *, task: str, metrics: Sequence[str] = ()) -> None:

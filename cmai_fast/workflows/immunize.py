@@ -75,7 +75,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
         if not (out / RESULTS).is_file():  # interrupted before the report
             results = _immunised(settings, out, before, entries, samples, suite, state, overall)
             results["settings"] = began_with | {
-                "split": "test", "steps": settings.attack_steps, "curve_attack": curve_attack(suite).key,
+                "steps": settings.attack_steps, "curve_attack": curve_attack(suite).key,
             }  # fmt: skip
             write_results(results, out / RESULTS)
         return report(out)

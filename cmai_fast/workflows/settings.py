@@ -14,15 +14,18 @@ from cmai_fast.data.sources import DataSource
 class ImmunizeSettings:
     """One immunisation. `eps` in the [0, 1] pixel range; `max_steps` are optimiser steps of `batch_size` samples.
 
-    `data`, `fields` and `split_seed` are those of a `DataSource`. Values of the `defence` (a name of `DEFENCES`)
-    replace fields left at their defaults; a field that differs from its default takes precedence. `max_new_tokens`
-    None: that of the threshold's calibration, else 16. `arm` and what follows it are those of `MBATConfig`.
+    `data`, `fields`, `split_seed`, `split` and `missing` are those of a `DataSource`. Values of the `defence` (a name
+    of `DEFENCES`) replace fields left at their defaults; a field that differs from its default takes precedence.
+    `max_new_tokens` None: that of the threshold's calibration, else 16. `arm` and what follows it are those of
+    `MBATConfig`.
     """
 
     model: str = "easyvqa-llava"
     data: str = "easyvqa"
     fields: Mapping[str, str] = field(default_factory=dict)
     split_seed: int | None = None
+    split: str | None = None
+    missing: int = 0
     task: str = "vqa"
     defence: str = "mbat"
     eps: float = 8 / 255
@@ -67,7 +70,7 @@ class ImmunizeSettings:
             value: Any = getattr(self, name)
             if not kind.startswith("int") or (value is None and kind == "int | None"):
                 continue
-            least = 0 if name in ("refreshes", "consistency_steps", "seed", "split_seed") else 1
+            least = 0 if name in ("refreshes", "consistency_steps", "seed", "split_seed", "missing") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not 0 < self.learning_rate < math.inf:
@@ -75,4 +78,4 @@ class ImmunizeSettings:
 
     @property
     def source(self) -> DataSource:
-        return DataSource(self.data, self.fields, self.split_seed)
+        return DataSource(self.data, self.fields, self.split_seed, self.split, self.missing)

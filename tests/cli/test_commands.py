@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import official_files as official
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.suite import AttackSpec
@@ -143,6 +144,26 @@ def test_evaluate_hands_on_every_option(run, replace_workflow, results, mine):
         "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True, "progress": False, "device": "cpu",
         "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["attack", "evaluate", "calibrate", "guard", "immunize"])
+def test_official_files_take_a_split_and_a_number_of_missing_pictures(run, replace_workflow, command, tmp_path):
+    called = replace_workflow(command, KeyboardInterrupt())
+    rows = [{"sentence": "A dog.", "label": "True", "identifier": f"dev-{n}-0-0"} for n in range(12)]
+    for n in range(11):
+        for side in (0, 1):
+            official.picture(tmp_path / "dev" / f"dev-{n}-0-img{side}.png", (n, side, 0))
+    official.write(tmp_path / "dev.json", "\n".join(map(json.dumps, rows)))
+    official.nlvr2(tmp_path, "test1")
+    typed = f"{command} --model {MODEL} --data nlvr2:. --split dev --split-seed 3 --out x"
+    done = run(*typed.split(), "--missing", "1")
+    assert done.exit_code == 2 and "2 of 24 pictures are missing, and 1 of 12 samples need them" in done.stderr
+    assert "--missing N leaves such samples out" in done.stderr and done.stderr.count("\n") == 1 and not called.calls
+    run(*typed.split(), "--missing", "2")
+    given = called.args[0].source if command == "immunize" else called.args[1]
+    assert given == DataSource("nlvr2:.", {}, 3, "dev", 2)
+    done = run(*typed.replace("--split dev", "--split test").split())
+    assert done.stderr == "error: nlvr2:. has no split 'test'; expected one of dev, test1\n" and len(called.calls) == 1
 
 
 def test_evaluate_of_one_model(run, replace_workflow, results):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cmai_fast.data import EasyVQA, Sample, data_format, load_dataset
 from cmai_fast.data.formats import FORMATS, read_text
+from cmai_fast.data.formats.folder import split_named
 from cmai_fast.data.sources import DataSource
 
 
@@ -96,7 +97,7 @@ def test_a_folder_of_files_is_split_by_their_names(asked):
     source = DataSource(str(folder))
     source.check()
     assert source.load("train")[0].prompt == "a?" and source.load("calibration")[0].prompt == "b?"
-    with pytest.raises(ValueError, match=r"split is 'test'; .* has train, calibration\. Add test or testing"):
+    with pytest.raises(ValueError, match=r"has train, calibration, and no split 'test'\. Add test or testing"):
         source.check("train", "test")
     (folder / "test.csv").write_text("prompt\nc?\n")
     assert source.load("test")[0].prompt == "c?"
@@ -110,6 +111,42 @@ def test_a_folder_of_files_is_split_by_their_names(asked):
     assert source.fingerprint() != before
 
 
+def test_a_named_split_is_the_one_set_of_records(asked):
+    folder = asked.parent
+    asked.rename(folder / "validation.jsonl")
+    lines(folder / "test.jsonl", [{"question": "b?"}])
+    one = DataSource(str(folder), split="calibration")
+    one.check()
+    assert len(one.load("test")) == len(one.load("calibration")) == 20
+    with pytest.raises(ValueError, match=r" calibration is one set of records.*--split-seed N"):
+        one.load("train")
+    parts = DataSource(str(folder), split="calibration", split_seed=0)
+    parts.check("train", "calibration", "test")
+    assert [len(parts.load(split)) for split in ("train", "calibration", "test")] == [16, 2, 2]
+    with pytest.raises(ValueError, match=r"has no split 'val'; expected one of calibration, test"):
+        DataSource(str(folder), split="val").check()
+    with pytest.raises(ValueError, match=r"is one set of records without a split 'test'; leave out --split"):
+        DataSource(str(folder / "test.jsonl"), split="test").check()
+    assert len(DataSource("easyvqa", split="test").load("calibration")) == 9673
+    assert len({s.fingerprint() for s in (one, parts, DataSource(str(folder)))}) == 3
+
+
+@pytest.mark.parametrize(
+    "split, names, own",
+    [
+        ("test", ("train", "test"), "test"),
+        ("test", ("test1", "test2"), "test1"),
+        ("test", ("test2015", "test"), "test"),
+        ("test", ("test-dev2015", "test2"), None),
+        ("calibration", ("val2014", "train2014"), "val2014"),
+        ("calibration", ("val2014", "dev"), "dev"),
+        ("train", ("train_small",), None),
+    ],
+)
+def test_a_year_or_a_1_may_follow_the_word_of_a_split(split, names, own):
+    assert split_named(split, names) == own
+
+
 def test_a_folder_of_nothing_known_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"holds notes\.txt; expected files train, calibration and test .*metadata"):
@@ -119,7 +156,10 @@ def test_a_folder_of_nothing_known_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("vqa2", r"unknown data 'vqa2'; expected a file, a folder, easyvqa, or one of csv:FILE"),
+        ("mine", r"unknown data 'mine'; expected a file, a folder, easyvqa, or one of coco-captions:FOLDER, csv:FILE"),
+        ("vqa2", r"unknown data 'vqa2'; did you mean vqav2:FOLDER\?"),
+        ("nlvr2", r"unknown data 'nlvr2'; did you mean nlvr2:FOLDER\?"),
+        ("vqav2:nowhere", "vqav2:nowhere: there is no such folder"),
         ("easyvqq", r"did you mean easyvqa\?"),
         ("nowhere.jsonl", "unknown data 'nowhere.jsonl'"),
         ("jsonl:nowhere.txt", "jsonl:nowhere.txt: there is no such file"),
@@ -147,7 +187,8 @@ def test_missing_pictures_are_counted_and_named(asked):
     for i in (1, 2):
         (asked.parent / f"{i}.png").unlink()
     with pytest.raises(
-        ValueError, match=r"^4 of 20 pictures are missing: .*1\.png \(.*asked\.jsonl line 2\), .*, \.\.\.; "
+        ValueError,
+        match=r"^2 of 10 pictures are missing, and 4 of 20 samples need them: .*1\.png \(.*asked\.jsonl line 2\), .*; ",
     ):
         DataSource(str(asked)).check()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +19,19 @@ ALIASES = {
 
 
 def split_named(split: str, names: Sequence[str]) -> str | None:
-    """The name of our split among `names`, or None."""
-    return next((name for name in ALIASES[split] if name in names), None)
+    """The name of our split among `names`, or None. A year or 1 may follow its word: `val2014`, `test1`.
+
+    Raises:
+        ValueError: two such names, as `val2014` and `val2017`.
+    """
+    for ending in ("", r"(?:\d{4}|1)"):
+        for word in ALIASES[split]:
+            found = [name for name in names if re.fullmatch(word + ending, name)]
+            if len(found) > 1:
+                raise ValueError(f"{' and '.join(found)} may both be the split {split}; choose by --split NAME (split)")
+            if found:
+                return found[0]
+    return None
 
 
 def splits_of(folder: str) -> tuple[str, ...]:
@@ -59,6 +71,7 @@ def _files(folder: str) -> dict[str, Path]:
         shown = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
         raise ValueError(
             f"{folder} holds {shown or 'nothing'}; expected files train, calibration and test that end in one of "
-            f"{', '.join(sorted(suffixes))}, or pictures with metadata.jsonl or metadata.csv"
+            f"{', '.join(sorted(suffixes))}, or pictures with metadata.jsonl or metadata.csv. For official files name "
+            f"the data set, as in coco-captions:{folder} (docs/formats.md)"
         )
     return {split: found[split] for split in ALIASES if split in found}

@@ -32,6 +32,7 @@ class Format:
         check: raises ValueError before anything is read, for example if a package is not installed.
         fingerprint: returns a text that changes when the records of a place change; by default a digest of the file,
             or of the files of records in the folder.
+        lone: whether a split that is there alone is one set of records, which serves as any split but `train`.
     """
 
     name: str
@@ -41,9 +42,12 @@ class Format:
     splits: Callable[[str], tuple[str, ...]] = lambda place: ()
     check: Callable[[str], None] = lambda place: None
     fingerprint: Callable[[str], str] | None = None
+    lone: bool = False
 
 
-FORMATS: Registry[Format] = Registry("data format", "cmai_fast.data.formats", frozenset({"format"}))
+FORMATS: Registry[Format] = Registry(
+    "data format", "cmai_fast.data.formats", frozenset({"format", "karpathy", "official"})
+)
 
 
 def data_format(
@@ -54,11 +58,12 @@ def data_format(
     splits: Callable[[str], tuple[str, ...]] = lambda place: (),
     check: Callable[[str], None] = lambda place: None,
     fingerprint: Callable[[str], str] | None = None,
+    lone: bool = False,
 ) -> Callable[[R], R]:
     """Decorator: registers a function as the `read` of a format; the arguments are those of `Format`."""
 
     def register(read: R) -> R:
-        FORMATS.add(name, Format(name, read, takes, suffixes, splits, check, fingerprint))
+        FORMATS.add(name, Format(name, read, takes, suffixes, splits, check, fingerprint, lone))
         return read
 
     return register

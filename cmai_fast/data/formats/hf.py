@@ -21,26 +21,24 @@ def check(place: str) -> None:
 
 
 def splits_of(place: str) -> tuple[str, ...]:
-    """The names of the splits; empty if there is only one, which then is one set of records."""
+    """The names of the splits."""
     check(place)
     import datasets
 
     repo, _, config = place.partition(":")
     try:
-        names = tuple(datasets.get_dataset_split_names(repo, config or None))
+        return tuple(datasets.get_dataset_split_names(repo, config or None))
     except Exception as error:  # from the network, the hub or the loading code
         raise ValueError(f"hf:{place} cannot be read: {error}") from error
-    return names if len(names) > 1 else ()
 
 
 def fingerprint(place: str) -> str:
-    splits = splits_of(place) or ("",)
-    return f"hf:{place} " + " ".join(str(_load(place, split)._fingerprint) for split in splits)
+    return f"hf:{place} " + " ".join(str(_load(place, split)._fingerprint) for split in splits_of(place))
 
 
-@data_format("hf", takes="REPO[:CONFIG]", splits=splits_of, check=check, fingerprint=fingerprint)
+@data_format("hf", takes="REPO[:CONFIG]", splits=splits_of, check=check, fingerprint=fingerprint, lone=True)
 def read_hub(place: str, split: str, fields: Mapping[str, str]) -> HubSamples:
-    return HubSamples(_load(place, split), f"hf:{place}" + (f" {split}" if split else ""), fields)
+    return HubSamples(_load(place, split), f"hf:{place} {split}", fields)
 
 
 def _load(place: str, split: str) -> Any:
@@ -49,11 +47,9 @@ def _load(place: str, split: str) -> Any:
 
     repo, _, config = place.partition(":")
     try:
-        data = datasets.load_dataset(repo, config or None, split=split or None)
+        return datasets.load_dataset(repo, config or None, split=split)
     except Exception as error:  # from the network, the hub or the loading code
         raise ValueError(f"hf:{place} cannot be read: {error}") from error
-    # Without a split it is a dict of splits, here with one entry.
-    return data if split else next(iter(data.values()))
 
 
 class HubSamples(Sequence[Sample]):

@@ -103,12 +103,12 @@ def test_rows_become_samples_when_they_are_asked_for(hub):
     source.check()
     assert hub.asked == []  # nothing of the network
     samples = source.load("test")
-    assert hub.asked == [("me/set", "en", None)]
+    assert hub.asked == [("me/set", "en", "train")]
     assert isinstance(samples, HubSamples) and len(samples) == 3
     read = hub.splits["train"].read
     assert read == [*(f"{i}: question, kind" for i in range(3)), "0: image, question, kind"]
     assert samples[1] == Sample(1, (PNG,), "b?", ("dog",))
-    assert samples[2].images == () and samples[-1].prompt == "c?" and samples[1].where == "hf:me/set:en row 2"
+    assert samples[2].images == () and samples[-1].prompt == "c?" and samples[1].where == "hf:me/set:en train row 2"
     assert [s.prompt for s in samples[:2]] == ["a?", "b?"]
     with pytest.raises(IndexError):
         samples[3]
@@ -141,11 +141,11 @@ def test_lists_of_pictures_and_other_names(hub, several):
 
 def test_what_is_broken_is_named_with_its_row(hub):
     hub.splits = {"train": Dataset([*ROWS, {"image": PNG, "question": None, "kind": 0}], FEATURES)}
-    with pytest.raises(ValueError, match="hf:me/set row 4: question is empty"):
+    with pytest.raises(ValueError, match="hf:me/set train row 4: question is empty"):
         DataSource("hf:me/set").load("test")
     hub.splits = {"train": Dataset([{"image": PNG, "question": "a?", "kind": -1}], FEATURES)}
     assert DataSource("hf:me/set").load("test")[0].references == ()
-    with pytest.raises(ValueError, match="hf:me/set row 1: answer is None"):  # -1: a test split without labels
+    with pytest.raises(ValueError, match="hf:me/set train row 1: answer is None"):  # -1: a test split without labels
         DataSource("hf:me/set", {"answer": "kind"}).load("test")
     rows = [{"photo": PNG, "question": "a?"}]
     hub.splits = {"train": Dataset(rows, {"photo": Image(), "question": Value()})}

@@ -43,7 +43,7 @@ def test_several_pictures_and_a_missing_one(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_names": ["a.png", "b.png"], "prompt": "same?"}')
     assert len(source.load("test")[0].images) == 2
     (tmp_path / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"^1 of 2 pictures are missing: .*b\.png \(.*metadata\.jsonl line 1\)"):
+    with pytest.raises(ValueError, match=r"^1 of 2 pictures are missing, .*: .*b\.png \(.*metadata\.jsonl line 1\)"):
         source.check()
 
 

@@ -1,0 +1,56 @@
+"""docs/formats.md: it has a section for each format of official files, and its commands run on them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import official_files as official
+from cmai_fast.data.formats import FORMATS
+
+DOC = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+COMMANDS = [line for line in DOC.splitlines() if line.startswith("cmai-fast ")]
+OFFICIAL = ("coco-captions", "flickr30k", "nlvr", "nlvr2", "vqav2")
+
+
+def test_each_format_of_official_files_has_a_section_and_a_command():
+    assert {name for name, form in FORMATS.items() if form.takes == "FOLDER"} == {*OFFICIAL, "folder", "imagefolder"}
+    for name in OFFICIAL:
+        assert f"\n## {name}\n" in DOC and any(f"--data {name}:" in line for line in COMMANDS)
+
+
+def third(folder: Path) -> None:
+    """A third picture for train2014 of VQAv2, so that it can be divided."""
+    official.picture(folder / "train2014" / "COCO_train2014_000000000099.jpg", "blue")
+    more = {"image_id": 99, "question_id": 99000}
+    for name, key in (("OpenEnded_mscoco_train2014", "questions"), ("mscoco_train2014", "annotations")):
+        official.changed(folder / f"v2_{name}_{key}.json", lambda v, key=key: v[key].append(v[key][0] | more))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for split in ("train2014", "val2014"):
+        official.vqav2(tmp_path / "vqa", split)
+    official.vqav2(tmp_path / "vqa", "test-dev2015", answers=False)
+    third(tmp_path / "vqa")
+    official.coco_captions(tmp_path / "coco", "train2017")
+    official.coco_captions(tmp_path / "coco")
+    tokens = official.flickr30k(tmp_path / "flickr30k") / "results_20130124.token"
+    tokens.write_text(tokens.read_text() + "36979.jpg#0\tA third .\n")
+    official.picture(tmp_path / "flickr30k" / "flickr30k-images" / "36979.jpg", "blue")
+    for split in ("train", "dev", "test1"):
+        official.nlvr2(tmp_path / "nlvr2", split, "images/{}" if split == "train" else "{}")
+    for split in ("train", "dev"):
+        official.nlvr(tmp_path / "nlvr" / split, split)
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_its_commands_run(line, run, replace_workflow):
+    command, *typed = shlex.split(re.sub(r"--(model|against) \S+", r"--\1 easyvqa-llava", line))[1:]
+    called = replace_workflow(command, KeyboardInterrupt())
+    done = run(command, *typed)
+    assert len(called.calls) == 1, done.output
