@@ -94,6 +94,11 @@ class VQACollator:
         """Prompts as texts and as tokens, and the other inputs of the family's forward."""
         texts = []
         for s in samples:
+            if not s.prompt.strip():
+                raise ValueError(
+                    f"{s.name} has no question, which this model answers; for captions there is the task captioning "
+                    "(--task captioning)"
+                )
             try:
                 texts.append(self._form.prompt(s.prompt, len(s.images), "its question"))
             except ValueError as error:

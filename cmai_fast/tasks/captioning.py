@@ -1,26 +1,45 @@
-"""Captioning."""
+"""Captioning: a sentence about an image, scored by CIDEr against its captions."""
 
 from __future__ import annotations
 
-from cmai_fast.data.sample import Sample
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cmai_fast.data.sample import ASK_CAPTION, Sample
+from cmai_fast.metrics import measure
+from cmai_fast.metrics.cider import cider_scores
+from cmai_fast.tasks.retrieval import wrong_captions
 from cmai_fast.tasks.task import task
 
 
 @task
+@dataclass(frozen=True)
 class Captioning:
+    """A caption is broken if its CIDEr is below 0.1, which COCO's tables print as 10 (RobustVLM's rule for COCO:
+    Schlarmann and Hein, 2023).
+
+    Args:
+        corpus: the captions of all samples, which say how much each word counts; `over` sets it.
+    """
+
+    corpus: tuple[tuple[str, ...], ...] = ()
+
     name = "captioning"
     label = "Captioning"
-    metric_names: tuple[str, ...] = ()
+    metric_names = ("bleu-1", "bleu-4", "rouge-l", "cider")
     broken_below = 0.1
 
+    def over(self, samples: Sequence[Sample]) -> Captioning:
+        return Captioning(tuple(s.references for s in samples))
+
     def prompt(self, sample: Sample) -> str:
-        return "Provide a one-sentence caption for the provided image."
+        return ASK_CAPTION
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return float(prediction.strip() in sample.references)
+        return cider_scores([prediction], [sample.references], self.corpus or None)[0]
 
-    def wrong_answers(self, sample, others=()):
-        return sample.wrong_choices
+    def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+        return measure(self.metric_names, predictions, [s.references for s in samples])
 
-    def metrics(self, predictions, samples):
-        return {}
+    def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
+        return wrong_captions(sample, others)

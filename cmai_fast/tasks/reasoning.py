@@ -6,15 +6,17 @@ import re
 from collections.abc import Sequence
 
 from cmai_fast.data.sample import Sample
+from cmai_fast.metrics.consistency import consistency, nlvr2_sentence
 from cmai_fast.metrics.exact_match import folded
 from cmai_fast.tasks.task import task
 
 _TRUTH = {"true": "true", "yes": "true", "false": "false", "no": "false"}
+_IDENTIFIER = re.compile(r"\w+(-\d+){3}")
 
 
 @task
 class Reasoning:
-    """An answer is right if its first word, true or false (yes or no), is the label."""
+    """An answer is right if its first word, true or false (or yes or no), is the label."""
 
     name = "reasoning"
     label = "Reasoning over images"
@@ -27,8 +29,14 @@ class Reasoning:
     def score(self, prediction: str, sample: Sample) -> float:
         return float(_truth(prediction) in {_truth(r) for r in sample.references} - {""})
 
-    def metrics(self, predictions, samples):
-        return {}
+    def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+        """`accuracy` and, where the ids are NLVR2's identifiers, `consistency`: the share of sentences that are judged
+        right for all of their images."""
+        right = [self.score(p, s) == 1 for p, s in zip(predictions, samples, strict=True)]
+        found = {"accuracy": sum(right) / len(right)}
+        if all(isinstance(s.id, str) and _IDENTIFIER.fullmatch(s.id) for s in samples):
+            found["consistency"] = consistency(right, [nlvr2_sentence(str(s.id)) for s in samples])
+        return found
 
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
         return ("false",) if _truth(sample.answer) == "true" else ("true",)

@@ -1,4 +1,4 @@
-"""docs/formats.md: it has a section for each format of official files, and its commands run on them."""
+"""docs/formats.md has a section for each format of official files; its commands, and those of docs/tasks.md, run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 import official_files as official
 from cmai_fast.data.formats import FORMATS
+from cmai_fast.tasks import TASKS
 
-DOC = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
-COMMANDS = [line for line in DOC.splitlines() if line.startswith("cmai-fast ")]
+DOC, TASKS_DOC = ((Path(__file__).parents[2] / "docs" / name).read_text("utf-8") for name in ("formats.md", "tasks.md"))
+COMMANDS = [line for line in (DOC + TASKS_DOC).splitlines() if line.startswith("cmai-fast ")]
 OFFICIAL = ("coco-captions", "flickr30k", "nlvr", "nlvr2", "vqav2")
 
 
@@ -20,6 +21,10 @@ def test_each_format_of_official_files_has_a_section_and_a_command():
     assert {name for name, form in FORMATS.items() if form.takes == "FOLDER"} == {*OFFICIAL, "folder", "imagefolder"}
     for name in OFFICIAL:
         assert f"\n## {name}\n" in DOC and any(f"--data {name}:" in line for line in COMMANDS)
+
+
+def test_each_task_has_a_row():
+    assert all(f"\n| `{name}` |" in TASKS_DOC for name in TASKS)
 
 
 def third(folder: Path) -> None:
