@@ -261,7 +261,7 @@ class Pipeline:
         texts = self.verifier.texts([s.prompt for s in asked], answers, [s.choices for s in asked])
         image_inputs, text = self.bridge.inputs(prompts)
         features = self.verifier.bridge.encode_image(prompts["pixel_values"], **image_inputs)
-        return self.verifier.margin(features, texts, self.bridge.image_tokens(text))
+        return self.verifier.margin(features, texts, self.verifier.bridge.image_tokens(text))
 
     def with_texts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch of a dual encoder with its texts encoded, without gradients; any other batch as it is."""

@@ -5,9 +5,9 @@
 Per radius: the suite (PGD, APGD-CE, then the adaptive attack) on test questions, the model's own detector over all
 attacked inputs and over those that fooled the model, what is fooled and accepted at a share of false rejections
 (`--rate`), and two trivial detectors: energy in high frequencies, and the model's own log p of its answer, on the same
-images and under an adaptive attack of their own. `--heads DIR` takes another calibration. On all clean test questions:
-right answers that are accepted at 1% and 5% of false rejections, by kind, and wrong answers that are rejected. What the
-file holds is not measured again.
+images and under an adaptive attack of their own. `--heads DIR` takes another calibration, `--attacks` other attacks. On
+all clean test questions: right answers that are accepted at 1% and 5% of false rejections, by kind, and wrong answers
+that are rejected. What the file holds is not measured again.
 """
 
 from __future__ import annotations
@@ -123,11 +123,12 @@ def evaded(
 
 def one_radius(pipeline: Pipeline, eps: float, args: argparse.Namespace, calibration: np.ndarray) -> dict[str, Any]:
     samples, threat = asked(DATA, "test", TASK, args.limit), ThreatModel("linf", eps)
-    static = [AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100)]
     assert pipeline.threshold is not None
     tau = threshold_at_fpr(calibration, args.rate)
     pipeline.threshold = replace(pipeline.threshold, tau=tau, false_rejection_rate=args.rate)
-    suite = [*static, AttackSpec("adaptive", args.steps, args.restarts)]
+    suite = [AttackSpec.parse(attack) for attack in args.attacks]
+    if args.steps:
+        suite.append(AttackSpec("adaptive", args.steps, args.restarts))
     with Overall(stages(pipeline.name, len(samples), threat, suite, None, False)) as progress:
         measured = measure(pipeline, samples, threat, suite, batch_size=64, progress=progress)
     kept = ("acc_clean", "acc_robust", "asr", "attacks", "detection")
@@ -136,7 +137,7 @@ def one_radius(pipeline: Pipeline, eps: float, args: argparse.Namespace, calibra
     found["fooled"] = float((measured.clean.right & ~_standing(measured)).mean())
     if not args.trivial:
         return found
-    first = measured.attacked[static[0].key]
+    first = measured.attacked[suite[0].key]
     runner, broken = measured.runner, ~first.right
     own, moved = runner.images(range(len(samples))), [first.images[i] for i in first.rows]
     attacked = [samples[i] for i in first.rows]
@@ -201,9 +202,11 @@ def main() -> None:
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--eps", type=parse_eps, nargs="*", default=[8 / 255, 16 / 255])
     parser.add_argument("--limit", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=100, help="of the adaptive attack")
+    parser.add_argument("--steps", type=int, default=100, help="of the adaptive attack; 0: none, with --no-trivial")
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--rate", type=float, default=0.05, help="share of clean inputs that the threshold may reject")
+    parser.add_argument("--attacks", nargs="*", default=["pgd:50x2", "apgd:100"], help="before the adaptive one")
+    parser.add_argument("--no-clean", dest="clean", action="store_false", help="leave out all clean test questions")
     parser.add_argument("--no-trivial", dest="trivial", action="store_false", help="leave out the trivial detectors")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
@@ -215,12 +218,14 @@ def main() -> None:
         "model": args.model, "heads": args.heads.name if args.heads else None, "n": args.limit,
         "adaptive": f"{args.steps} steps, {args.restarts} restarts, 2 targets",
     }  # fmt: skip
+    if args.attacks != parser.get_default("attacks"):
+        settings["attacks"] = args.attacks
     if {k: v for k, v in results.get("settings", settings).items() if k != "versions"} != settings:
         raise SystemExit(f"{args.out} holds results of other settings; name another --out")
     results["settings"] = settings | {"versions": versions()}
     held_out = asked(DATA, "calibration", TASK, 1000)
     calibration = own_scores(pipeline, held_out, 128)
-    if "clean" not in results:
+    if args.clean and "clean" not in results:
         results["clean"] = clean_answers(pipeline, calibration)
         write_results(results, args.out)
     for eps in args.eps:

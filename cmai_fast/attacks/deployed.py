@@ -81,12 +81,14 @@ class Deployed:
         verifier = self.pipeline.verifier
         assert verifier is not None
         images = BatchImages(verifier.bridge, self.pipeline.space, batch)
+        own_tokens = verifier.bridge.image_tokens(images.batch)
         with frozen(verifier.network), torch.no_grad():
             texts = verifier.texts([s.prompt for s in self.samples], answers, [s.choices for s in self.samples])
 
         def excess(features: Tensor, tokens: Tensor | None, model_input: Tensor, rows: Tensor | None) -> Tensor:
             if verifier.tower is not None:
                 features = images.encode(model_input, rows)
+                tokens = own_tokens if own_tokens is None or rows is None else own_tokens[rows]
             return verifier.margin(features, texts.rows(rows), tokens) - self.tau
 
         return excess

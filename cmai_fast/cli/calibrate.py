@@ -39,7 +39,7 @@ def calibrate(
         str,
         typer.Option(
             help="What the verifier sees with: copy (of the vision side, hardened with it), own (of an immunised "
-            "model), or the name of an immunised model."
+            "model), the name of an immunised model, or a vision encoder (folder or hub id), such as a robust CLIP."
         ),
     ] = "copy",
     eps: Annotated[
@@ -66,7 +66,12 @@ def calibrate(
     """
     options.is_stdout(out, "verifier and threshold")
     source = options.read_data(data, fields, split_seed, split, missing)
-    options.check([model], source, ("calibration", "train") if refit else ("calibration",), task)
+    options.check(
+        [model, *([] if tower in ("copy", "own") else [tower])],
+        source,
+        ("calibration", "train") if refit else ("calibration",),
+        task,
+    )
 
     radius = parse_eps(eps)
 

@@ -1,4 +1,4 @@
-"""A second vision side beside a model: what the verifier sees with, so that an attack on the model does not own it."""
+"""A vision side beside a model: what the verifier sees with, so that an attack on the model does not own it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from cmai_fast.bridge import ModelBridge, bridge_of
+from cmai_fast.cmcv.encoder import Encoder, EncoderBridge
 
 
 def beside(bridge: ModelBridge) -> Any:
@@ -19,3 +20,10 @@ def beside(bridge: ModelBridge) -> Any:
         p.requires_grad_(False)
         p.grad = None
     return twin
+
+
+def seen_with(bridge: ModelBridge, tower: Any) -> ModelBridge:
+    """The bridge whose features a verifier of this model reads: the model's own, or that of its tower."""
+    if tower is None:
+        return bridge
+    return EncoderBridge(bridge, tower) if isinstance(tower, Encoder) else bridge_of(tower)

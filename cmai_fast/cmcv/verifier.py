@@ -14,14 +14,15 @@ from torch import Tensor
 from cmai_fast.bridge import ModelBridge, bridge_of
 from cmai_fast.cmcv.alternatives import Alternatives
 from cmai_fast.cmcv.calibration import Threshold
+from cmai_fast.cmcv.encoder import Encoder
 from cmai_fast.cmcv.network import VerifyNetwork
 from cmai_fast.cmcv.saved import AGAIN, read_record, read_weights, write_pair
 from cmai_fast.cmcv.statements import Statements
-from cmai_fast.cmcv.tower import beside
+from cmai_fast.cmcv.tower import beside, seen_with
 from cmai_fast.data.sample import Sample
 from cmai_fast.data.statements import PADDING, STATEMENT_ANSWERS, STATEMENT_IDS, Told, encode
 
-FORMAT = 1
+FORMAT, ENCODER_FORMAT = 1, 2  # the second with an encoder as tower, which older versions cannot read
 WEIGHTS, RECORD = "verifier.safetensors", "verifier.json"
 _NETWORK, _TOWER = "network.", "tower."
 _REMEMBERED = 4096  # statements
@@ -56,7 +57,8 @@ class Verifier:
         tokenizer: of the model.
         network: made for the widths of this model.
         alternatives: what answers are compared with.
-        tower: a model beside this one, from `cmcv.tower.beside`; None: the verifier reads the model's own h_v.
+        tower: a model beside this one, from `cmcv.tower.beside`, or an `Encoder`; None: the verifier reads the model's
+            own h_v.
 
     `statements` gives what it learns from, per sample; by default each sample's own question.
     """
@@ -65,12 +67,12 @@ class Verifier:
         self, bridge: ModelBridge, tokenizer: Any, network: VerifyNetwork, alternatives: Alternatives, tower: Any = None
     ) -> None:
         self.tokenizer, self.network, self.alternatives, self.tower = tokenizer, network, alternatives, tower
-        self.bridge = bridge if tower is None else bridge_of(tower)
+        self.bridge = seen_with(bridge, tower)
         self.statements: Told = Statements((), alternatives)
         self._embed = bridge.model.get_input_embeddings
         self._known: dict[tuple[str, str], Tensor] = {}  # statements that the network has read since it was frozen
         self._known_with: tuple[Tensor, int] | None = None  # the input embeddings that they were read with
-        theirs = {"image_dim": bridge.image_dim, "text_dim": self._embed().weight.shape[1]}
+        theirs = {"image_dim": self.bridge.image_dim, "text_dim": self._embed().weight.shape[1]}
         made_for = {name: network.settings[name] for name in theirs}
         if made_for != theirs:
             raise ValueError(
@@ -84,7 +86,7 @@ class Verifier:
     ) -> Verifier:
         """With an untrained network; `sizes` as of `VerifyNetwork`."""
         text_dim = bridge.model.get_input_embeddings().weight.shape[1]
-        network = VerifyNetwork(bridge.image_dim, text_dim, **sizes).to(bridge.model.device)
+        network = VerifyNetwork(seen_with(bridge, tower).image_dim, text_dim, **sizes).to(bridge.model.device)
         return cls(bridge, tokenizer, network, alternatives, tower)
 
     @classmethod
@@ -221,14 +223,16 @@ class Verifier:
 
     def save_pretrained(self, folder: str | Path, threshold: Threshold | None = None) -> None:
         """Writes verifier.safetensors (network, tower) and verifier.json (settings, threshold); see `cmcv.saved`."""
+        encoder = self.tower if isinstance(self.tower, Encoder) else None
         tensors = {_NETWORK + k: v for k, v in self.network.state_dict().items()}
         if self.tower is not None:
-            tensors |= {_TOWER + k: v for k, v in tower_weights(self.bridge).items()}
+            own = tower_weights(self.bridge) if encoder is None else encoder.encoder.state_dict()
+            tensors |= {_TOWER + k: v for k, v in own.items()}
         record = {
-            "format": FORMAT,
+            "format": FORMAT if encoder is None else ENCODER_FORMAT,
             "network": self.network.settings,
             "kinds": self.alternatives.kinds,
-            "tower": self.tower is not None,
+            "tower": self.tower is not None if encoder is None else encoder.record(),
             "threshold": threshold.to_dict() if threshold else None,
         }
         write_pair(folder, WEIGHTS, RECORD, tensors, record)
@@ -245,11 +249,15 @@ class Verifier:
         place = Path(folder) / RECORD
         record = read_record(folder, WEIGHTS, RECORD, "cmai-fast calibrate")
         try:
-            if record["format"] != FORMAT:
-                raise ValueError(f"format {record['format']!r}, and this version reads {FORMAT}")
-            network = VerifyNetwork(**record["network"])
+            if record["format"] not in (FORMAT, ENCODER_FORMAT):
+                raise ValueError(
+                    f"format {record['format']!r}, and this version reads {FORMAT} and {ENCODER_FORMAT}; upgrade "
+                    "cmai-fast"
+                )
+            with torch.random.fork_rng():  # weights that are overwritten below
+                network = VerifyNetwork(**record["network"])
             alternatives = Alternatives(tuple(tuple(kind) for kind in record["kinds"]))
-            has_tower, digest = bool(record["tower"]), record["sha256"]
+            towered, digest = record["tower"], record["sha256"]
             threshold = Threshold.from_dict(record["threshold"]) if record["threshold"] else None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{place} cannot be read ({error}); {AGAIN}") from error
@@ -260,10 +268,16 @@ class Verifier:
         except RuntimeError as error:
             raise ValueError(f"{Path(folder) / WEIGHTS} does not fit {RECORD} ({error}); {AGAIN}") from error
         network = network.to(bridge.model.device).eval().requires_grad_(False)
-        tower = None
-        if has_tower:
+        weights = {k.removeprefix(_TOWER): v for k, v in tensors.items() if k.startswith(_TOWER)}
+        tower: Any = None
+        if isinstance(towered, Mapping):
+            try:
+                tower = Encoder.restored(towered, weights, bridge)
+            except ValueError as error:
+                raise ValueError(f"{place} cannot be read ({error}); {AGAIN}") from error
+        elif towered:
             tower = beside(bridge)
-            set_tower(bridge_of(tower), {k.removeprefix(_TOWER): v for k, v in tensors.items() if k.startswith(_TOWER)})
+            set_tower(bridge_of(tower), weights)
         return cls(bridge, tokenizer, network, alternatives, tower), threshold
 
 
@@ -295,7 +309,8 @@ def set_tower(bridge: ModelBridge, weights: Mapping[str, Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"the vision side of {type(bridge.model).__name__} and the tower differ in {', '.join(wrong[:3])}; "
-            "expected a tower of a model of the same family and size"
+            "expected a tower of a model of the same family and size. That of another family can be a tower by itself: "
+            "save the vision model and its image processor into a folder, and calibrate with --tower FOLDER"
         )
     with torch.no_grad():
         for name, value in own.items():

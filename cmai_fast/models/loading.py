@@ -46,11 +46,7 @@ def load_model(
         ValueError: no such model, not an image-text model, weights that are incomplete, damaged or not safetensors, or
             an unavailable device or attention.
     """
-    where = resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(_base(where), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
+    where, config = read_config(name)
     kinds = (AutoModelForImageTextToText, AutoModelForZeroShotImageClassification)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
     if kind is None:
@@ -69,7 +65,7 @@ def load_model(
             where, **{**kwargs, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
+        raise ValueError(f"cannot load the model {str(name)!r}: {reason(where, error)}") from error
     if report["missing_keys"]:  # they would be random numbers
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -90,6 +86,19 @@ def _processor(where: str | Path, config: Any) -> Any:
     if tokenizer.pad_token is None:  # GPT-2's
         tokenizer.pad_token = tokenizer.eos_token
     return TrOCRProcessor(images, tokenizer)
+
+
+def read_config(name: str | Path) -> tuple[str | Path, Any]:
+    """(location, config) of a model, of any kind that `transformers` knows.
+
+    Raises:
+        ValueError: no such model.
+    """
+    where = resolve(name)
+    try:
+        return where, AutoConfig.from_pretrained(_base(where), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {str(name)!r}: {reason(where, error)}") from error
 
 
 def _base(where: str | Path) -> str | Path:
@@ -114,7 +123,7 @@ def find_heads(name: str | Path) -> Path | None:
         try:
             where = snapshot_download(str(where), allow_patterns=["cmcv/*"])
         except (OSError, HfHubHTTPError) as error:
-            raise ValueError(f"cannot load the model {str(name)!r}: {_reason(where, error)}") from error
+            raise ValueError(f"cannot load the model {str(name)!r}: {reason(where, error)}") from error
     places = (Path(where) / "cmcv", Path(where).parent / "cmcv")
     return next((place for place in places if place.is_dir()), None)
 
@@ -155,7 +164,7 @@ def _check_attention(attention: str, device: torch.device, dtype: Any) -> None:
         )
 
 
-def _reason(where: str | Path, error: BaseException) -> str:
+def reason(where: str | Path, error: BaseException) -> str:
     """The cause of a failed load in one sentence."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cmai_fast.data.sample import ASK_CAPTION, Sample
 from cmai_fast.metrics import measure
@@ -13,7 +12,6 @@ from cmai_fast.tasks.task import task
 
 
 @task
-@dataclass(frozen=True)
 class Captioning:
     """A caption is broken if its CIDEr is below 0.1, which COCO's tables print as 10 (RobustVLM's rule for COCO:
     Schlarmann and Hein, 2023).
@@ -22,12 +20,13 @@ class Captioning:
         corpus: the captions of all samples, which say how much each word counts; `over` sets it.
     """
 
-    corpus: tuple[tuple[str, ...], ...] = ()
-
     name = "captioning"
     label = "Captioning"
-    metric_names = ("bleu-1", "bleu-4", "rouge-l", "cider")
+    metric_names: tuple[str, ...] = ("bleu-1", "bleu-4", "rouge-l", "cider")
     broken_below = 0.1
+
+    def __init__(self, corpus: tuple[tuple[str, ...], ...] = ()) -> None:
+        self.corpus = corpus
 
     def over(self, samples: Sequence[Sample]) -> Captioning:
         return Captioning(tuple(s.references for s in samples))

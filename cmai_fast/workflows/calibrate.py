@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmai_fast.bridge import bridge_of
+from cmai_fast.bridge import ModelBridge, bridge_of
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.cmcv.alternatives import Alternatives
+from cmai_fast.cmcv.encoder import Encoder, check_pictures
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
 from cmai_fast.cmcv.statements import Statements
 from cmai_fast.cmcv.tower import beside
@@ -25,8 +26,10 @@ from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_folder
 from cmai_fast.mbat.verifier import INNER_STEPS, fit_verifier
 from cmai_fast.metrics import auroc, threshold_at_fpr, threshold_interval
+from cmai_fast.models.encoders import is_image_text_model
 from cmai_fast.models.loading import load_model
 from cmai_fast.pipeline import Generation, Pipeline
+from cmai_fast.pixels import PixelSpace
 from cmai_fast.tasks import TASKS
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import data_settings
@@ -76,8 +79,9 @@ def calibrate(
         verifier_steps: number of batches, clean and attacked, that a new verifier is fitted on, after twice as many
             clean ones; None: 300; 0: no verifier, S_c of heads is the score.
         tower: what the verifier sees with. `copy`: a copy of the model's vision side, which is hardened with it; `own`:
-            the model's own features, for a model that is already immunised; or the name of an immunised model of the
-            same architecture, whose vision side is taken.
+            the model's own features, for a model that is already immunised; the name of an immunised model of the
+            same architecture, whose vision side is taken; or the folder or hub id of a vision encoder of any
+            architecture, such as a robust CLIP, which is left as it is.
         eps: radius of the attacks that the verifier is hardened against, in the [0, 1] pixel range.
         false_rejection_rate: the maximum share of clean inputs that the threshold rejects.
         limit: samples of the calibration split to use.
@@ -89,13 +93,14 @@ def calibrate(
         wrong ones (`auroc`) and the share of wrong ones that the threshold rejects. Also written to `calibration.json`.
 
     Raises:
-        ValueError: unknown names, data without these splits, samples without wrong answers if heads are fitted, a
-            rate outside [0, 1), or `out` holds other files.
+        ValueError: unknown names, a tower that is neither a model nor an encoder, data without these splits, samples
+            without wrong answers if heads are fitted, a rate outside [0, 1), or `out` holds other files.
     """
     out = Path(out)
     _check_out(out)
     if not 0 <= false_rejection_rate < 1:
         raise ValueError(f"false_rejection_rate is {false_rejection_rate}; expected 0 <= rate < 1")
+    is_encoder = tower not in (OWN, COPY) and not is_image_text_model(tower)  # before the model, which takes longer
     held_out = asked(data, "calibration", task, limit, seed)
     pipeline = Pipeline.load(
         model, heads=heads, calibrated=False, device=device, dtype=dtype, attention=attention
@@ -108,6 +113,8 @@ def calibrate(
     if not verifies or refit:
         pipeline.verifier = None
     fitted = refit or (pipeline.verifier if verifies else pipeline.heads) is None
+    if is_encoder and fitted and verifies:
+        check_pictures(pipeline.bridge)
     stage, cost = (VERIFIER, 20.0 * verifier_steps) if verifies else (HEADS, 3.0 * head_steps)
     stages = {stage: cost * batch_size} if fitted else {}
     with Overall(stages | {_OWN: 6.0 * len(held_out), _WRONG: 2.0 * len(held_out)}, progress) as overall:
@@ -172,13 +179,8 @@ def new_verifier(
 ) -> Verifier:
     """A verifier fitted to samples with answers; the same seed gives the same one. `tower`: as for `calibrate`;
     `inner_steps`: of the attacks that it is hardened against, 0: none."""
-    bridge, beside_it = pipeline.bridge, None
-    if tower != OWN:
-        beside_it = beside(bridge)
-        if tower != COPY:
-            set_tower(
-                bridge_of(beside_it), tower_weights(bridge_of(load_model(tower, device=str(bridge.model.device))[0]))
-            )
+    bridge = pipeline.bridge
+    beside_it = tower_of(bridge, pipeline.space, tower)
     statements = Statements(train, Alternatives.of(train), seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -192,6 +194,18 @@ def new_verifier(
         inner_steps=inner_steps, train_tower=tower == COPY, seed=seed, on_step=lambda *_: progress.advance(),
     )  # fmt: skip
     return verifier
+
+
+def tower_of(bridge: ModelBridge, space: PixelSpace, tower: str) -> Any:
+    """What the verifier of this model sees with, as of `calibrate`; None: the model's own features."""
+    if tower == OWN:
+        return None
+    if tower != COPY and not is_image_text_model(tower):
+        return Encoder.load(tower, bridge, space)
+    found = beside(bridge)
+    if tower != COPY:
+        set_tower(bridge_of(found), tower_weights(bridge_of(load_model(tower, device=str(bridge.model.device))[0])))
+    return found
 
 
 def _wrong_scores(

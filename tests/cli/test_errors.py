@@ -170,6 +170,7 @@ BAD_NAMES = [
     ("attack --model easyvqa-llava --data blind.jsonl --out x", "1 of 1 samples have no image: sample 0 (blind.jsonl"),
     ("guard --model easyvqa-llava --data blind.jsonl --out x", "1 of 1 samples have no image"),
     ("calibrate --model easyvqa-llava --out -", "--out - is standard output"),
+    ("calibrate --model easyvqa-llava --tower nowhere --out x", "unknown model 'nowhere'"),
     ("calibrate --model easyvqa-llava --data bad.jsonl --out x", "bad.jsonl line 1"),
     ("guard --model easyvqa-llava --image x.png --text a --policy nope", "unknown policy 'nope'"),
     ("guard --model easyvqa-llava", "expected --image and --text, or --data"),

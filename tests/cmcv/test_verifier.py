@@ -198,6 +198,7 @@ def test_saved_and_loaded_it_scores_alike(tiny_model, tiny_processor, samples, t
                 p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     threshold = Threshold(-0.5, 0.05, 9, "calibration", Generation(3))
     verifier.save_pretrained(tmp_path, threshold)
+    assert json.loads((tmp_path / "verifier.json").read_text())["format"] == 1, "which older versions read"
     again, read = Verifier.from_pretrained(tmp_path, bridge, tiny_processor.tokenizer)
     assert read == threshold and again.alternatives == KINDS and (again.tower is None) != has_tower
     scores = [
@@ -220,7 +221,7 @@ def test_damaged_files_and_other_models_are_refused(tiny_model, tiny_processor, 
         with pytest.raises(ValueError, match=message):
             Verifier.from_pretrained(tmp_path, bridge, tokenizer)
 
-    load("format 7, and this version reads 1", format=7)
+    load("format 7, and this version reads 1 and 2", format=7)
     load("width is 6; expected a multiple of 4", network=record["network"] | {"width": 6})
     load("at least two that differ", kinds=[["a"]])
     load("is not the file that", sha256="0")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
+from cmai_fast.cmcv.encoder import Encoder
 from cmai_fast.cmcv.verifier import tower_weights
 from cmai_fast.data.sources import DataSource
 from cmai_fast.pipeline import Generation, Pipeline
@@ -119,6 +123,47 @@ def test_a_verifier_is_fitted_and_its_margin_is_the_score(folder, tmp_path):
         not kept["fitted"]
         and files(tmp_path / "b")["verifier.safetensors"] == files(tmp_path / "a")["verifier.safetensors"]
     )
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A vision encoder of another architecture and another size than the model's."""
+    folder = tmp_path / "encoder"
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        SiglipVisionModel(SiglipVisionConfig(**sizes, hidden_size=16, patch_size=8)).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_a_verifier_sees_with_an_encoder_of_another_architecture(folder, encoder, tmp_path):
+    theirs = load_file(encoder / "model.safetensors")
+    record = calibrate(str(folder), DATA, out=tmp_path / "a", tower=str(encoder), **VERIFIED)
+    assert record["score"] == "verifier" and record["verifier"]["tower"] == str(encoder)
+    assert sorted(files(tmp_path / "a")) == ["calibration.json", "verifier.json", "verifier.safetensors"]
+    shutil.rmtree(encoder)
+    pipeline = Pipeline.load(str(folder), heads=tmp_path / "a")
+    tower = pipeline.verifier.tower
+    assert isinstance(tower, Encoder) and tower.reading.size == (32, 32)
+    own = tower.encoder.state_dict()
+    assert own.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in own.items()), "left as it is"
+    samples = [DATA.load("calibration", 24, 0)[i] for i in range(24)]
+    answers, scores = pipeline.answer(samples)
+    assert sum(score < pipeline.threshold.tau - 1e-5 for score in scores) == 1
+    assert scores == pytest.approx(pipeline.score(samples, answers).tolist(), abs=1e-5)
+
+
+def test_a_tower_that_is_none_is_refused_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    text, out = tmp_path / "text", tmp_path / "out"
+    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(text)
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    for tower, message in (
+        (text, "holds a BertConfig"), (tmp_path / "none", "unknown model"), ("nowhere/none", "cannot load the model"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            calibrate(str(folder), DATA, out=out, tower=str(tower), **VERIFIED)
+    assert not out.exists()
 
 
 def test_a_verifier_sees_with_the_model_itself_or_with_another_one(folder, make_tiny, tmp_path):
