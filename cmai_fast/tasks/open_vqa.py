@@ -27,7 +27,7 @@ class OpenVQA:
         try:
             return vqa_score(prediction, sample.references)
         except ValueError as error:
-            raise ValueError(f"{sample.name}: {error}, and the task vqa") from error
+            raise ValueError(f"{sample.name}: {error} (the task vqa)") from error
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
         return measure(self.metric_names, predictions, [s.references for s in samples])
