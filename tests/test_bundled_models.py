@@ -10,10 +10,14 @@ import torch
 
 from cmai_fast.attacks import ATTACKS
 from cmai_fast.data import load_dataset
+from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation.protocol import measure
 from cmai_fast.evaluation.runner import victim_of
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.models import BUNDLED, resolve
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
+from cmai_fast.workflows.samples import asked
 
 PLAIN = """
 import sys
@@ -43,22 +47,31 @@ def test_the_bundled_models_answer_by_plain_transformers() -> None:
     )
     counts = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
     assert [folder for *_, folder in counts] == folders
-    for right, asked, folder in counts:
-        assert int(asked) == 100
+    for right, count, folder in counts:
+        assert int(count) == 100
         # The whole test split is measured by the recipes; a hundred questions would catch a wrong file or processor.
         assert int(right) >= 95, folder
 
 
+def test_each_task_has_a_model_that_answers_and_breaks() -> None:
+    tasks = {"easyvqa": "vqa", "easyvqa-captions": "captioning", "easyvqa-pairs": "reasoning"}
+    pipeline = Pipeline.load("easyvqa-llava-tasks")
+    for data, task in tasks.items():
+        samples = asked(DataSource(data), "test", task, 40)
+        measured = measure(pipeline, samples, ThreatModel("linf", 16 / 255), [AttackSpec("pgd", 10)], task=task)
+        assert measured.record["acc_clean"] >= 0.75 and measured.record["asr"] >= 0.25, data
+
+
 @pytest.mark.parametrize("name", BUNDLED)
-def test_a_bundled_model_is_small_safe_and_has_calibrated_heads(name: str) -> None:
+def test_a_bundled_model_is_small_and_safe_and_may_have_a_guard(name: str) -> None:
     folder = resolve(name)
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 12 * 2**20
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
     pipeline = Pipeline.load(name)
     assert 1e6 <= sum(p.numel() for p in pipeline.model.parameters()) <= 3e6
-    assert pipeline.threshold is not None
-    assert pipeline.threshold.split == "calibration"
+    assert pipeline.guarded == (name in ("easyvqa-llava", "easyvqa-llava-immune"))
+    assert pipeline.threshold is None or pipeline.threshold.split == "calibration"
 
 
 def test_the_undefended_model_breaks_and_the_immunised_one_stands() -> None:
