@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import BertConfig, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.cmcv.encoder import Encoder
@@ -156,11 +156,9 @@ def test_a_verifier_sees_with_an_encoder_of_another_architecture(folder, encoder
 
 def test_a_tower_that_is_none_is_refused_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
     text, out = tmp_path / "text", tmp_path / "out"
-    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(text)
+    BertConfig().save_pretrained(text)
     monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    for tower, message in (
-        (text, "holds a BertConfig"), (tmp_path / "none", "unknown model"), ("nowhere/none", "cannot load the model"),
-    ):  # fmt: skip
+    for tower, message in ((text, "holds a BertConfig"), (tmp_path / "none", "unknown model")):
         with pytest.raises(ValueError, match=message):
             calibrate(str(folder), DATA, out=out, tower=str(tower), **VERIFIED)
     assert not out.exists()
