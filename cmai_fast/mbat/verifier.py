@@ -69,19 +69,19 @@ def fit_verifier(
         raise ValueError("train_tower is set, and the verifier reads the model's own features; give it a tower")
     network, tower = verifier.network, verifier.bridge.model
     vision = list(verifier.bridge.vision_parameters) if train_tower else []
-    matrices = set(hidden_matrices(tower)) & set(vision)
-    groups = [{"params": [p for p in vision if p in matrices]}]
-    others = [{"params": list(network.parameters())}, {"params": [p for p in vision if p not in matrices]}]
-    optimizer = MuonAdamW(groups, others, learning_rate)
-    first = 2 * steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=max(first + steps, 1), pct_start=0.1, cycle_momentum=False,
-        anneal_strategy="linear",
-    )  # fmt: skip
     learning = [*network.parameters(), *vision]
     try:
         for p in learning:
             p.requires_grad_(True)
+        matrices = set(hidden_matrices(tower)) & set(vision)  # of what is trained
+        groups = [{"params": [p for p in vision if p in matrices]}]
+        others = [{"params": list(network.parameters())}, {"params": [p for p in vision if p not in matrices]}]
+        optimizer = MuonAdamW(groups, others, learning_rate)
+        first = 2 * steps
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=max(first + steps, 1), pct_start=0.1, cycle_momentum=False,
+            anneal_strategy="linear",
+        )  # fmt: skip
         for step in range(-first, steps):
             batch = next(batches)
             victim, texts = Victim(verifier.bridge, space, batch), verifier.read(batch)
