@@ -10,6 +10,7 @@ from torch import Tensor
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.metrics.exact_match import folded
+from cmai_fast.metrics.retrieval import DIRECTIONS, recall_at
 
 if TYPE_CHECKING:
     from cmai_fast.evaluation.protocol import Measured
@@ -59,15 +60,5 @@ def recall(measured: Measured, batch_size: int) -> dict[str, dict[str, float]]:
 
 
 def recalls(similarity: Tensor, relevant: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 of similarities (images, texts): the share of images for which one of the K nearest texts
-    is `relevant` (images, texts), and of texts for which one of the K nearest images is.
-
-    With five captions per image of COCO and Flickr30k this is the usual definition (Karpathy and Fei-Fei, 2015).
-    """
-    found: dict[str, float] = {}
-    for way, scores, right in (("image-to-text", similarity, relevant), ("text-to-image", similarity.T, relevant.T)):
-        asked = right.any(1)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        hits = right.gather(1, order)[asked]
-        found |= {f"{way} R@{k}": float(hits[:, :k].any(1).float().mean()) for k in KS}
-    return found
+    """`recall_at` of similarities (images, texts) for K = 1, 5, 10, both ways; `relevant` (images, texts) bool."""
+    return {f"{way} R@{k}": recall_at(similarity, relevant, k, way) for way in DIRECTIONS for k in KS}

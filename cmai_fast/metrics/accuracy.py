@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 def accuracy(right: ArrayLike) -> float:
     """Share of samples that are right. `right`: (N,) bool. Raises ValueError when empty."""
-    return float(_verdicts(right, "right").mean())
+    return float(verdicts(right, "right").mean())
 
 
 def worst_case(*right: ArrayLike) -> np.ndarray:
@@ -19,7 +19,7 @@ def worst_case(*right: ArrayLike) -> np.ndarray:
     """
     if not right:
         raise ValueError("worst_case got no verdicts; expected one boolean array for each kind of input")
-    columns = [_verdicts(r, f"input {i} of worst_case") for i, r in enumerate(right)]
+    columns = [verdicts(r, f"input {i} of worst_case") for i, r in enumerate(right)]
     _same_length(*columns)
     return np.logical_and.reduce(columns)
 
@@ -29,7 +29,7 @@ def attack_success_rate(right_before: ArrayLike, right_after: ArrayLike) -> floa
 
     None if no sample was right before: there was nothing to break.
     """
-    before, after = _verdicts(right_before, "right_before"), _verdicts(right_after, "right_after")
+    before, after = verdicts(right_before, "right_before"), verdicts(right_after, "right_after")
     _same_length(before, after)
     return float((~after[before]).mean()) if before.any() else None
 
@@ -45,13 +45,14 @@ def rejection_accuracy(
     """
     good = worst_case(clean_right, clean_accepted)
     for right, accepted in attacked:
-        right, accepted = _verdicts(right, "right"), _verdicts(accepted, "accepted")
+        right, accepted = verdicts(right, "right"), verdicts(accepted, "accepted")
         _same_length(good, right, accepted)
         good = good & (right | ~accepted)
     return float(good.mean())
 
 
-def _verdicts(values: ArrayLike, name: str) -> np.ndarray:
+def verdicts(values: ArrayLike, name: str) -> np.ndarray:
+    """(N,) bool. Raises ValueError for another shape or dtype, or none at all; `name` is what the error calls it."""
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype != bool or not len(array):
         raise ValueError(

@@ -1,0 +1,14 @@
+"""BLEU-1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cmai_fast.metrics.bleu import bleu
+from cmai_fast.metrics.metric import metric
+
+
+@metric("bleu-1")
+def bleu_1(predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> float:
+    """BLEU-1 of captions, over the whole corpus, in [0, 1]."""
+    return bleu(predictions, references)[0]
