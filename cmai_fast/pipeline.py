@@ -248,8 +248,13 @@ class Pipeline:
         return prompts
 
     def _say(self, samples: Sequence[Sample], prompts: Mapping[str, Tensor]) -> list[str]:
-        if "attention_mask" in prompts:  # an encoder-decoder has no prompt
+        if "attention_mask" in prompts:
             self._check_context(samples, prompts["attention_mask"])
+        elif self.bridge.context is not None and self.generation.max_new_tokens > self.bridge.context:
+            raise ValueError(
+                f"max_new_tokens is {self.generation.max_new_tokens}, and the decoder's context is "
+                f"{self.bridge.context}; set it lower"
+            )
         with own_settings(self.model):
             output = self.model.generate(**prompts, generation_config=self.generation.config())
         new = output if self.model.config.is_encoder_decoder else output[:, prompts["input_ids"].shape[1] :]

@@ -20,6 +20,7 @@ from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.data.easyvqa import COLORS
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.protocol import measure
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, posed
@@ -134,6 +135,19 @@ def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
     assert scored.shape == (16, len(ranked.collate.texts))
     with pytest.raises(ValueError, match="call choose_from"):
         Pipeline("clip", model(), processor()).similarities(captions)
+
+
+def test_recall_takes_transferred_images_and_captions_that_say_the_same(pipeline, samples):
+    """Captions that differ in case and final mark are all right; images of another model's attack count too."""
+    said = [replace(s, choices=(), references=(s.answer, f"{s.answer.capitalize()}.")) for s in samples]
+    ranked, threat = copy.copy(pipeline), ThreatModel("linf", 64 / 255)
+    ranked.choose_from(said)
+    moved = Runner(ranked, said).attack(AttackSpec("pgd", 5), threat, range(len(said)), keep=True)
+    images = {i: moved.images[i] for i in moved.rows}
+    record = measure(ranked, said, threat, [], task="retrieval", transferred={"other": images}).record
+    clean, robust = record["metrics"]["clean"], record["metrics"]["robust"]
+    assert clean["image-to-text R@1"] == record["acc_clean"]
+    assert robust["image-to-text R@1"] <= record["acc_robust"] < record["acc_clean"]
 
 
 def test_zero_shot_asks_by_template(samples):

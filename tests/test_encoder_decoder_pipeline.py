@@ -131,6 +131,14 @@ def test_it_describes_is_attacked_and_measured(pipeline, samples):
     assert record["metrics"]["robust"]["cider"] < record["metrics"]["clean"]["cider"] / 2
 
 
+def test_what_cannot_be_asked_is_refused_before_any_attack(pipeline, samples):
+    with pytest.raises(ValueError, match="retrieval needs a dual encoder"):
+        measure(pipeline, samples, ThreatModel("linf", 8 / 255), [AttackSpec("pgd", 1)], task="retrieval")
+    pipeline.generation = Generation(20)
+    with pytest.raises(ValueError, match="max_new_tokens is 20, and the decoder's context is 16"):
+        pipeline.generate(samples[:1])
+
+
 def test_the_trainer_takes_records_without_a_collator(pipeline, samples, tmp_path):
     """Every part of CMAI: attack, adversarial loss, contrastive loss with wrong captions."""
     args = MBATConfig(

@@ -130,6 +130,7 @@ def adaptive(args: argparse.Namespace) -> None:
             record, subject = json.loads(path.read_text()), Pipeline.load(str(model))
             if "adaptive" in record or subject.verifier is None:
                 continue
+            subject.name = path.stem
             samples, threat = asked(DATA, "test", TASK, args.limit), ThreatModel("linf", args.eps)
             with Overall(stages(path.stem, len(samples), threat, suite, None, False)) as progress:
                 found = measure(subject, samples, threat, suite, batch_size=64, progress=progress).record

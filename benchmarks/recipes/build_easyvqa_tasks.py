@@ -26,9 +26,9 @@ from torch import nn
 from cmai_fast.data import VQACollator
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.versions import versions
+from cmai_fast.metrics.exact_match import folded
 from cmai_fast.models.loading import load_model
 from cmai_fast.pipeline import Generation, Pipeline
-from cmai_fast.tasks import TASKS
 from cmai_fast.workflows.samples import asked
 
 MIX = {"easyvqa": ("vqa", 16), "easyvqa-captions": ("captioning", 8), "easyvqa-pairs": ("reasoning", 32)}
@@ -47,13 +47,11 @@ def with_words(tokenizer, texts: set[str]):
 
 
 def accuracy(pipeline: Pipeline, data: str, task: str, limit: int | None = None) -> float:
+    """The share of test samples that are answered word for word."""
     samples, right = asked(DataSource(data), "test", task, limit), 0.0
     for start in track(range(0, len(samples), 256), f"{data}, test"):
         rows = samples[start : start + 256]
-        right += sum(
-            TASKS[task].score(a, s) >= TASKS[task].broken_below
-            for a, s in zip(pipeline.generate(rows), rows, strict=True)
-        )
+        right += sum(folded(a) == folded(s.answer) for a, s in zip(pipeline.generate(rows), rows, strict=True))
     return right / len(samples)
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from cmai_fast.bridge.one_image import OneImageBridge
 
+_TEXTS = 512  # encoded at once
+
 
 class DualBridge(OneImageBridge):
     """The three-part view of a model with `get_image_features`, `get_text_features` and `logit_scale`.
@@ -71,10 +73,20 @@ class DualBridge(OneImageBridge):
         return self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output.unsqueeze(1)
 
     def encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(K, L) to (K, text_dim), before normalisation: the `text_embeds` of a batch."""
-        return self.model.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, return_dict=True
-        ).pooler_output
+        """(K, L) to (K, text_dim), before normalisation: the `text_embeds` of a batch.
+
+        Without gradients, many texts (the captions of a whole data set) are encoded a part at a time.
+        """
+        size = len(input_ids) if torch.is_grad_enabled() else _TEXTS
+        parts = [
+            self.model.get_text_features(
+                input_ids=input_ids[k : k + size],
+                attention_mask=None if attention_mask is None else attention_mask[k : k + size],
+                return_dict=True,
+            ).pooler_output
+            for k in range(0, len(input_ids), max(size, 1))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def encode_text(
         self,

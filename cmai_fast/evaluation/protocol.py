@@ -97,7 +97,7 @@ def measure(
     _add_accuracy(measured, {spec.key: spec for spec in suite})
     measured.record["metrics"] = _corpus_metrics(measured, metrics)
     if ranks(runner.task):
-        for kind, found in recall(measured, batch_size).items():
+        for kind, found in recall(measured, batch_size, transferred or {}).items():
             measured.record["metrics"][kind] |= found
     if curve is not None:
         measured.record["curve"] = _curve(runner, curve, threat)
@@ -220,10 +220,10 @@ def _add_consistency(measured: Measured) -> None:
     if clean is None or not measured.attacked:
         return
     first = next(iter(measured.attacked))
-    adv = measured.attacked[first].scores
-    if adv is None:  # no sample was right
+    adv, right = _scored(measured, measured.attacked[first])
+    if not len(adv):  # no sample was right
         return
-    record, broken = measured.record, ~measured.attacked[first].right
+    record, broken = measured.record, ~right
     both = np.concatenate([clean, adv])
     record["s_c"] = {
         "clean": _distribution(clean, both), "adversarial": _distribution(adv, both), "attack": first,
@@ -244,6 +244,13 @@ def _add_consistency(measured: Measured) -> None:
     record["detection"] = detection
 
 
+def _scored(measured: Measured, attacked: Attacked) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and verdicts of the attacked inputs of samples whose clean answer is right; empty without scores."""
+    own = measured.clean.right[attacked.rows]
+    scores = np.zeros(0) if attacked.scores is None else attacked.scores[own]
+    return scores, attacked.right[own]
+
+
 def _roc(clean: np.ndarray, adv: np.ndarray) -> dict[str, list[float]]:
     """At most 200 points of the curve."""
     fpr, tpr = roc_curve(clean, adv)
@@ -255,9 +262,10 @@ def _successful(measured: Measured, clean: np.ndarray) -> dict[str, dict[str, An
     """Detection of the inputs of each attack that make the answer wrong; attacks without one are left out."""
     found = {}
     for key, attacked in measured.attacked.items():
-        if attacked.scores is None or attacked.right.all():
+        scores, right = _scored(measured, attacked)
+        if not len(scores) or right.all():
             continue
-        adv = attacked.scores[~attacked.right]
+        adv = scores[~right]
         rates = {f"tpr_at_{round(100 * fpr)}_fpr": tpr_at_fpr(clean, adv, fpr) for fpr in (0.01, 0.05)}
         found[key] = {"n": len(adv), "auroc": auroc(clean, adv), **rates, "roc": _roc(clean, adv)}
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from cmai_fast.data.choices import ChoiceCollator
@@ -18,47 +19,40 @@ if TYPE_CHECKING:
 KS = (1, 5, 10)
 
 
-def recall(measured: Measured, batch_size: int) -> dict[str, dict[str, float]]:
+def recall(
+    measured: Measured, batch_size: int, transferred: Mapping[str, Mapping[int, Tensor]]
+) -> dict[str, dict[str, float]]:
     """The metrics of `clean` images and of `robust` ones: of each sample, that of the first attack that breaks it, or
-    of the last one.
-
-    Raises:
-        ValueError: the model generates its answers.
-    """
+    of the last one. `transferred`: images of attacks that were made on other models, by name and row."""
     runner, pipeline = measured.runner, measured.runner.pipeline
-    if not isinstance(pipeline.collate, ChoiceCollator):
-        raise ValueError(
-            f"{pipeline.name} generates its answers, and retrieval needs a dual encoder (CLIP, SigLIP); use the task "
-            "captioning"
-        )
+    assert isinstance(pipeline.collate, ChoiceCollator), "checked by the runner"
+    places: dict[str, list[int]] = {}
     texts = pipeline.collate.texts or ()
-    places = {folded(text): k for k, text in enumerate(texts)}
-    relevant = torch.zeros(len(runner.samples), len(texts), dtype=torch.bool)
+    for k, text in enumerate(texts):
+        places.setdefault(folded(text), []).append(k)
+    relevant = np.zeros((len(runner.samples), len(texts)), dtype=bool)
     for i, sample in enumerate(runner.samples):
-        relevant[i, [places[folded(text)] for text in sample.references]] = True
+        relevant[i, [k for text in sample.references for k in places.get(folded(text), ())]] = True
     worst: dict[int, Tensor] = {}
     settled: set[int] = set()
-    for attacked in measured.attacked.values():
+    for name, attacked in measured.attacked.items():
+        images = transferred.get(name, attacked.images)
         for row, right in zip(attacked.rows, attacked.right.tolist(), strict=True):
-            if row not in settled:
-                worst[row] = attacked.images[row]
+            if row not in settled and row in images:
+                worst[row] = images[row]
             if not right:
                 settled.add(row)
 
-    def similarities(images: dict[int, Tensor] | None) -> Tensor:
-        def part(rows: list[int]) -> Tensor:
-            samples = [runner.samples[i] for i in rows]
-            own = None if images is None else [images[i] for i in rows]
-            return pipeline.similarities(samples, own).float().cpu()
+    def similarities(images: Mapping[int, Tensor]) -> np.ndarray:
+        def part(rows: list[int]) -> np.ndarray:
+            own = [images.get(i, image) for i, image in zip(rows, runner.images(rows), strict=True)]
+            return pipeline.similarities([runner.samples[i] for i in rows], own).float().cpu().numpy()
 
-        return torch.cat([found for _, found in Parts(batch_size).over(range(len(runner.samples)), part)])
+        return np.concatenate([found for _, found in Parts(batch_size).over(range(len(runner.samples)), part)])
 
-    return {
-        "clean": recalls(similarities(None), relevant),
-        "robust": recalls(similarities(worst) if measured.attacked else similarities(None), relevant),
-    }
+    return {"clean": recalls(similarities({}), relevant), "robust": recalls(similarities(worst), relevant)}
 
 
-def recalls(similarity: Tensor, relevant: Tensor) -> dict[str, float]:
+def recalls(similarity: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
     """`recall_at` of similarities (images, texts) for K = 1, 5, 10, both ways; `relevant` (images, texts) bool."""
     return {f"{way} R@{k}": recall_at(similarity, relevant, k, way) for way in DIRECTIONS for k in KS}

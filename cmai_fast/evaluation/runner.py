@@ -106,6 +106,11 @@ class Runner:
         self.task = task_over(TASKS[task] if isinstance(task, str) else task, samples)
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
+        if ranks(self.task) and not pipeline.chooses:
+            raise ValueError(
+                f"{pipeline.name} generates its answers, and {self.task.name} needs a dual encoder (CLIP, SigLIP); use "
+                "the task captioning"
+            )
         pipeline.choose_from(samples)
 
     def resized(self, batch_size: int) -> Runner:
@@ -187,6 +192,8 @@ class Runner:
             for k, image in zip(left, _apart(other, again.adv), strict=True):
                 adv[k] = image
             passes, attacked = passes + again.passes, victim.join(adv).to(clean)
+            result.nonfinite[left] += again.nonfinite
+            result.zero_gradients[left] += again.zero_gradients
             entry = self._judged(rows, adv, own, (first, entry))
         if not brief:
             rounded = _apart(victim, round_to_8bit(attacked, clean, threat))

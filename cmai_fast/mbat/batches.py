@@ -11,7 +11,7 @@ from transformers import default_data_collator
 
 from cmai_fast.bridge import BatchImages, DualBridge, ModelBridge
 from cmai_fast.data import Sample
-from cmai_fast.data.collators import Collator, collator_of
+from cmai_fast.data.collators import Collator, collator, kind_of
 from cmai_fast.data.records import IDS
 from cmai_fast.data.sample import numeric_id
 from cmai_fast.data.statements import STATEMENT_ANSWERS, STATEMENT_IDS, Told
@@ -36,7 +36,8 @@ class RecordCollator:
         args: MBATConfig,
         statements: Told | None = None,
     ) -> None:
-        self.processor, self.bridge, self.args = processor, bridge, args
+        # Not the bridge: workers that are spawned get a copy of all that is here.
+        self.processor, self.kind, self.context, self.args = processor, kind_of(bridge), bridge.context, args
         self.statements = statements
         self._collators: dict[int, Collator] = {}
 
@@ -52,7 +53,9 @@ class RecordCollator:
 
     def _with_negatives(self, negatives: int) -> Collator:
         if negatives not in self._collators:
-            self._collators[negatives] = collator_of(self.bridge, self.processor, negatives, statements=self.statements)
+            self._collators[negatives] = collator(
+                self.kind, self.processor, negatives, self.context, statements=self.statements
+            )
         return self._collators[negatives]
 
 

@@ -27,6 +27,7 @@ class Captioning:
 
     def __init__(self, corpus: tuple[tuple[str, ...], ...] = ()) -> None:
         self.corpus = corpus
+        self._scores: dict[tuple[str, tuple[str, ...]], float] = {}  # the same text is judged several times
 
     def over(self, samples: Sequence[Sample]) -> Captioning:
         return Captioning(tuple(s.references for s in samples))
@@ -35,7 +36,15 @@ class Captioning:
         return ASK_CAPTION
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return cider_scores([prediction], [sample.references], self.corpus or None)[0]
+        if len(self.corpus) < 2:
+            raise ValueError(
+                f"captioning has the captions of {len(self.corpus)} samples, and CIDEr weighs words by those of all; "
+                "expected at least 2 (task_over(task, samples), or a higher --limit)"
+            )
+        key = prediction, sample.references
+        if key not in self._scores:
+            self._scores[key] = cider_scores([prediction], [sample.references], self.corpus)[0]
+        return self._scores[key]
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
         return measure(self.metric_names, predictions, [s.references for s in samples])

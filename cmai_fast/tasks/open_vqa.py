@@ -13,7 +13,11 @@ from cmai_fast.tasks.task import task
 
 @task
 class OpenVQA:
-    """An answer scores by how many people gave it, and is broken if none did (RobustVLM's rule: accuracy 0)."""
+    """An answer scores by how many people gave it, and is broken if none did (RobustVLM's rule: accuracy 0).
+
+    It is judged normalised, as lmms-eval does: by the official scorer "Yes" is wrong against ten times "yes", so a
+    capital would count as a broken answer. Both are reported.
+    """
 
     name = "open-vqa"
     label = "Open-ended question answering"
@@ -25,7 +29,7 @@ class OpenVQA:
 
     def score(self, prediction: str, sample: Sample) -> float:
         try:
-            return vqa_score(prediction, sample.references)
+            return vqa_score(prediction, sample.references, "lmms-eval")
         except ValueError as error:
             raise ValueError(f"{sample.name}: {error} (the task vqa)") from error
 

@@ -27,7 +27,7 @@ class Reasoning:
         return f"{sample.prompt} True or false?"
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return float(_truth(prediction) in {_truth(r) for r in sample.references} - {""})
+        return float(_truth(prediction) == _label(sample))
 
     def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
         """`accuracy` and, where the ids are NLVR2's identifiers, `consistency`: the share of sentences that are judged
@@ -39,7 +39,14 @@ class Reasoning:
         return found
 
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
-        return ("false",) if _truth(sample.answer) == "true" else ("true",)
+        return ("false",) if _label(sample) == "true" else ("true",)
+
+
+def _label(sample: Sample) -> str:
+    label = _truth(sample.answer)
+    if not label:
+        raise ValueError(f"{sample.name} has the answer {sample.answer!r:.80}; expected true or false (or yes or no)")
+    return label
 
 
 def _truth(text: str) -> str:

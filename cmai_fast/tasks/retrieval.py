@@ -14,7 +14,7 @@ from cmai_fast.tasks.task import task
 class Retrieval:
     """An image is right if the nearest of all texts is one of its own captions, which is R@1 from image to text.
 
-    R@1, 5 and 10 both ways need the similarities of all images and texts; `evaluation.retrieval` adds them.
+    R@1, 5 and 10 both ways need the similarities of all images and texts; `evaluation.recall` adds them.
     """
 
     name = "retrieval"
@@ -37,8 +37,8 @@ class Retrieval:
 
 
 def wrong_captions(sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
-    """Captions that are wrong for a sample: its choices, else those of other samples, else its own, perturbed."""
+    """Captions that are wrong for a sample: its choices, else those of other samples and its own, perturbed."""
     if sample.choices:
         return sample.wrong_choices
-    elsewhere = differing((text for other in others for text in other.references[:1]), sample.references)
-    return elsewhere or differing(perturbed(sample.answer), sample.references)
+    elsewhere = (text for other in others for text in other.references[:1])
+    return differing((*elsewhere, *perturbed(sample.answer)), sample.references)

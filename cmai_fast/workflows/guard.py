@@ -12,7 +12,7 @@ from cmai_fast.data import Sample
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.files import write_text
-from cmai_fast.tasks import TASKS
+from cmai_fast.tasks import TASKS, posed
 
 
 def guard(
@@ -66,7 +66,7 @@ def guard(
         decisions: Iterator[Decision] = iter(guarded.decide_batch([list(images)], [text or ""]))
     else:
         if guarded.pipeline.chooses:  # among the choices of the records, or else their captions
-            every = [samples[i] for i in range(len(samples))]
+            every = [posed(TASKS[task], samples[i]) for i in range(len(samples))]
             guarded.pipeline.choose_from([s for s in every if s.choices or s.references])
         decisions = decided(guarded, samples, task, batch_size, progress)
     lines = []
@@ -88,6 +88,6 @@ def decided(
     with Overall({"guard": 1.0}, progress) as overall:
         overall.start("guard", len(samples))
         for start in range(0, len(samples), batch_size):
-            rows = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-            yield from guarded.decide_samples([Sample(s.id, s.images, asked.prompt(s)) for s in rows])
+            rows = [posed(asked, samples[i]) for i in range(start, min(start + batch_size, len(samples)))]
+            yield from guarded.decide_samples([Sample(s.id, s.images, s.prompt) for s in rows])
             overall.advance(len(rows))

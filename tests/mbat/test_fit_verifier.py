@@ -9,20 +9,16 @@ from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.mbat import verifier as fitting
-from cmai_fast.mbat.muon import MuonAdamW
 from cmai_fast.pixels import PixelSpace
 from cmai_fast.threat import ThreatModel
 
 
-def test_a_towers_matrices_are_trained_by_muon_and_the_model_stays(tiny_model, tiny_processor, monkeypatch):
+def test_a_tower_is_trained_and_the_model_stays(tiny_model, tiny_processor):
     samples = list(load_dataset("easyvqa", "train", 6, seed=3))
     statements = Statements(samples, Alternatives.of(samples))
-    bridge, made = bridge_of(tiny_model), []
+    bridge = bridge_of(tiny_model)
     verifier = Verifier.new(
         bridge, tiny_processor.tokenizer, statements.alternatives, beside(bridge), width=16, dim=8, heads=2
-    )
-    monkeypatch.setattr(
-        fitting, "MuonAdamW", lambda groups, others, rate: made.append(groups) or MuonAdamW(groups, others, rate)
     )
     batch = VQACollator(tiny_processor, statements=statements)(samples)
     own = {k: v.clone() for k, v in tiny_model.state_dict().items()}
@@ -31,8 +27,6 @@ def test_a_towers_matrices_are_trained_by_muon_and_the_model_stays(tiny_model, t
         verifier, PixelSpace.from_processor(tiny_processor), iter([batch] * 3), 1, ThreatModel("linf", 8 / 255),
         train_tower=True, inner_steps=1,
     )  # fmt: skip
-    (muon,) = made[0]
-    assert {p.dim() for p in muon["params"]} == {2} and len(muon["params"]) > 5
     after = list(verifier.bridge.vision_parameters)
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(after) / 2
     assert not any(p.requires_grad or p.grad is not None for p in after)

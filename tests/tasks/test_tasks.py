@@ -56,6 +56,13 @@ def test_statements_are_judged_by_the_first_word(said, score):
     assert TASKS["reasoning"].score(said, Sample(0, (), "A dog.", ("True",))) == score
 
 
+def test_a_task_that_cannot_judge_says_so():
+    with pytest.raises(ValueError, match=r"sample 4 has the answer 'maybe'; expected true or false"):
+        TASKS["reasoning"].score("true", Sample(4, (), "A dog.", ("maybe",)))
+    with pytest.raises(ValueError, match="captions of 0 samples"):
+        TASKS["captioning"].score("a dog", Sample(0, (), "", ("a dog",)))
+
+
 def test_a_sentence_is_consistent_if_it_is_judged_right_for_all_images():
     reasoning = TASKS["reasoning"]
     samples = [Sample(f"dev-{s}-{p}-0", (), "?", ("true",)) for s in (1, 2) for p in (0, 1)]
