@@ -93,7 +93,7 @@ def test_spice_downloads_nothing_by_itself(monkeypatch, tmp_path):
     found = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
     monkeypatch.setattr(java_scorers, "find_spec", lambda _: found)
     monkeypatch.setattr(java_scorers.shutil, "which", lambda _: "/usr/bin/java")
-    with pytest.raises(ValueError, match=r"spice needs stanford-corenlp-3\.6\.0\.jar .* get_stanford_models downloads"):
+    with pytest.raises(ValueError, match=r"spice needs stanford-corenlp-3\.6\.0\.jar .*get_stanford_models downloads"):
         METRICS["spice"](["a"], [("a",)])
 
 
@@ -112,4 +112,4 @@ def test_the_java_scorers_get_tokens_by_sample(monkeypatch):
     reason="METEOR needs pycocoevalcap and Java; its value was measured once (docs/metrics.md)",
 )
 def test_meteor_gives_the_official_value():
-    assert METRICS["meteor"](PREDICTIONS, REFERENCES) == pytest.approx(METEOR, abs=1e-9)
+    assert METRICS["meteor"](PREDICTIONS, REFERENCES) == pytest.approx(0.3271806486537329, abs=1e-9)

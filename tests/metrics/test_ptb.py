@@ -48,7 +48,7 @@ hard = st.lists(
 
 
 @given(st.lists(st.one_of(st.text(), hard), max_size=4))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_every_text_has_tokens(captions):
     lines = tokenize_all(captions)
     assert len(lines) == len(captions)
