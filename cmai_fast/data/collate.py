@@ -94,7 +94,7 @@ class VQACollator:
         """Prompts as texts and as tokens, and the other inputs of the family's forward."""
         texts = []
         for s in samples:
-            if not s.prompt.strip():
+            if s.prompt is not None and not str(s.prompt).strip():
                 raise ValueError(
                     f"{s.name} has no question, which this model answers; for captions there is the task captioning "
                     "(--task captioning)"

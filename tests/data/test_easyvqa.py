@@ -55,7 +55,7 @@ def test_a_limit_draws_the_same_questions_for_the_same_seed():
 def test_unknown_names_and_limits_are_refused():
     with pytest.raises(ValueError, match="'validation'; easyvqa has train, calibration, test"):
         EasyVQA("validation")
-    with pytest.raises(ValueError, match=r"unknown data 'vqa2'; expected .*easyvqa"):
+    with pytest.raises(ValueError, match=r"unknown data 'vqa2'; did you mean vqav2:FOLDER\? Expected .*easyvqa"):
         load_dataset("vqa2", "test")
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"limit is {limit}"):

@@ -156,7 +156,10 @@ def test_a_folder_of_nothing_known_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("mine", r"unknown data 'mine'; expected a file, a folder, easyvqa, or one of coco-captions:FOLDER, csv:FILE"),
+        (
+            "mine",
+            r"unknown data 'mine'; expected a file, a folder, easyvqa, easyvqa-captions, easyvqa-pairs, or one of coco-captions:FOLDER, csv:FILE",
+        ),
         ("vqa2", r"unknown data 'vqa2'; did you mean vqav2:FOLDER\?"),
         ("nlvr2", r"unknown data 'nlvr2'; did you mean nlvr2:FOLDER\?"),
         ("vqav2:nowhere", "vqav2:nowhere: there is no such folder"),

@@ -121,7 +121,8 @@ def test_results_are_complete(finished, settings):
     assert before["detection"]["threshold"] == -99.0  # that of the original verifier
     assert before["s_c"] != after["s_c"]
     assert results["overhead"]["time_ratio"] > 0 and results["overhead"]["memory_ratio"] > 0
-    assert {k: results["settings"][k] for k in asdict(settings)} == asdict(settings)
+    expected = asdict(settings) | {"split": "test"}  # what is measured on
+    assert {k: results["settings"][k] for k in expected} == expected
     assert {"cmai_fast", "torch", "transformers", "python", "commit", "device", "easy_vqa"} <= set(results["versions"])
     assert results["seed"] == 0 and len(results["sample_ids"]) == 6
     training = results["training"]
