@@ -158,7 +158,8 @@ def test_a_folder_of_nothing_known_is_refused(tmp_path):
     [
         (
             "mine",
-            r"easyvqa, easyvqa-captions, easyvqa-pairs, or one of coco-captions:FOLDER, csv:FILE",
+            r"unknown data 'mine'; expected a file, a folder, easyvqa, easyvqa-captions, easyvqa-pairs, "
+            r"or one of coco-captions:FOLDER, csv:FILE",
         ),
         ("vqa2", r"unknown data 'vqa2'; did you mean vqav2:FOLDER\?"),
         ("nlvr2", r"unknown data 'nlvr2'; did you mean nlvr2:FOLDER\?"),
