@@ -1,7 +1,7 @@
 """BLEU of captions; `bleu_1.py` to `bleu_4.py` register it as `bleu-1` to `bleu-4`.
 
-Our own implementation, because the one of pycocoevalcap prints to the standard output, comes with pycocotools and
-matplotlib, and has a licence that forbids commercial use. The values are equal to it (docs/metrics.md).
+Our own implementation, because the one of pycocoevalcap prints to the standard output, comes with pycocotools,
+and says in its file that it is not for commercial use. The values are equal to it (docs/metrics.md).
 """
 
 from __future__ import annotations

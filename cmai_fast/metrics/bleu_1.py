@@ -1,4 +1,4 @@
-"""BLEU-1."""
+"""BLEU-1 of captions, over the whole corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLEU-2."""
+"""BLEU-2 of captions, over the whole corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLEU-3."""
+"""BLEU-3 of captions, over the whole corpus."""
 
 from __future__ import annotations
 

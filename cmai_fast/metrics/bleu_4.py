@@ -1,4 +1,4 @@
-"""BLEU-4."""
+"""BLEU-4 of captions, over the whole corpus."""
 
 from __future__ import annotations
 

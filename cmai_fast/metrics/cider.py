@@ -1,4 +1,7 @@
-"""CIDEr of captions (the variant CIDEr-D, which the COCO evaluation reports as CIDEr). Our own: see `bleu.py`."""
+"""CIDEr of captions: the variant CIDEr-D, which the COCO evaluation reports as CIDEr.
+
+Our own implementation: `bleu.py` says why.
+"""
 
 from __future__ import annotations
 

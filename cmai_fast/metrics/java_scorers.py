@@ -11,7 +11,7 @@ from typing import Any
 
 from cmai_fast.metrics.captions import tokenized
 
-_MODELS = "stanford-corenlp-3.6.0"  # of SPICE; its package would download 380 MB at the first call without a word
+_MODELS = "stanford-corenlp-3.6.0"  # of SPICE; its package would download them at the first call, without asking
 
 
 def java_score(name: str, predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> float:

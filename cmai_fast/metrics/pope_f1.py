@@ -1,4 +1,4 @@
-"""The scores of POPE, on whether objects are in an image: answers are yes or no, and yes is the positive class."""
+"""F1 of POPE, the questions whether an object is in an image: answers are yes or no, and yes is the positive class."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _rules() -> list[tuple[Callable[[str], str], re.Pattern[str]]]:
     plain, digit = f"[{_class('letters', 'digits')}]", f"[{_class('digits')}]"
     a, an = f"[A-Za-z{soft}]", f"[A-Za-z0-9{soft}]"
     quote = r"(?:['’\x92]|&apos;)"
-    elided = f"(?:[dDlLoO]{quote})?"  # d'Or, O'Brien
+    elided = f"(?:[dDlLoO]{quote}(?={an}{{2}}))?"  # d'Or, O'Brien
     part = f"(?:{a}(?:\\.{a})+\\.|{elided}{an}+)"
     number = f"(?:{digit}*(?:[.:,\u00ad\u066b\u066c]{digit}+)+|{digit}+)"
     slashed = f"[A-Za-z0-9]{an}*(?:-[A-Za-z]{a}*){{0,2}}"
@@ -143,8 +143,8 @@ def _rules() -> list[tuple[Callable[[str], str], re.Pattern[str]]]:
     shapes = [
         f"{letter}{alnum}*(?:[.!?]{letter}{alnum}*)*",  # word, also without the space after a mark: end.Start
         f"{elided}{plain}+",
-        f"{plain}+(?:[-_]{plain}+)+",
-        f"[A-Za-z0-9][A-Za-z0-9.,{soft}]*(?:-{part})+",
+        f"{elided}{plain}+(?:[-_]{plain}+)+",
+        f"{elided}[A-Za-z0-9][A-Za-z0-9.,{soft}]*(?:-{part})+",
         f"[A-Z]+(?:{pairs}[A-Z]+)+",  # AT&T
         f"{slashed}(?:\\\\?/{slashed}){{1,2}}",
         f"{a}(?:\\.{a})+",

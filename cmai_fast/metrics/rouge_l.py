@@ -1,4 +1,7 @@
-"""ROUGE-L of captions. Our own implementation: see `bleu.py`."""
+"""ROUGE-L of captions.
+
+Our own implementation: `bleu.py` says why.
+"""
 
 from __future__ import annotations
 

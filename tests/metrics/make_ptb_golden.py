@@ -1,6 +1,6 @@
 """Writes what the original tokenizer answers into ptb_golden.json, for the inputs in that file.
 
-It needs Java and pycocoevalcap 1.2: python tests/metrics/make_ptb_golden.py. To add cases, write them into the file,
+It needs Java and pycocoevalcap 1.2: python tests/metrics/make_ptb_golden.py. To add cases, write them into the file
 with null in the place of the answer. The inputs of a part are the lines of one file, as in the caption evaluation, so
 their order matters.
 """
