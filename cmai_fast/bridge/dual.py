@@ -77,16 +77,13 @@ class DualBridge(OneImageBridge):
 
         Without gradients, many texts (the captions of a whole data set) are encoded a part at a time.
         """
-        size = len(input_ids) if torch.is_grad_enabled() else _TEXTS
-        parts = [
-            self.model.get_text_features(
-                input_ids=input_ids[k : k + size],
-                attention_mask=None if attention_mask is None else attention_mask[k : k + size],
-                return_dict=True,
+        if torch.is_grad_enabled() or len(input_ids) <= _TEXTS:
+            return self.model.get_text_features(
+                input_ids=input_ids, attention_mask=attention_mask, return_dict=True
             ).pooler_output
-            for k in range(0, len(input_ids), max(size, 1))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [slice(k, k + _TEXTS) for k in range(0, len(input_ids), _TEXTS)]
+        mask = attention_mask
+        return torch.cat([self.encode_texts(input_ids[p], None if mask is None else mask[p]) for p in parts])
 
     def encode_text(
         self,

@@ -87,17 +87,23 @@ def measure(
     if left_out := [spec.key for spec in suite if spec.attacks_guard and not pipeline.guarded]:
         measured.record["left_out"] = dict.fromkeys(left_out, "the model has no guard")
     suite = [spec for spec in suite if spec.key not in left_out]
+    moved = []  # what `recall` ranks: also samples that were wrong before, whose ranks can still fall
     for i, spec in enumerate(suite):
-        rows = range(len(standing)) if ranks(runner.task) else np.flatnonzero(standing).tolist()
-        attacked = runner.attack(spec, threat, rows, keep=i == 0 or ranks(runner.task))
+        if ranks(runner.task):
+            whole = runner.attack(spec, threat, range(len(standing)), keep=True)
+            moved.append((whole, whole.images))
+            attacked = whole.among(measured.clean.right)
+        else:
+            attacked = runner.attack(spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0)
         measured.attacked[spec.key] = attacked
-        standing[attacked.rows] &= ~_settled(pipeline, attacked)
+        standing[attacked.rows] = ~_settled(pipeline, attacked)
     for name, images in (transferred or {}).items():
         measured.attacked[name] = runner.transfer(images, threat, name=name)
+        moved.append((measured.attacked[name], images))
     _add_accuracy(measured, {spec.key: spec for spec in suite})
     measured.record["metrics"] = _corpus_metrics(measured, metrics)
     if ranks(runner.task):
-        for kind, found in recall(measured, batch_size, transferred or {}).items():
+        for kind, found in recall(runner, moved, batch_size).items():
             measured.record["metrics"][kind] |= found
     if curve is not None:
         measured.record["curve"] = _curve(runner, curve, threat)
@@ -124,7 +130,7 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
     for key, attacked in measured.attacked.items():
         robust = worst_case(robust, attacked.over(len(clean), attacked.right))
         robust_8bit = worst_case(robust_8bit, attacked.over(len(clean), attacked.right_8bit))
-        attacks[key] = _attack_record(attacked, clean, specs.get(key)) | {
+        attacks[key] = _attack_record(attacked, specs.get(key)) | {
             "acc_robust": accuracy(robust),
             "acc_robust_8bit": accuracy(robust_8bit),
         }
@@ -134,14 +140,12 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
     record["attacks"] = attacks
 
 
-def _attack_record(attacked: Attacked, clean: np.ndarray, spec: AttackSpec | None) -> dict[str, Any]:
-    """`attacked` is the number of samples that the attack ran on, without those that were wrong before (`clean`),
-    `broken` the number it made wrong, `asr` their ratio.
+def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any]:
+    """`attacked` is the number of samples that the attack ran on, `broken` the number it made wrong, `asr` their ratio.
 
     The caller adds `acc_robust` and `acc_robust_8bit`, which are cumulative over this attack and those before it.
     """
-    right = clean[attacked.rows]
-    count, broken = int(right.sum()), int((right & ~attacked.right).sum())
+    count, broken = len(attacked.rows), int((~attacked.right).sum())
     record: dict[str, Any] = {
         "attacked": count,
         "broken": broken,
@@ -220,10 +224,10 @@ def _add_consistency(measured: Measured) -> None:
     if clean is None or not measured.attacked:
         return
     first = next(iter(measured.attacked))
-    adv, right = _scored(measured, measured.attacked[first])
-    if not len(adv):  # no sample was right
+    adv = measured.attacked[first].scores
+    if adv is None or not len(adv):  # no sample was right
         return
-    record, broken = measured.record, ~right
+    record, broken = measured.record, ~measured.attacked[first].right
     both = np.concatenate([clean, adv])
     record["s_c"] = {
         "clean": _distribution(clean, both), "adversarial": _distribution(adv, both), "attack": first,
@@ -244,13 +248,6 @@ def _add_consistency(measured: Measured) -> None:
     record["detection"] = detection
 
 
-def _scored(measured: Measured, attacked: Attacked) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and verdicts of the attacked inputs of samples whose clean answer is right; empty without scores."""
-    own = measured.clean.right[attacked.rows]
-    scores = np.zeros(0) if attacked.scores is None else attacked.scores[own]
-    return scores, attacked.right[own]
-
-
 def _roc(clean: np.ndarray, adv: np.ndarray) -> dict[str, list[float]]:
     """At most 200 points of the curve."""
     fpr, tpr = roc_curve(clean, adv)
@@ -262,10 +259,9 @@ def _successful(measured: Measured, clean: np.ndarray) -> dict[str, dict[str, An
     """Detection of the inputs of each attack that make the answer wrong; attacks without one are left out."""
     found = {}
     for key, attacked in measured.attacked.items():
-        scores, right = _scored(measured, attacked)
-        if not len(scores) or right.all():
+        if attacked.scores is None or attacked.right.all():
             continue
-        adv = scores[~right]
+        adv = attacked.scores[~attacked.right]
         rates = {f"tpr_at_{round(100 * fpr)}_fpr": tpr_at_fpr(clean, adv, fpr) for fpr in (0.01, 0.05)}
         found[key] = {"n": len(adv), "auroc": auroc(clean, adv), **rates, "roc": _roc(clean, adv)}
     return found

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.evaluation.parts import Parts
+from cmai_fast.evaluation.runner import Attacked, Runner
 from cmai_fast.metrics.exact_match import folded
 from cmai_fast.metrics.retrieval import DIRECTIONS, recall_at
-
-if TYPE_CHECKING:
-    from cmai_fast.evaluation.protocol import Measured
 
 KS = (1, 5, 10)
 
 
 def recall(
-    measured: Measured, batch_size: int, transferred: Mapping[str, Mapping[int, Tensor]]
+    runner: Runner, attacks: Sequence[tuple[Attacked, Mapping[int, Tensor]]], batch_size: int
 ) -> dict[str, dict[str, float]]:
     """The metrics of `clean` images and of `robust` ones: of each sample, that of the first attack that breaks it, or
-    of the last one. `transferred`: images of attacks that were made on other models, by name and row."""
-    runner, pipeline = measured.runner, measured.runner.pipeline
+    of the last one. `attacks`: verdicts, and the images by row."""
+    pipeline = runner.pipeline
     assert isinstance(pipeline.collate, ChoiceCollator), "checked by the runner"
     places: dict[str, list[int]] = {}
     texts = pipeline.collate.texts or ()
@@ -35,8 +32,7 @@ def recall(
         relevant[i, [k for text in sample.references for k in places.get(folded(text), ())]] = True
     worst: dict[int, Tensor] = {}
     settled: set[int] = set()
-    for name, attacked in measured.attacked.items():
-        images = transferred.get(name, attacked.images)
+    for attacked, images in attacks:
         for row, right in zip(attacked.rows, attacked.right.tolist(), strict=True):
             if row not in settled and row in images:
                 worst[row] = images[row]
@@ -45,7 +41,7 @@ def recall(
 
     def similarities(images: Mapping[int, Tensor]) -> np.ndarray:
         def part(rows: list[int]) -> np.ndarray:
-            own = [images.get(i, image) for i, image in zip(rows, runner.images(rows), strict=True)]
+            own = [images[i] if i in images else runner.images([i])[0] for i in rows] if images else None
             return pipeline.similarities([runner.samples[i] for i in rows], own).float().cpu().numpy()
 
         return np.concatenate([found for _, found in Parts(batch_size).over(range(len(runner.samples)), part)])

@@ -63,6 +63,22 @@ class Attacked(Answers):
     zero_gradients: np.ndarray
     images: Mapping[int, Tensor] = field(repr=False)
 
+    def among(self, mask: np.ndarray) -> Attacked:
+        """Only of the samples in `mask` (N,) bool; passes and seconds stay those of all."""
+        keep = mask[self.rows]
+        places = np.flatnonzero(keep).tolist()
+        return replace(
+            self,
+            rows=[self.rows[k] for k in places],
+            predictions=[self.predictions[k] for k in places],
+            predictions_8bit=[self.predictions_8bit[k] for k in places],
+            scores=None if self.scores is None else self.scores[keep],
+            **{
+                name: getattr(self, name)[keep]
+                for name in ("right", "right_8bit", "fooled", "nonfinite", "zero_gradients")
+            },
+        )
+
     def over(self, count: int, values: np.ndarray, rest: bool = True) -> np.ndarray:
         """`values` (M,) at the attacked rows of all `count` samples, `rest` at the others."""
         whole = np.full(count, rest)

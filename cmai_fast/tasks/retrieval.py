@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cmai_fast.data.sample import Sample, differing
-from cmai_fast.metrics.exact_match import folded
 from cmai_fast.tasks.perturbed import perturbed
 from cmai_fast.tasks.task import task
+from cmai_fast.tasks.vqa import VQA
 
 
 @task
-class Retrieval:
+class Retrieval(VQA):
     """An image is right if the nearest of all texts is one of its own captions, which is R@1 from image to text.
 
     R@1, 5 and 10 both ways need the similarities of all images and texts; `evaluation.recall` adds them.
@@ -20,17 +20,10 @@ class Retrieval:
     name = "retrieval"
     label = "Retrieval"
     metric_names: tuple[str, ...] = ()
-    broken_below = 1.0
     ranks = True
 
     def prompt(self, sample: Sample) -> str:
         return ""
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return float(folded(prediction) in {folded(r) for r in sample.references})
-
-    def metrics(self, predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-        return {}
 
     def wrong_answers(self, sample: Sample, others: Sequence[Sample] = ()) -> tuple[str, ...]:
         return wrong_captions(sample, others)
