@@ -204,12 +204,13 @@ def _quantised(module: nn.Linear, bits: int, device: torch.device, dtype: torch.
     import bitsandbytes as bnb
 
     shape, bias = (module.in_features, module.out_features), module.bias is not None
-    weight = torch.randn(module.weight.shape, dtype=dtype) * 0.02
     layer: Any
     if bits == 4:
+        weight = torch.randn(module.weight.shape, dtype=dtype, device=device) * 0.02
         layer = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=dtype, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
     else:
+        weight = torch.randn(module.weight.shape, dtype=dtype) * 0.02  # on the CPU: it is quantised on its way from there
         layer = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=0.0)
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias:
