@@ -46,9 +46,10 @@ class Implementation:
                 value.to(self.device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())
             ]
             result = operator(*there[: len(args)], **dict(zip(kwargs, there[len(args) :], strict=True)))
-            for mine, its in zip((*args, *kwargs.values()), there, strict=True):
-                if mine is not its:
-                    mine.copy_(its)
+            with torch.no_grad():  # leaves that require grad are copied too
+                for mine, its in zip((*args, *kwargs.values()), there, strict=True):
+                    if mine is not its:
+                        mine.copy_(its)
             return result
 
         return run

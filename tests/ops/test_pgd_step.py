@@ -401,10 +401,10 @@ def test_bad_gradients_are_counted(implementation: Implementation, name: str, mo
 
 @pytest.mark.parametrize("name", STEPS)
 def test_backward_through_overwritten_pixels_is_refused(kernel: Implementation, name: str) -> None:
-    case = make_case((1, 3, 4, 4), norm_of(name))
+    case = {key: value.to(kernel.device) for key, value in make_case((1, 3, 4, 4), norm_of(name)).items()}
     case["adv"].requires_grad_()
     loss = (case["adv"] ** 2).sum()
-    kernel(name)(**case)
+    kernel.operator(name)(**case)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

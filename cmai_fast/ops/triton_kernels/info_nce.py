@@ -13,8 +13,9 @@ and log-sum-exps float32.
 Forward: a program walks a group of row tiles against a span of key tiles, with a running maximum and sum per row, and
 leaves a log-sum-exp of its part for each row and each column, which a second kernel combines. Both directions so come
 from one pass over the logits. Groups and spans are at most _MOST_PARTS, so memory is O((N + M) D) for the gradients and
-O((N + M) _MOST_PARTS) for these. Backward: one kernel, over tiles of the query and then over tiles of the keys; each
-makes the logits again, and no two programs add to one number, so results do not depend on what runs first.
+O((N + M) _MOST_PARTS) for these. Backward: a kernel makes the logits again and writes R for a few thousand rows, whose
+products are the gradients (`logits.pull_back`). No two programs add to one number, so results do not depend on what
+runs first.
 
 `reference.py` defines the right result.
 """
@@ -31,13 +32,13 @@ from torch import Tensor
 
 from cmai_fast.ops.triton_kernels.logits import (
     assert_labels,
-    backward_blocks,
+    blocks_of,
     carries,
-    forward_blocks,
-    load_rows,
     precision,
     products,
+    pull_back,
     spans,
+    store_tile,
     useful,
 )
 
@@ -112,49 +113,27 @@ def _combine_kernel(parts_ptr, lse_ptr, parts, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _info_nce_backward_kernel(
-    grad_ptr, own_ptr, other_ptr, labels_ptr, scale_ptr, row_lse_ptr, column_lse_ptr, owners_ptr, grad_own_ptr,
-    scale_parts_ptr, own_count, other_count, size, OF_KEYS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query_ptr, keys_ptr, labels_ptr, scale_ptr, row_lse_ptr, column_lse_ptr, owners_ptr, residual_ptr, parts_ptr,
+    rows, count, size, stride, SYMMETRIC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of the query, or with OF_KEYS of the keys: then all tiles are transposed."""
-    own_first = tl.program_id(0) * BLOCK_A
-    own_row = own_first + tl.arange(0, BLOCK_A)
-    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    pulled = tl.zeros([BLOCK_A, BLOCK_OUT], tl.float32)
-    along = tl.zeros([BLOCK_A], tl.float32)
-    for start in range(0, other_count, BLOCK_B):
-        other_row = start + tl.arange(0, BLOCK_B)
-        dots = products(
-            own_ptr, other_ptr, own_first, start, own_count, other_count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
-        )
-        logits = scale * dots
-        if OF_KEYS:
-            row, rows, column, count = other_row[None, :], other_count, own_row[:, None], own_count
-        else:
-            row, rows, column, count = own_row[:, None], own_count, other_row[None, :], other_count
-        residual = tl.exp(logits - tl.load(row_lse_ptr + row, mask=row < rows, other=0.0))
-        if SYMMETRIC:
-            owners = tl.load(owners_ptr + column, mask=column < count, other=0.0)
-            column_lse = tl.load(column_lse_ptr + column, mask=column < count, other=0.0)
-            residual = (residual + owners * tl.exp(logits - column_lse)) * 0.5
-        label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
-        residual = tl.where(column == label, residual - 1.0, residual)
-        residual = tl.where((row < rows) & (column < count), residual, 0.0)
-        if scale_parts_ptr is not None:
-            along += tl.sum(residual * dots, 1)
-        other = load_rows(other_ptr, start, other_count, out, size, BLOCK_B)
-        # In the dtype of the inputs, as PyTorch's own products take it: half precision on tensor cores.
-        pulled = tl.dot(residual.to(other.dtype), other, pulled, input_precision=PRECISION)
-    rows = other_count if OF_KEYS else own_count
-    per_row = tl.load(grad_ptr).to(tl.float32) / rows
-    at = grad_own_ptr + tl.cast(own_first, tl.int64) * size + tl.arange(0, BLOCK_A)[:, None] * size + out[None, :]
-    mask = (own_row < own_count)[:, None] & (out < size)[None, :]
-    tl.store(at, (scale * per_row * pulled).to(grad_own_ptr.dtype.element_ty), mask=mask)
-    if scale_parts_ptr is not None:
-        if tl.program_id(1) == 0:
-            tl.store(scale_parts_ptr + tl.program_id(0), per_row * tl.sum(along))
+    """A tile of R, and its sum of R * (query @ keys.T)."""
+    row_start, column_start = tl.program_id(0) * BLOCK_A, tl.program_id(1) * BLOCK_B
+    row, column = row_start + tl.arange(0, BLOCK_A), column_start + tl.arange(0, BLOCK_B)
+    dots = products(
+        query_ptr, keys_ptr, row_start, column_start, rows, count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
+    )
+    logits = tl.load(scale_ptr).to(tl.float32) * dots
+    residual = tl.exp(logits - tl.load(row_lse_ptr + row, mask=row < rows, other=0.0)[:, None])
+    if SYMMETRIC:
+        owners = tl.load(owners_ptr + column, mask=column < count, other=0.0)[None, :]
+        column_lse = tl.load(column_lse_ptr + column, mask=column < count, other=0.0)[None, :]
+        residual = (residual + owners * tl.exp(logits - column_lse)) * 0.5
+    label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
+    residual = tl.where(column[None, :] == label[:, None], residual - 1.0, residual)
+    residual = tl.where((row < rows)[:, None] & (column < count)[None, :], residual, 0.0)
+    store_tile(residual_ptr, residual, row_start, column_start, rows, count, stride, BLOCK_A, BLOCK_B)
+    tl.store(parts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(residual * dots))
 
 
 def _combine(parts: Tensor) -> Tensor:
@@ -171,7 +150,7 @@ def _plan_info_nce(
     if not carries(query, keys, scale):
         return None
     (rows, size), count = query.shape, keys.shape[0]
-    blocks = forward_blocks(query.dtype, size, rows_alone=not symmetric)
+    blocks = blocks_of(query.dtype, size, rows_alone=not symmetric)
     # In one direction nothing is kept per column, and every row tile is a group.
     groups, group = spans(rows, blocks.a, _MOST_PARTS if symmetric else rows)
     parts, span = spans(count, blocks.b, min(_MOST_PARTS, useful(groups)))
@@ -205,8 +184,7 @@ def _plan_info_nce_backward(
         return None
     (rows, size), count = query.shape, keys.shape[0]
     symmetric = column_lse.shape[0] > 0
-    blocks = backward_blocks(query.dtype, size)
-    outs = triton.cdiv(size, blocks.out)
+    blocks = blocks_of(query.dtype, size, rows_alone=True)
 
     def kernel(
         grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
@@ -215,18 +193,21 @@ def _plan_info_nce_backward(
         row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
         # Sums of ones: exact, so that their order does not matter.
         owners = column_lse.new_zeros(count).scatter_add_(0, labels, torch.ones_like(row_lse)) if symmetric else None
-        grad_query, grad_keys = torch.empty_like(query), torch.empty_like(keys)
-        scale_parts = row_lse.new_empty(triton.cdiv(rows, blocks.a))
-        sides = ((query, keys, grad_query, scale_parts), (keys, query, grad_keys, None))
+        per_row = grad.float() / rows
+        sums = []
+
+        def write(chunk: slice, residual: Tensor) -> None:
+            parts = row_lse.new_empty(blocks.grid(residual))
+            _info_nce_backward_kernel[parts.shape](
+                query[chunk], keys, labels[chunk], scale, row_lse[chunk], column_lse if symmetric else None, owners,
+                residual, parts, *residual.shape, size, residual.stride(0), symmetric,
+                blocks.a, blocks.b, blocks.d, precision(query.dtype), num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+            sums.append(parts.sum())
+
         with torch.cuda.device_of(query):
-            for of_keys, (own, other, grad_own, parts) in enumerate(sides):
-                _info_nce_backward_kernel[(triton.cdiv(own.shape[0], blocks.a), outs)](
-                    grad, own, other, labels, scale, row_lse, column_lse if symmetric else None, owners, grad_own,
-                    parts, own.shape[0], other.shape[0], size, bool(of_keys), symmetric,
-                    blocks.a, blocks.b, blocks.d, blocks.out, precision(query.dtype),
-                    num_warps=blocks.warps, num_stages=blocks.stages,
-                )  # fmt: skip
-        return grad_query, grad_keys, scale_parts.sum().to(scale.dtype)
+            grad_query, grad_keys = pull_back(query, keys, scale.float() * per_row, write)
+        return grad_query, grad_keys, (per_row * torch.stack(sums).sum()).to(scale.dtype)
 
     return kernel
 

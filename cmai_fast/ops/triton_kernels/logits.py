@@ -1,11 +1,16 @@
-"""Tiles of the logits scale * query @ keys.T, as the contrastive losses walk them: made where used, and never kept.
+"""Tiles of the logits scale * query @ keys.T, as the contrastive losses walk them, and what their backwards share.
 
 query (N, D) and keys (M, D) are contiguous and of one dtype: float32, bfloat16 or float16. Products are summed in
-float32. A tile of A rows and B columns reads its rows of query and keys BLOCK_D columns at a time.
+float32. A tile of A rows and B columns reads its rows of query and keys BLOCK_D columns at a time, and is not kept.
+
+The derivative R by the logits is kept for a few thousand rows at a time, in the dtype of the inputs: a gradient is its
+product with keys or query, all D columns of it, and those are what cuBLAS is best at. A kernel that kept nothing of R
+had to make each tile again for every 128 columns of a gradient, and took three times as long at D = 512.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +22,10 @@ from cmai_fast.ops import triton_kernels
 from cmai_fast.ops.reference import check_labels
 
 _CARRIED = (torch.float32, torch.bfloat16, torch.float16)
+
+# Of the derivative by the logits: bytes that are kept at once, and rows, beyond which cuBLAS gains nothing.
+_RESIDUAL_BYTES = 1 << 29
+_RESIDUAL_ROWS = 4096
 
 # Programs enough for eight on each of the 132 multiprocessors of an H100: their last wave then costs little.
 _PROGRAMS = 1024
@@ -31,6 +40,17 @@ def load_rows(matrix_ptr, first, count, column, size, ROWS: tl.constexpr):
     return tl.load(
         matrix_ptr + tl.cast(first, tl.int64) * size + (lane[:, None] * size + column[None, :]), mask=mask, other=0.0
     )
+
+
+@triton.jit
+def store_tile(
+    matrix_ptr, tile, first, column_first, count, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Writes a tile into a (count, columns) matrix of that stride, in the matrix's dtype."""
+    lane, column = tl.arange(0, ROWS), column_first + tl.arange(0, COLUMNS)
+    mask = (lane < count - first)[:, None] & (column < columns)[None, :]
+    at = matrix_ptr + tl.cast(first, tl.int64) * stride + (tl.cast(lane, tl.int64)[:, None] * stride + column[None, :])
+    tl.store(at, tile.to(matrix_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -50,15 +70,17 @@ def products(
 
 @dataclass(frozen=True)
 class Blocks:
-    """The shape of a tile: A rows of the matrix that a program belongs to, B of the other, D columns at a time; and in
-    the backward OUT columns of the gradient."""
+    """The shape of a tile: A rows of query, B of keys, D columns at a time."""
 
     a: int
     b: int
     d: int
-    out: int
     warps: int
     stages: int
+
+    def grid(self, matrix: Tensor) -> tuple[int, int]:
+        """Programs for a tile of (rows, count) each. Those of one column of tiles run together: they share its keys."""
+        return triton.cdiv(matrix.shape[0], self.a), triton.cdiv(matrix.shape[1], self.b)
 
 
 def carries(query: Tensor, keys: Tensor, *numbers: Tensor) -> bool:
@@ -109,14 +131,41 @@ def _depth(size: int, most: int) -> int:
 # the tests compile them for all three.
 
 
-def forward_blocks(dtype: torch.dtype, size: int, *, rows_alone: bool) -> Blocks:
+def blocks_of(dtype: torch.dtype, size: int, *, rows_alone: bool) -> Blocks:
     """Of a kernel that does little but reduce each row; or one that reduces columns too, or has more arithmetic."""
     if dtype != torch.float32 and rows_alone:
-        return Blocks(a=128, b=128, d=_depth(size, 64), out=0, warps=8, stages=3)
-    return Blocks(a=128, b=64, d=_depth(size, 32), out=0, warps=8, stages=3)
+        return Blocks(a=128, b=128, d=_depth(size, 64), warps=8, stages=3)
+    return Blocks(a=128, b=64, d=_depth(size, 32), warps=8, stages=3)
 
 
-def backward_blocks(dtype: torch.dtype, size: int) -> Blocks:
-    if dtype != torch.float32:
-        return Blocks(a=128, b=64, d=_depth(size, 64), out=_depth(size, 128), warps=8, stages=2)
-    return Blocks(a=128, b=32, d=_depth(size, 32), out=_depth(size, 64), warps=8, stages=2)
+def matmul(one: Tensor, other: Tensor) -> Tensor:
+    """one @ other in float32, of matrices of one dtype."""
+    if one.is_cuda and one.dtype != torch.float32:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return one.float() @ other.float()
+
+
+def chunk_rows(rows: int, count: int, dtype: torch.dtype) -> int:
+    """Rows of the derivative that are kept at once: whole tiles, so that every chunk is aligned."""
+    fit = _RESIDUAL_BYTES // (count * dtype.itemsize) // 128 * 128
+    return min(rows, max(128, min(fit, _RESIDUAL_ROWS)))
+
+
+def pull_back(
+    query: Tensor, keys: Tensor, factor: Tensor, write: Callable[[slice, Tensor], None]
+) -> tuple[Tensor, Tensor]:
+    """factor * R @ keys and factor * R.T @ query, in the dtype of the inputs, where `write(chunk, R)` fills in the rows
+    `chunk` of R, (rows of the chunk, M) with a stride of its own."""
+    rows, count = query.shape[0], keys.shape[0]
+    length = chunk_rows(rows, count, query.dtype)
+    kept = query.new_empty(length, triton.cdiv(count, 16) * 16)  # cuBLAS likes its rows aligned
+    grad_query, pushed = torch.empty_like(query), None
+    for start in range(0, rows, length):
+        chunk = slice(start, min(start + length, rows))
+        residual = kept[: chunk.stop - start, :count]
+        write(chunk, residual)
+        grad_query[chunk] = matmul(residual, keys).mul_(factor)
+        part = matmul(residual.T, query[chunk])
+        pushed = part if pushed is None else pushed.add_(part)
+    assert pushed is not None, "no rows: `carries` refuses an empty query"
+    return grad_query, pushed.mul_(factor).to(keys.dtype)

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from cmai_fast.ops.triton_kernels.logits import (
     assert_labels,
-    backward_blocks,
+    blocks_of,
     carries,
-    forward_blocks,
-    load_rows,
     precision,
     products,
+    pull_back,
     spans,
+    store_tile,
     useful,
 )
 
@@ -70,48 +70,24 @@ def _sigmoid_loss_forward_kernel(
 
 @triton.jit
 def _sigmoid_loss_backward_kernel(
-    grad_ptr, own_ptr, other_ptr, labels_ptr, scale_ptr, bias_ptr, grad_own_ptr, parts_ptr,
-    own_count, other_count, size, OF_KEYS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query_ptr, keys_ptr, labels_ptr, scale_ptr, bias_ptr, residual_ptr, parts_ptr, rows, count, size, stride,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of the query, or with OF_KEYS of the keys: then all tiles are transposed."""
-    own_first = tl.program_id(0) * BLOCK_A
-    own_row = own_first + tl.arange(0, BLOCK_A)
-    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
-    pulled = tl.zeros([BLOCK_A, BLOCK_OUT], tl.float32)
-    along_scale = tl.zeros([BLOCK_A], tl.float32)
-    along_bias = tl.zeros([BLOCK_A], tl.float32)
-    for start in range(0, other_count, BLOCK_B):
-        other_row = start + tl.arange(0, BLOCK_B)
-        dots = products(
-            own_ptr, other_ptr, own_first, start, own_count, other_count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
-        )
-        logits = bias + scale * dots
-        if OF_KEYS:
-            row, rows, column, count = other_row[None, :], other_count, own_row[:, None], own_count
-        else:
-            row, rows, column, count = own_row[:, None], own_count, other_row[None, :], other_count
-        label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
-        residual = tl.sigmoid(logits)
-        residual = tl.where(column == label, residual - 1.0, residual)
-        residual = tl.where((row < rows) & (column < count), residual, 0.0)
-        if parts_ptr is not None:
-            along_scale += tl.sum(residual * dots, 1)
-            along_bias += tl.sum(residual, 1)
-        other = load_rows(other_ptr, start, other_count, out, size, BLOCK_B)
-        # In the dtype of the inputs, as PyTorch's own products take it: half precision on tensor cores.
-        pulled = tl.dot(residual.to(other.dtype), other, pulled, input_precision=PRECISION)
-    rows = other_count if OF_KEYS else own_count
-    per_row = tl.load(grad_ptr).to(tl.float32) / rows
-    at = grad_own_ptr + tl.cast(own_first, tl.int64) * size + tl.arange(0, BLOCK_A)[:, None] * size + out[None, :]
-    mask = (own_row < own_count)[:, None] & (out < size)[None, :]
-    tl.store(at, (scale * per_row * pulled).to(grad_own_ptr.dtype.element_ty), mask=mask)
-    if parts_ptr is not None:
-        if tl.program_id(1) == 0:
-            tl.store(parts_ptr + tl.program_id(0), per_row * tl.sum(along_scale))
-            tl.store(parts_ptr + tl.num_programs(0) + tl.program_id(0), per_row * tl.sum(along_bias))
+    """A tile of R, and its sums of R * (query @ keys.T) and of R."""
+    row_start, column_start = tl.program_id(0) * BLOCK_A, tl.program_id(1) * BLOCK_B
+    row, column = row_start + tl.arange(0, BLOCK_A), column_start + tl.arange(0, BLOCK_B)
+    dots = products(
+        query_ptr, keys_ptr, row_start, column_start, rows, count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
+    )
+    residual = tl.sigmoid(tl.load(bias_ptr).to(tl.float32) + tl.load(scale_ptr).to(tl.float32) * dots)
+    label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
+    residual = tl.where(column[None, :] == label[:, None], residual - 1.0, residual)
+    residual = tl.where((row < rows)[:, None] & (column < count)[None, :], residual, 0.0)
+    store_tile(residual_ptr, residual, row_start, column_start, rows, count, stride, BLOCK_A, BLOCK_B)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    here = parts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(here, tl.sum(residual * dots))
+    tl.store(here + programs, tl.sum(residual))
 
 
 def _plan_sigmoid_loss(
@@ -120,7 +96,7 @@ def _plan_sigmoid_loss(
     if not carries(query, keys, scale, bias):
         return None
     (rows, size), count = query.shape, keys.shape[0]
-    blocks = forward_blocks(query.dtype, size, rows_alone=False)
+    blocks = blocks_of(query.dtype, size, rows_alone=False)
     tiles = triton.cdiv(rows, blocks.a)
     parts, span = spans(count, blocks.b, useful(tiles))
 
@@ -142,26 +118,30 @@ def _plan_sigmoid_loss_backward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None:
     if not carries(query, keys, scale, bias, grad):
         return None
-    (rows, size), blocks = query.shape, backward_blocks(query.dtype, query.shape[1])
-    outs = triton.cdiv(size, blocks.out)
+    rows, size = query.shape
+    blocks = blocks_of(query.dtype, size, rows_alone=True)
 
     def kernel(
         grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, keys, labels = query.contiguous(), keys.contiguous(), labels.contiguous()
-        grad_query, grad_keys = torch.empty_like(query), torch.empty_like(keys)
-        sums = torch.empty(2, triton.cdiv(rows, blocks.a), dtype=torch.float32, device=query.device)
-        sides = ((query, keys, grad_query, sums), (keys, query, grad_keys, None))
+        per_row = grad.float() / rows
+        sums = []
+
+        def write(chunk: slice, residual: Tensor) -> None:
+            parts = torch.empty(2, *blocks.grid(residual), dtype=torch.float32, device=query.device)
+            _sigmoid_loss_backward_kernel[parts.shape[1:]](
+                query[chunk], keys, labels[chunk], scale, bias, residual, parts, *residual.shape, size,
+                residual.stride(0), blocks.a, blocks.b, blocks.d, precision(query.dtype),
+                num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+            sums.append(parts.sum((1, 2)))
+
         with torch.cuda.device_of(query):
-            for of_keys, (own, other, grad_own, parts) in enumerate(sides):
-                _sigmoid_loss_backward_kernel[(triton.cdiv(own.shape[0], blocks.a), outs)](
-                    grad, own, other, labels, scale, bias, grad_own, parts,
-                    own.shape[0], other.shape[0], size, bool(of_keys),
-                    blocks.a, blocks.b, blocks.d, blocks.out, precision(query.dtype),
-                    num_warps=blocks.warps, num_stages=blocks.stages,
-                )  # fmt: skip
+            grad_query, grad_keys = pull_back(query, keys, scale.float() * per_row, write)
+        along = per_row * torch.stack(sums).sum(0)
         # Apart: two results of an operator may not share memory.
-        return grad_query, grad_keys, sums[0].sum().to(scale.dtype), sums[1].sum().to(bias.dtype)
+        return grad_query, grad_keys, along[0].to(scale.dtype, copy=True), along[1].to(bias.dtype, copy=True)
 
     return kernel
 
