@@ -39,17 +39,19 @@ STEPS: dict[str, dict[str, Any]] = {
 def steps(
     model: Any, processor: Any, batch: dict[str, Tensor], names: Sequence[str], out: Path, **settings: Any
 ) -> dict[str, Callable[[], None]]:
-    """Forward, backward and a step of the optimiser, by name; all of them train the same model."""
+    """Forward, backward and a step of the optimiser, by name; all of them train the same model with the same optimiser,
+    so that the memory of one holds no other's state."""
     runs: dict[str, Callable[[], None]] = {}
+    optimizer: Any = None
     for name in names:
         config = MBATConfig(output_dir=str(out), report_to="none", **settings, **STEPS[name])
         trainer = MBATTrainer(model, config, processing_class=processor)
-        trainer.create_optimizer()
+        optimizer = optimizer or trainer.create_optimizer()
 
-        def step(trainer: MBATTrainer = trainer) -> None:
+        def step(trainer: MBATTrainer = trainer, optimizer: Any = optimizer) -> None:
             trainer.training_step(model, dict(batch))
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
         runs[name] = step
     return runs
