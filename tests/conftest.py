@@ -12,6 +12,14 @@ import torch
 
 from cmai_fast.data.easyvqa import COLORS, SHAPES, YES_NO
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m gpu` runs what needs a GPU; the other tests compare with tensors on the CPU and fork processes, so for
+    them there is none."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # pytest's processes share the cores already
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH = 64, 16, 32

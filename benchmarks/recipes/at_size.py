@@ -74,32 +74,34 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sized = MODELS[args.model]()
+    start = time.perf_counter()
     model = build(sized, args.bits, device, dtype, args.attention)
+    print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
     batch = sized.batch(args.batch, args.prompt, args.answer)
     settings = {"inner_steps": args.inner_steps, "recompute": args.recompute, "bf16": device.type == "cuda"}
     runs = steps(model, sized.processor, batch, args.only, args.out.with_suffix(""), **settings)
-    memory = {name: peak_bytes(run, device)[1] for name, run in runs.items()}  # warms up too
+    memory = {name: peak_bytes(run, device)[1] for name, run in track(runs.items(), "first steps")}  # warms up too
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in track(range(args.rounds), "rounds of all steps"):
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for done in track(range(1, args.rounds + 1), "rounds of all steps"):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(t) for name, t in times.items()}
-    record = {
-        "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds_a_step": seconds,
-        "over_clean": {n: s / seconds["clean"] for n, s in seconds.items()} if "clean" in seconds else None,
-        "peak_bytes": memory,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(dtype),
-        "versions": versions(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_results(record, args.out)
+        seconds = {name: statistics.median(t) for name, t in times.items()}
+        record = {
+            "settings": {k: v for k, v in vars(args).items() if k != "out"} | {"rounds": done},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds_a_step": seconds,
+            "over_clean": {n: s / seconds["clean"] for n, s in seconds.items()} if "clean" in seconds else None,
+            "peak_bytes": memory,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "precision": str(dtype),
+            "versions": versions(),
+        }
+        write_results(record, args.out)  # after each round: the time on a GPU may end
     for name in runs:
         ratio = f"{record['over_clean'][name]:.2f} of a clean step, " if record["over_clean"] else ""
         print(f"{name:16} {seconds[name]:.3f} s, {ratio}peak {memory[name] / 2**30:.2f} GiB")

@@ -23,13 +23,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # programs fit a multiprocessor up to 128 registers, and one up to 255. There a tile should be as large as it can be
 # without spilling, and where others of the three GPUs need all 255, this is what is left to check.
 BUDGETS = {
-    "_cosine_heads_kernel": (96, 96),
-    "_cosine_heads_backward_kernel": (96, 96),
+    "_cosine_heads_kernel": (104, 104),
+    "_cosine_heads_backward_kernel": (104, 104),
     "_combine_kernel": (32, 32),
-    "_info_nce_forward_kernel": (255, 240),
-    "_info_nce_backward_kernel": (232, 248),
-    "_sigmoid_loss_forward_kernel": (232, 168),
-    "_sigmoid_loss_backward_kernel": (232, 255),
+    "_info_nce_forward_kernel": (255, 255),
+    "_info_nce_backward_kernel": (232, 184),
+    "_sigmoid_loss_forward_kernel": (232, 255),
+    "_sigmoid_loss_backward_kernel": (232, 168),
 }
 TILED = [name for name in BUDGETS if name.startswith(("_info", "_sigmoid"))]
 # What multiplies matrices: mma, wgmma, tcgen05.

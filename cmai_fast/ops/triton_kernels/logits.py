@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -131,11 +132,11 @@ def _depth(size: int, most: int) -> int:
 # the tests compile them for all three.
 
 
-def blocks_of(dtype: torch.dtype, size: int, *, rows_alone: bool) -> Blocks:
-    """Of a kernel that does little but reduce each row; or one that reduces columns too, or has more arithmetic."""
-    if dtype != torch.float32 and rows_alone:
-        return Blocks(a=128, b=128, d=_depth(size, 64), warps=8, stages=3)
-    return Blocks(a=128, b=64, d=_depth(size, 32), warps=8, stages=3)
+def blocks_of(dtype: torch.dtype, size: int, work: Literal["little", "much", "columns"]) -> Blocks:
+    """By what a kernel does with a tile: little beside a sum of each row, much arithmetic, or sums of columns too."""
+    if dtype == torch.float32 or work == "columns":
+        return Blocks(a=128, b=64, d=_depth(size, 32), warps=8, stages=3)
+    return Blocks(a=128, b=128, d=_depth(size, 64 if work == "little" else 32), warps=8, stages=3)
 
 
 def matmul(one: Tensor, other: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def _plan_sigmoid_loss(
     if not carries(query, keys, scale, bias):
         return None
     (rows, size), count = query.shape, keys.shape[0]
-    blocks = blocks_of(query.dtype, size, rows_alone=False)
+    blocks = blocks_of(query.dtype, size, "much")
     tiles = triton.cdiv(rows, blocks.a)
     parts, span = spans(count, blocks.b, useful(tiles))
 
@@ -119,7 +119,7 @@ def _plan_sigmoid_loss_backward(
     if not carries(query, keys, scale, bias, grad):
         return None
     rows, size = query.shape
-    blocks = blocks_of(query.dtype, size, rows_alone=True)
+    blocks = blocks_of(query.dtype, size, "little")
 
     def kernel(
         grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor

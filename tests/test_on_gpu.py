@@ -1,0 +1,80 @@
+"""The commands and the trainer on a GPU, which they choose themselves, against the CPU: `pytest -m gpu` runs this."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cmai_fast.cli import app
+from cmai_fast.data import load_dataset
+from cmai_fast.data.sources import DataSource
+from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.pipeline import Pipeline
+from cmai_fast.workflows.samples import training_batches, training_samples
+from shortened import shorten_checks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m gpu"),
+]
+
+
+def run(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["easyvqa-llava", "easyvqa-llava-immune"])
+def test_answers_and_scores_are_those_of_the_cpu(name: str) -> None:
+    data = load_dataset("easyvqa", "test", limit=32, seed=0)
+    samples = [data[i] for i in range(len(data))]
+    there, here = (Pipeline.load(name, device=device) for device in (None, "cpu"))
+    assert next(there.model.parameters()).device.type == "cuda"
+    (on_gpu, scores_on_gpu), (answers, scores) = there.answer(samples), here.answer(samples)
+    assert on_gpu == answers
+    torch.testing.assert_close(torch.tensor(scores_on_gpu), torch.tensor(scores), rtol=1e-3, atol=1e-2)
+
+
+def test_an_attack_breaks_what_it_breaks_on_the_cpu(tmp_path: Path) -> None:
+    broken = []
+    options = ["--model", "easyvqa-llava", "--data", "easyvqa", "--eps", "8/255", "--limit", "32"]
+    for number, device in enumerate(("cpu", "cuda")):
+        out = tmp_path / f"{number}.json"
+        run("attack", *options, "--device", device, "--out", out)
+        broken.append(json.loads(out.read_text())["broken"])
+    assert broken[0] > 4 and abs(broken[1] - broken[0]) <= 2
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"]], ids=["float32", "bfloat16"])
+def test_immunize_calibrate_guard(tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_checks(monkeypatch)
+    data = ["--data", "easyvqa"]
+    short = ["--eps", "8/255", "--max-steps", "4", "--limit", "16", "--attack-steps", "2", "--batch-size", "16"]
+    run("immunize", "--model", "easyvqa-llava", *data, *short, *options, "--out", tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "results.json").read_text())
+    run("calibrate", "--model", tmp_path / "a", *data, "--limit", "64", "--out", tmp_path / "heads")
+    sample = load_dataset("easyvqa", "test")[0]
+    sample.images[0].save(tmp_path / "x.png")
+    guard = ["--model", tmp_path / "a", "--heads", tmp_path / "heads"]
+    said = run("guard", *guard, "--image", tmp_path / "x.png", "--text", sample.prompt)
+    assert json.loads(said)["answer"] is not None
+
+
+@pytest.mark.parametrize("solver", [{"inner": "pgd"}, {"inner": "bridge", "refreshes": 1}], ids=["pgd", "bridge"])
+def test_a_training_step_loses_what_it_loses_on_the_cpu(tmp_path: Path, solver: dict[str, Any]) -> None:
+    losses = []
+    for use_cpu in (True, False):
+        pipeline = Pipeline.load("easyvqa-llava", device="cpu")
+        batch = next(training_batches(pipeline, training_samples(DataSource("easyvqa"), "vqa"), 16, 0))
+        args = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=use_cpu, **solver)
+        trainer = MBATTrainer(pipeline.model, args, processing_class=pipeline.processor, heads=pipeline.heads)
+        trainer.create_optimizer()
+        losses.append(float(trainer.training_step(trainer.model, batch)))
+        assert trainer.model.device.type == ("cpu" if use_cpu else "cuda")
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
