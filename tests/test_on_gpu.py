@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from cmai_fast.cli import app
@@ -60,7 +61,7 @@ def test_immunize_calibrate_guard(tmp_path: Path, options: list[str], monkeypatc
     assert json.loads((tmp_path / "a" / "results.json").read_text())
     run("calibrate", "--model", tmp_path / "a", *data, "--limit", "64", "--out", tmp_path / "heads")
     sample = load_dataset("easyvqa", "test")[0]
-    sample.images[0].save(tmp_path / "x.png")
+    Image.fromarray(sample.images[0]).save(tmp_path / "x.png")
     guard = ["--model", tmp_path / "a", "--heads", tmp_path / "heads"]
     said = run("guard", *guard, "--image", tmp_path / "x.png", "--text", sample.prompt)
     assert json.loads(said)["answer"] is not None
