@@ -295,7 +295,7 @@ def test_opcheck(in_use: Implementation, name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_cuda_graph_can_capture_it(name: str) -> None:
     """So nothing is read back to the host: not the scale, and not whether the labels are right."""
-    loss = ours(Implementation(lambda operator: getattr(ops, operator)), name)
+    loss = ours(Implementation(lambda operator: getattr(ops, operator), "cuda"), name)
     inputs = [tensor.cuda() for tensor in inputs_of(name, 130, 67, 48)]
     leaves = [tensor.requires_grad_() for tensor in inputs if tensor.is_floating_point()]
 

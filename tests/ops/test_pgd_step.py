@@ -411,7 +411,7 @@ def test_backward_through_overwritten_pixels_is_refused(kernel: Implementation, 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_pixels_that_came_of_a_differentiable_operation_are_refused(in_use: Implementation, name: str) -> None:
-    case = make_case((1, 3, 4, 4), norm_of(name))
+    case = {key: value.to(in_use.device) for key, value in make_case((1, 3, 4, 4), norm_of(name)).items()}
     case["adv"] = case["adv"].requires_grad_() * 1.0
     before = case["adv"].clone()
     with pytest.raises(RuntimeError, match=r"adv has a grad_fn \(MulBackward0\).*pass adv.detach\(\)"):
