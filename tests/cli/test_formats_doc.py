@@ -14,7 +14,7 @@ from cmai_fast.tasks import TASKS
 
 DOC, TASKS_DOC = ((Path(__file__).parents[2] / "docs" / name).read_text("utf-8") for name in ("formats.md", "tasks.md"))
 COMMANDS = [line for line in (DOC + TASKS_DOC).splitlines() if line.startswith("cmai-fast ")]
-OFFICIAL = ("coco-captions", "flickr30k", "nlvr", "nlvr2", "vqav2")
+OFFICIAL = ("coco-captions", "flickr30k", "nlvr", "nlvr2", "pope", "vqav2")
 
 
 def test_each_format_of_official_files_has_a_section_and_a_command():
@@ -50,6 +50,8 @@ def folders(tmp_path):
         official.nlvr2(tmp_path / "nlvr2", split, "images/{}" if split == "train" else "{}")
     for split in ("train", "dev"):
         official.nlvr(tmp_path / "nlvr" / split, split)
+    for split in ("random", "popular", "adversarial"):
+        official.pope(tmp_path / "pope", split)
 
 
 @pytest.mark.usefixtures("folders")
