@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cmai_fast.data.sample import Sample
 from cmai_fast.metrics.exact_match import folded
 from cmai_fast.metrics.pope_f1 import pope_scores, says_yes
-from cmai_fast.tasks.task import task
+from cmai_fast.tasks.task import briefly, task
 
 
 @task
@@ -21,7 +21,7 @@ class Pope:
     broken_below = 1.0
 
     def prompt(self, sample: Sample) -> str:
-        return f"{sample.prompt}\nAnswer the question using a single word or phrase."
+        return briefly(sample.prompt)
 
     def score(self, prediction: str, sample: Sample) -> float:
         return float(says_yes(prediction) == (_label(sample) == "yes"))

@@ -28,6 +28,7 @@ def test_each_task_is_whole(name):
 def test_open_answers_score_by_the_people_who_gave_them():
     open_vqa, sample = TASKS["open-vqa"], Sample(3, (), "What color is it?", TEN, where="a.json questions[0]")
     assert posed(open_vqa, sample).prompt == "What color is it?\nAnswer the question using a single word or phrase."
+    assert posed(open_vqa, posed(open_vqa, sample)) == posed(open_vqa, sample)  # lmms-eval's prompts ask it already
     scores = [open_vqa.score(a, sample) for a in ("Yellow.", "gold", "golden", "blue")]
     assert scores == pytest.approx([1.0, 0.9, 0.3, 0.0])
     assert open_vqa.metrics(["yellow", "blue"], [sample] * 2) == {"vqa-accuracy": 0.5, "vqa-accuracy-lmms": 0.5}
