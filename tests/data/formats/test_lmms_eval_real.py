@@ -72,7 +72,7 @@ SETS = {  # task: its file, the split that it reads, the prompt of its first doc
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A function that makes `lmms-eval:TASK:FOLDER` of a task: its own file, and rows instead of the hub's data set."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))  # read when it is imported
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def made(task: str) -> str:
