@@ -136,3 +136,15 @@ def nlvr(folder: Path, split: str = "dev", pictures: str = "images/{}") -> Path:
         picture(folder / pictures.format(directory) / f"{split}-{own}-0.png", (int(own[0]), len(rows), 0))
     write(folder / f"{split}.json", "\n".join(rows) + "\n")
     return folder
+
+
+def pope(folder: Path, split: str = "random", under: str = "", pictures: str = "val2014") -> Path:
+    """Four questions about two images."""
+    rows = []
+    for image, what, label in ((42, "dog", "yes"), (42, "car", "no"), (73, "bus", "yes"), (73, "cup", "no")):
+        name = f"COCO_val2014_{image:012d}.jpg"
+        rows.append({"question_id": len(rows) + 1, "image": name, "text": f"Is there a {what} in the image?"})
+        rows[-1]["label"] = label
+        picture(folder / pictures / name, (image, 0, 0))
+    write(folder / under / f"coco_pope_{split}.json", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -19,6 +19,7 @@ from cmai_fast.data.inline import picture_of
 from cmai_fast.data.sample import Sample
 
 PICTURES = ("image", "images", "file_name", "file_names")
+SEVERAL = ("images", "file_names")
 QUESTIONS = ("question", "prompt")
 ANSWERS = ("answer", "answers", "completion", "caption", "captions")
 CHATS = ("messages", "conversations")
@@ -134,9 +135,12 @@ class _Row:
             return
         mapped = {}
         for own, theirs in fields.items():
-            if theirs not in record:
-                raise self.error(f"no key {theirs!r}, which --map {own}={theirs} names; {self._has()}")
-            mapped[own] = record[theirs]
+            # Pictures in a column each: images=left_image+right_image.
+            several = own in SEVERAL and theirs not in record and "+" in theirs
+            for part in theirs.split("+") if several else (theirs,):
+                if part not in record:
+                    raise self.error(f"no key {part!r}, which --map {own}={theirs} names; {self._has()}")
+            mapped[own] = [record[part] for part in theirs.split("+")] if several else record[theirs]
         for group in GROUPS:
             # A mapped question replaces a chat; a mapped chat replaces question and answer.
             more = CHATS if group == QUESTIONS else (*QUESTIONS, *ANSWERS) if group == CHATS else ()

@@ -10,6 +10,7 @@ from typing import Any
 from cmai_fast.metrics.exact_match import folded
 
 ASK_CAPTION = "Provide a one-sentence caption for the provided image."  # the prompt of captioning
+ASK_SHORT = "Answer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from cmai_fast.data.sample import Sample
 from cmai_fast.metrics import measure
 from cmai_fast.metrics.vqa_accuracy import vqa_score
 from cmai_fast.tasks.choices import other_answers
-from cmai_fast.tasks.task import task
+from cmai_fast.tasks.task import briefly, task
 
 
 @task
@@ -25,7 +25,7 @@ class OpenVQA:
     broken_below = 0.1  # a single match among ten answers scores 0.3
 
     def prompt(self, sample: Sample) -> str:
-        return f"{sample.prompt}\nAnswer the question using a single word or phrase."
+        return briefly(sample.prompt)
 
     def score(self, prediction: str, sample: Sample) -> float:
         try:

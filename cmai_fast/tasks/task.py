@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar, runtime_checkable
 
-from cmai_fast.data.sample import Sample
+from cmai_fast.data.sample import ASK_SHORT, Sample
 from cmai_fast.registry import Registry
 
 
@@ -57,6 +57,11 @@ def posed(task: Task, sample: Sample) -> Sample:
     """The sample as it is put to a model: with the task's prompt, or as the task's own `posed` makes it."""
     own = getattr(task, "posed", None)
     return replace(sample, prompt=task.prompt(sample)) if own is None else own(sample)
+
+
+def briefly(question: str) -> str:
+    """The question with LLaVA's request for a short answer, unless it ends with it, as those of lmms-eval do."""
+    return question if question.rstrip().endswith(ASK_SHORT) else f"{question}\n{ASK_SHORT}"
 
 
 def ranks(task: Task) -> bool:

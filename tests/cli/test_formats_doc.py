@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,9 +14,12 @@ import official_files as official
 from cmai_fast.data.formats import FORMATS
 from cmai_fast.tasks import TASKS
 
-DOC, TASKS_DOC = ((Path(__file__).parents[2] / "docs" / name).read_text("utf-8") for name in ("formats.md", "tasks.md"))
+DOC, TASKS_DOC, LMMS_DOC = (
+    (Path(__file__).parents[2] / "docs" / name).read_text("utf-8")
+    for name in ("formats.md", "tasks.md", "lmms-eval.md")
+)
 COMMANDS = [line for line in (DOC + TASKS_DOC).splitlines() if line.startswith("cmai-fast ")]
-OFFICIAL = ("coco-captions", "flickr30k", "nlvr", "nlvr2", "vqav2")
+OFFICIAL = ("coco-captions", "flickr30k", "nlvr", "nlvr2", "pope", "vqav2")
 
 
 def test_each_format_of_official_files_has_a_section_and_a_command():
@@ -25,6 +30,20 @@ def test_each_format_of_official_files_has_a_section_and_a_command():
 
 def test_each_task_has_a_row():
     assert all(f"\n| `{name}` |" in TASKS_DOC for name in TASKS)
+
+
+def lmms_eval_commands():
+    return [line for line in LMMS_DOC.splitlines() if line.startswith("cmai-fast ")]
+
+
+@pytest.mark.parametrize("line", lmms_eval_commands())
+def test_commands_of_lmms_eval_run(line, run, replace_workflow, tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
+    command, *typed = shlex.split(re.sub(r"--model \S+", "--model easyvqa-llava", line))[1:]
+    called = replace_workflow(command, KeyboardInterrupt())
+    done = run(command, *typed)
+    assert len(called.calls) == 1, done.output
 
 
 def third(folder: Path) -> None:
@@ -50,6 +69,8 @@ def folders(tmp_path):
         official.nlvr2(tmp_path / "nlvr2", split, "images/{}" if split == "train" else "{}")
     for split in ("train", "dev"):
         official.nlvr(tmp_path / "nlvr" / split, split)
+    for split in ("random", "popular", "adversarial"):
+        official.pope(tmp_path / "pope", split)
 
 
 @pytest.mark.usefixtures("folders")

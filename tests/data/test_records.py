@@ -183,3 +183,13 @@ def test_other_names():
     assert sample_of(both, "f", 0, None, {"messages": "messages"}) == Sample(0, (), "m")
     with pytest.raises(ValueError, match="both messages and question"):
         sample_of(both, "f", 0)
+
+
+def test_pictures_in_a_column_each_are_joined():
+    row = {"left": "a.png", "right": "b.png", "question": "?", "x+y": ["c.png"]}
+    assert sample_of(row, "x", 0, None, {"images": "left+right"}).images == ("a.png", "b.png")
+    assert sample_of(row, "x", 0, None, {"images": "x+y"}).images == ("c.png",)
+    with pytest.raises(ValueError, match=r"no key 'rihgt', which --map images=left\+rihgt names; its keys are left"):
+        sample_of(row, "x", 0, None, {"images": "left+rihgt"})
+    with pytest.raises(ValueError, match=r"no key 'left\+right', which --map question=left\+right names"):
+        sample_of(row, "x", 0, None, {"question": "left+right"})

@@ -18,6 +18,16 @@ def test_an_answer_is_no_as_in_the_official_code(answer, yes):
     assert says_yes(answer) is yes
 
 
+def test_scores_are_those_of_the_official_program():
+    """Printed by `evaluate.py` of github.com/AoiDragon/POPE (08d957b) for these answers."""
+    said = ["Yes", "Yes, there is a dog.", "No", "There is not. Yes", "no dog", "NO", "a dog", "I do not know",
+            "Nothing, no.", "Yes. No"]  # fmt: skip
+    truth = [(label,) for label in ("yes", "yes", "no", "yes", "no", "no", "yes", "no", "no", "no")]
+    assert pope_scores(said, truth) == {
+        "accuracy": 0.7, "precision": 0.6, "recall": 0.75, "f1": 0.6666666666666665, "yes_ratio": 0.5
+    }  # fmt: skip
+
+
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1))
 def test_scores_agree_with_sklearn(pairs):
     said, truth = zip(*pairs, strict=True)

@@ -16,7 +16,7 @@ def test_each_task_is_whole(name):
     found = TASKS[name]
     assert isinstance(found, Task) and found.name == name and found.label
     assert all(metric in METRICS for metric in found.metric_names)
-    references = TEN if name == "open-vqa" else ("true",) if name == "reasoning" else ("a red dog",)
+    references = {"open-vqa": TEN, "reasoning": ("true",), "pope": ("no",)}.get(name, ("a red dog",))
     sample = Sample("s", (), "What?", references, (*references[:1], "false", "a blue dog"))
     bound = task_over(found, [posed(found, sample), Sample("t", (), "", ("a house", "two cats"))])
     asked = posed(found, sample)
@@ -28,6 +28,7 @@ def test_each_task_is_whole(name):
 def test_open_answers_score_by_the_people_who_gave_them():
     open_vqa, sample = TASKS["open-vqa"], Sample(3, (), "What color is it?", TEN, where="a.json questions[0]")
     assert posed(open_vqa, sample).prompt == "What color is it?\nAnswer the question using a single word or phrase."
+    assert posed(open_vqa, posed(open_vqa, sample)) == posed(open_vqa, sample)  # lmms-eval's prompts ask it already
     scores = [open_vqa.score(a, sample) for a in ("Yellow.", "gold", "golden", "blue")]
     assert scores == pytest.approx([1.0, 0.9, 0.3, 0.0])
     assert open_vqa.metrics(["yellow", "blue"], [sample] * 2) == {"vqa-accuracy": 0.5, "vqa-accuracy-lmms": 0.5}
@@ -56,7 +57,21 @@ def test_statements_are_judged_by_the_first_word(said, score):
     assert TASKS["reasoning"].score(said, Sample(0, (), "A dog.", ("True",))) == score
 
 
+def test_whether_an_object_is_there_is_judged_by_the_first_sentence():
+    pope = TASKS["pope"]
+    samples = [Sample(i, (), "Is there a dog in the image?", (a,), ("yes", "no")) for i, a in enumerate(("yes", "no"))]
+    said = ["Yes, there is. It is not big.", "There is no dog"]
+    assert [pope.score(p, s) for p, s in zip(said, samples, strict=True)] == [1, 1]
+    assert [pope.score(p, s) for p, s in zip(said[::-1], samples, strict=True)] == [0, 0]
+    assert [pope.wrong_answers(s) for s in samples] == [("no",), ("yes",)]
+    assert pope.metrics(["Yes", "Yes"], samples) == pytest.approx(
+        {"pope-f1": 2 / 3, "accuracy": 0.5, "precision": 0.5, "recall": 1.0, "yes-ratio": 1.0}
+    )
+
+
 def test_a_task_that_cannot_judge_says_so():
+    with pytest.raises(ValueError, match=r"sample 5 has the answer 'red'; expected yes or no \(or the task vqa\)"):
+        TASKS["pope"].score("yes", Sample(5, (), "What color?", ("red",)))
     with pytest.raises(ValueError, match=r"sample 4 has the answer 'maybe'; expected true or false"):
         TASKS["reasoning"].score("true", Sample(4, (), "A dog.", ("maybe",)))
     with pytest.raises(ValueError, match="captions of 0 samples"):

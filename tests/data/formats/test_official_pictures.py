@@ -75,7 +75,7 @@ def test_missing_pictures_are_counted_and_left_out_on_request(tmp_path):
 def test_pictures_stay_where_they_are_and_pytorch_is_not_loaded(tmp_path):
     """Checks of all formats, in a process of their own."""
     made = {name.replace("_", "-"): getattr(official, name)(tmp_path / name) for name in
-            ("vqav2", "coco_captions", "flickr30k", "nlvr2", "nlvr")}  # fmt: skip
+            ("vqav2", "coco_captions", "flickr30k", "nlvr2", "nlvr", "pope")}  # fmt: skip
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
     names = [f"{name}:{folder}" for name, folder in made.items()]
     code = (

@@ -1,8 +1,8 @@
 """Official files as their owners publish them, where they are at hand.
 
 They are not part of the repository. CMAI_FAST_REAL_DATA names a folder that holds `coco_val2017/` (the file
-captions_val2017.json, and pictures in val2017/), `nlvr2/` (dev_500.json) and `nlvr_v1/` (dev.json,
-dev_images_perm0.zip); without it, `../shared/data` is used.
+captions_val2017.json, and pictures in val2017/), `nlvr2/` (dev_500.json), `nlvr_v1/` (dev.json,
+dev_images_perm0.zip) and `pope/` (the three files coco_pope_*.json); without it, `../shared/data` is used.
 """
 
 from __future__ import annotations
@@ -49,6 +49,17 @@ def test_nlvr2_dev(tmp_path):
     assert {s.references for s in samples} == {("true",), ("false",)}
     with pytest.raises(ValueError, match=r"^578 of 578 pictures are missing, and 500 of 500 samples need them: "):
         DataSource(f"nlvr2:{tmp_path}").check()
+
+
+@pytest.mark.parametrize("split", ["random", "popular", "adversarial"])
+def test_pope(split, tmp_path):
+    shutil.copy(real(f"pope/coco_pope_{split}.json"), tmp_path)
+    samples = list(FORMATS["pope"].read(str(tmp_path), split, {}))
+    assert [s.id for s in samples] == list(range(1, 3001))
+    assert sum(s.references == ("yes",) for s in samples) == sum(s.references == ("no",) for s in samples) == 1500
+    assert samples[0].prompt == "Is there a snowboard in the image?"
+    with pytest.raises(ValueError, match=r"^500 of 500 pictures are missing, and 3000 of 3000 samples need them: "):
+        DataSource(f"pope:{tmp_path}").check()
 
 
 def test_nlvr_dev_and_the_zip_of_its_pictures(tmp_path):
