@@ -152,6 +152,10 @@ def _kernel_of(name: str) -> Callable[..., Any]:
                 if len(plans) >= _MOST_PLANS:
                     plans.clear()
                 plans[signature] = plan
+        if arguments is None and torch.is_autocast_enabled(args[0].device.type):
+            # Matrix products inside would be half as precise as promised, and of another dtype than their sums.
+            with torch.autocast(args[0].device.type, enabled=False):
+                return plan(*args, **kwargs)
         return plan(*args, **kwargs)
 
     return kernel

@@ -261,6 +261,17 @@ def test_dtypes() -> None:
     assert [tensor.dtype for tensor in half] == [torch.float64, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_changes_nothing(in_use: Implementation, name: str) -> None:
+    inputs, loss = inputs_of(name, 6, 8, 10), ours(in_use, name)
+    right = value_and_gradients(loss, *inputs, device=in_use.device)
+    with torch.autocast(in_use.device, torch.bfloat16):
+        got = value_and_gradients(loss, *inputs, device=in_use.device)
+    for mine, expected in zip(got, right, strict=True):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("carried")
 @pytest.mark.parametrize("name", LOSSES)
