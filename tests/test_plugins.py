@@ -20,12 +20,17 @@ ADDED = {
     "attack": "grey-out", "evaluate": "first-letter", "immunize": "all-adversarial", "guard": "shrug",
 }  # fmt: skip
 
-# In one process, which imports PyTorch once: lists, then a run of each.
+# In one process, which imports PyTorch once: lists, then a run of each, with what no option sets shorter.
 _SCRIPT = """
 import json, sys
+import pytest
 from typer.testing import CliRunner
 from cmai_fast.cli import app
+from cmai_fast.workflows import training
+from shortened import shorten_checks
 
+shorten_checks(pytest.MonkeyPatch())
+training.HEAD_STEPS = 30
 for arguments in json.loads(sys.argv[1]):
     result = CliRunner().invoke(app, arguments)
     print(json.dumps([result.exit_code, result.output]))
@@ -47,7 +52,7 @@ def installed(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *commands: list[str]) -> list[list[Any]]:
-    paths = [str(folder), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(folder), str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, json.dumps(commands)],
         capture_output=True, text=True, cwd=folder, check=True,

@@ -70,7 +70,8 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 @pytest.mark.parametrize(
     "wrong", ["small-lava", "", "./runs/a", "/no/such/folder", "a/b/c", "runs/a/", "../x", "a b/c"]
 )
-def test_what_is_none_of_these_is_refused_with_the_known_names(bundled, wrong):
+def test_what_is_none_of_these_is_refused_with_the_known_names(bundled, wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no folder of these names is
     with pytest.raises(ValueError, match=r"small-llava\).*hub id") as raised:
         resolve(wrong)
     assert repr(wrong) in str(raised.value)
