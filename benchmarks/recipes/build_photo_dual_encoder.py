@@ -6,12 +6,12 @@
         --out cmai_fast/models/photo-dual-encoder
 
 Both towers stay as they are (EfficientNet-lite0, all-MiniLM-L6-v2), so their features are computed once and cached in
-`--work`; an interrupted run resumes when it is repeated. The linear head W (384 x 1280) and its bias learn in two steps:
+`--work`; an interrupted run resumes when it is repeated. The linear head (384 x 1280, and a bias) learns in two steps:
 
 1. Ridge regression from the weight vector of each of ImageNet's 1,000 classes in EfficientNet's classifier to the text
    embedding of the class name. This needs no picture at all.
-2. Contrastive learning (CLIP's loss) on batches of 256 pictures of clip art with their captions and 256 classes: a class
-   stands for a picture as its weight vector, at the length that features have, half of the time mixed with another; its
+2. Contrastive learning (CLIP's loss) on batches of 256 pictures of clip art with captions, and of 256 classes: a class
+   stands for a picture by its weight vector, at the length that features have, half of the time mixed with another; its
    text is the name or the noun list and definition of WordNet. W is pulled toward the first step (`--pull`).
 
 No photo is used. 80% of the clip art is trained on, 10% (the split `calibration`) is measured.

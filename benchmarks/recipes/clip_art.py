@@ -4,11 +4,11 @@
     pip install resvg-py timm
     python benchmarks/recipes/clip_art.py --svg openclipart/usr/share/openclipart/svg --out runs/clip-art
 
-Writes `runs/clip-art/metadata.jsonl` and PNG files of 160 x 160 with transparent ground, an `imagefolder`: `--data
+Writes `runs/clip-art/metadata.jsonl` and PNG files of 160 x 160 on transparent ground, an `imagefolder`: `--data
 runs/clip-art --split-seed 0`. Pictures of animals, food, plants, vehicles, tools, people, buildings and the like;
-shapes, icons, logos, flags, signs and playing cards are left out. A caption is made of title, keywords and folder: words
-of the title and keywords that are neither a single token of MiniLM nor a noun of WordNet are dropped (Italian and French
-ones, mostly), and so are names of artists. An interrupted run resumes when it is repeated.
+shapes, icons, logos, flags, signs and playing cards are left out. A caption is made of title, keywords and folder.
+Words that are neither a single token of MiniLM nor a noun of WordNet are dropped (Italian and French ones, mostly), and
+so are names of artists. An interrupted run resumes when it is repeated.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ WITHOUT = ("aiga-symbols", "cards", "chess", "dice", "holiday", "religion", "roa
 SINGULAR = {"bugs": "insect", "people": "person", "transportation": "vehicle"}  # others lose their s
 NOISE = {
     "and", "architetto", "art", "artist", "black", "book", "by", "clip", "clipart", "color", "colour", "colored",
-    "coloured", "drawing", "drawn", "etiquette", "externalsource", "flat", "for", "from", "hash", "icon", "icons", "image", "inkscape", "lemon", "library", "line", "logo", "my",
-    "new", "of", "office", "open", "outline", "page", "public", "domain", "remix", "sample", "silhouette", "sign",
-    "svg", "symbol", "template", "the", "theme", "unsorted", "vector", "white", "with", "www",
+    "coloured", "drawing", "drawn", "etiquette", "externalsource", "flat", "for", "from", "hash", "icon", "icons",
+    "image", "inkscape", "lemon", "library", "line", "logo", "my", "new", "of", "office", "open", "outline", "page",
+    "public", "domain", "remix", "sample", "silhouette", "sign", "svg", "symbol", "template", "the", "theme",
+    "unsorted", "vector", "white", "with", "www",
 }  # fmt: skip
 
 

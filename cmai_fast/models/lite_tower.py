@@ -1,4 +1,4 @@
-"""The image tower of `photo-dual-encoder`: EfficientNet-lite (Tan and Le, 2019, without squeeze-excitation, with ReLU6).
+"""The image tower of `photo-dual-encoder`: EfficientNet-lite (Tan and Le, 2019; no squeeze-excitation, ReLU6).
 
 Written out here, so that a saved model needs no package besides this one, and so that tests can build a tiny one.
 """

@@ -69,7 +69,8 @@ class PhotoDualEncoderConfig(PreTrainedConfig):
     @property
     def projection_dim(self) -> int:
         """The width of both embeddings, which is the text tower's own."""
-        return self.text_config.hidden_size
+        text: Any = self.text_config
+        return text.hidden_size
 
 
 # Without dropout: the text tower is fixed, and its embeddings are cached.
