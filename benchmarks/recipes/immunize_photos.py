@@ -4,7 +4,7 @@
         --out benchmarks/results/photos/retrieval.json
 
 `--pictures` is what clip_art.py makes; `--coco` holds captions_val2017.json and its pictures (`docs/formats.md`), which
-are measured alone: nothing is trained or chosen on them. Training is that of `cmai-fast immunize --defence fgsm-rs
+are measured alone: nothing is trained or chosen on them. Training is that of `cmai-fast immunize --defence pgd-at
 --trainable vision --task retrieval`, without the report on clip art. Seeds and measurements that are done are kept in
 `--work`, and an interrupted run resumes when it is repeated.
 """
@@ -38,8 +38,8 @@ def trained(args: argparse.Namespace, seed: int) -> Path:
     folder = args.work / f"seed-{seed}"
     if not (folder / "training.json").is_file():
         settings = ImmunizeSettings(
-            model=MODEL, data=str(args.pictures), split_seed=0, task="retrieval", defence="fgsm-rs", trainable="vision",
-            eps=args.eps, max_steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr, seed=seed,
+            model=MODEL, data=str(args.pictures), split_seed=0, task="retrieval", defence="pgd-at", trainable="vision",
+            eps=args.eps, inner_steps=args.inner_steps, max_steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr, seed=seed,
             save_steps=50, device="cpu",
         )  # fmt: skip
         record = training.train(training.load(settings, MODEL), None, settings, folder, True)
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--eps", type=parse_eps, default="2/255", help="of training")
     parser.add_argument("--test-eps", type=parse_eps, default="2/255", help="of the attacks")
+    parser.add_argument("--inner-steps", type=int, default=2, help="of PGD in training")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-4)
@@ -97,7 +98,7 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("pictures", "coco", "work", "out")}
     record = {
         "recipe": "benchmarks/recipes/immunize_photos.py",
-        "settings": {**settings, "defence": "fgsm-rs", "trainable": "vision", "image_size": 128},
+        "settings": {**settings, "defence": "pgd-at", "trainable": "vision", "image_size": 128},
         "data": "coco-captions, val2017: 85 photos, 425 captions",
         "undefended": undefended,
         "immunised": [{"seed": s, **r} for s, r in zip(args.seeds, immunised, strict=True)],
