@@ -1,11 +1,11 @@
-"""Immunises `photo-dual-encoder` over three seeds on clip art, and measures retrieval on COCO photos under attack.
+"""Immunises `photo-dual-encoder` over three seeds on clip art, and measures retrieval under attack.
 
     python benchmarks/recipes/immunize_photos.py --pictures runs/clip-art --coco coco_val2017 --work runs/photos \\
-        --out benchmarks/results/photos/retrieval.json
+        --out benchmarks/results/photos/immunised.json
 
-`--pictures` is what clip_art.py makes; `--coco` holds captions_val2017.json and its pictures (`docs/formats.md`), which
-are measured alone: nothing is trained or chosen on them. Training is that of `cmai-fast immunize --defence pgd-at
---trainable vision --task retrieval`, without the report on clip art. Seeds and measurements that are done are kept in
+`--pictures` is what clip_art.py makes: its split `train` is trained on, its split `test` measured. `--coco` holds
+captions_val2017.json and its pictures (`docs/formats.md`), which are only measured; it may be left out. Training is that
+of `cmai-fast immunize --defence fgsm-rs --trainable vision --task retrieval`, without its report. Seeds and measurements that are done are kept in
 `--work`, and an interrupted run resumes when it is repeated.
 """
 
@@ -38,8 +38,8 @@ def trained(args: argparse.Namespace, seed: int) -> Path:
     folder = args.work / f"seed-{seed}"
     if not (folder / "training.json").is_file():
         settings = ImmunizeSettings(
-            model=MODEL, data=str(args.pictures), split_seed=0, task="retrieval", defence="pgd-at", trainable="vision",
-            eps=args.eps, inner_steps=args.inner_steps, max_steps=args.steps, batch_size=args.batch_size,
+            model=MODEL, data=str(args.pictures), split_seed=0, task="retrieval", defence="fgsm-rs", trainable="vision",
+            eps=args.eps, max_steps=args.steps, batch_size=args.batch_size,
             learning_rate=args.lr, seed=seed, save_steps=50, device="cpu",
         )  # fmt: skip
         record = training.train(training.load(settings, MODEL), None, settings, folder, True)
@@ -48,10 +48,17 @@ def trained(args: argparse.Namespace, seed: int) -> Path:
 
 
 def measured(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
-    """R@K of a model, clean and under the suite, from `--work` if it is there."""
+    """R@K of a model on each data set, clean and under PGD, from `--work` if it is there."""
+    sources = {"clip art": DataSource(str(args.pictures), split_seed=0)}
+    if args.coco:
+        sources["coco"] = DataSource(f"coco-captions:{args.coco}", split="val2017")
+    return {data: _measured(args, f"{name}-{data}", model, source) for data, source in sources.items()}
+
+
+def _measured(args: argparse.Namespace, name: str, model: str, source: DataSource) -> dict[str, Any]:
     file = args.work / f"{name}-{round(args.test_eps * 255)}-pgd-{args.attack_steps}.json"
     if not file.is_file():
-        samples = asked(DataSource(f"coco-captions:{args.coco}", split="val2017"), "test", "retrieval", None)
+        samples = asked(source, "test", "retrieval", None)
         pipeline = Pipeline.load(model, device="cpu")
         pipeline.choose_from(samples)
         suite = [AttackSpec("pgd", args.attack_steps)]
@@ -62,7 +69,7 @@ def measured(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """[mean, standard deviation] of each R@K over the seeds, clean and robust."""
+    """[mean, standard deviation] of each R@K of one data set over the seeds, clean and robust."""
     return {
         side: {
             name: [f([r["metrics"][side][name] for r in records]) for f in (statistics.mean, statistics.stdev)]
@@ -75,37 +82,34 @@ def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True)
-    parser.add_argument("--coco", type=Path, required=True)
+    parser.add_argument("--coco", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--eps", type=parse_eps, default="2/255", help="of training")
-    parser.add_argument("--test-eps", type=parse_eps, default="1/255", help="of the attacks")
-    parser.add_argument("--inner-steps", type=int, default=2, help="of PGD in training")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--test-eps", type=parse_eps, default="2/255", help="of the attacks")
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--attack-steps", type=int, default=10, help="of PGD, in measurements")
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--attack-steps", type=int, default=5, help="of PGD, in measurements")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     undefended = measured(args, "undefended", MODEL)
-    print("undefended", json.dumps(undefended["metrics"]), flush=True)
     immunised = []
     for seed in args.seeds:
         immunised.append(measured(args, f"seed-{seed}", str(trained(args, seed))))
-        print(f"seed {seed}", json.dumps(immunised[-1]["metrics"]), flush=True)
+        print(f"seed {seed}", {data: found["metrics"] for data, found in immunised[-1].items()}, flush=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("pictures", "coco", "work", "out")}
     record = {
         "recipe": "benchmarks/recipes/immunize_photos.py",
-        "settings": {**settings, "defence": "pgd-at", "trainable": "vision", "image_size": 128},
-        "data": "coco-captions, val2017: 85 photos, 425 captions",
+        "settings": {**settings, "defence": "fgsm-rs", "trainable": "vision", "image_size": 128},
         "undefended": undefended,
         "immunised": [{"seed": s, **r} for s, r in zip(args.seeds, immunised, strict=True)],
         "versions": versions(),
     }
     if len(immunised) > 1:
-        record["mean_and_sd"] = summary(immunised)
+        record["mean_and_sd"] = {data: summary([r[data] for r in immunised]) for data in immunised[0]}
     write_results(record, args.out)
 
 
