@@ -4,9 +4,9 @@
         --out benchmarks/results/photos/immunised.json
 
 `--pictures` is what clip_art.py makes: its split `train` is trained on, its split `test` measured. `--coco` holds
-captions_val2017.json and its pictures (`docs/formats.md`), which are only measured; it may be left out. Training is that
-of `cmai-fast immunize --defence fgsm-rs --trainable vision --task retrieval`, without its report. Seeds and measurements that are done are kept in
-`--work`, and an interrupted run resumes when it is repeated.
+captions_val2017.json and its pictures (`docs/formats.md`), which are only measured; it may be left out. Training is
+that of `cmai-fast immunize --defence fgsm-rs --trainable vision --task retrieval`, without its report. Seeds and
+measurements that are done are kept in `--work`, and an interrupted run resumes when it is repeated.
 """
 
 from __future__ import annotations
