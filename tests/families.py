@@ -13,6 +13,8 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from cmai_fast.models.photos import PhotoDualEncoder, PhotoDualEncoderConfig
+
 PAD, START, END, IMAGE, SEPARATOR, VIDEO = 0, 1, 2, 5, 6, 7
 VOCABULARY, WIDTH, SIZE = 48, 16, 32
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
@@ -365,6 +367,16 @@ def _siglip_model() -> Any:
     return tf.SiglipModel(tf.SiglipConfig(text_config={**text, "projection_size": WIDTH}, vision_config=VISION))
 
 
+def _photos() -> Any:
+    vision = {
+        "image_size": SIZE, "stem_width": 8, "stages": [[1, 3, 1, 1, 8], [2, 3, 2, 2, 12], [1, 5, 2, 2, 16]],
+        "hidden_size": 24,
+    }  # fmt: skip
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = {k: TEXT[k] for k in names} | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return PhotoDualEncoder(PhotoDualEncoderConfig(vision, text))
+
+
 _SQUARE = {"size": {"height": SIZE, "width": SIZE}, "image_mean": MEAN, "image_std": STD}
 _CLIP = tf.CLIPImageProcessorPil(**_SQUARE, crop_size={"height": SIZE, "width": SIZE}, do_center_crop=False)
 _TILED = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "image_mean": MEAN, "image_std": STD}
@@ -414,4 +426,5 @@ FAMILIES = [
     Family("ViT-GPT2", _vit_gpt2, tf.ViTImageProcessorPil(**_SQUARE), kind="encoder-decoder", single=True),
     Family("CLIP", _clip, _CLIP, kind="dual", single=True),
     Family("SigLIP", _siglip_model, tf.SiglipImageProcessorPil(**_SQUARE), kind="dual", single=True),
+    Family("photo-dual-encoder", _photos, _CLIP, kind="dual", single=True),
 ]

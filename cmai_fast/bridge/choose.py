@@ -31,6 +31,7 @@ SUPPORTED = (
     "ViT-GPT2",
     "CLIP",
     "SigLIP",
+    "photo-dual-encoder",
 )
 
 

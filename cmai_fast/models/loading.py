@@ -22,6 +22,7 @@ from transformers import (
     VisionEncoderDecoderConfig,
 )
 
+from cmai_fast.models import photos as photos  # registers a model for the Auto classes
 from cmai_fast.models import resolve
 
 ATTENTIONS = ("sdpa", "flash_attention_2")

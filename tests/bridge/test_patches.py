@@ -31,13 +31,14 @@ def test_only_patch_embeddings_change_and_all_come_back_after_an_exception() -> 
     own = nn.Conv2d(3, 4, 2, stride=2)
     own.forward = lambda x: x  # type: ignore[method-assign]  # somebody's hook
     others = [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 2, stride=2, padding=1), nn.Conv2d(4, 4, 2, stride=2, groups=2)]
+    others.append(nn.Conv2d(3, 4, 1))
     model = nn.ModuleList([nn.Conv2d(3, 4, 2, stride=2), own, *others])
     hook = own.forward
     context = patches_by_matmul(model)
     context.__enter__()
-    assert ["forward" in m.__dict__ for m in model] == [True, True, False, False, False]
+    assert ["forward" in m.__dict__ for m in model] == [True, True, False, False, False, False]
     assert own.forward is hook
     with pytest.raises(RuntimeError, match="stop"):
         context.gen.throw(RuntimeError("stop"))
-    assert ["forward" in m.__dict__ for m in model] == [False, True, False, False, False]
+    assert ["forward" in m.__dict__ for m in model] == [False, True, False, False, False, False]
     assert own.forward is hook
