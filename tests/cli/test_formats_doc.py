@@ -71,6 +71,8 @@ def folders(tmp_path):
         official.nlvr(tmp_path / "nlvr" / split, split)
     for split in ("random", "popular", "adversarial"):
         official.pope(tmp_path / "pope", split)
+    official.picture(tmp_path / "cat.png", "blue")
+    (tmp_path / "pets.jsonl").write_text('{"image": "cat.png", "question": "what is it?", "answer": "cat", "choices": ["cat", "dog"]}\n')
 
 
 @pytest.mark.usefixtures("folders")
