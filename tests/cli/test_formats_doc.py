@@ -72,7 +72,9 @@ def folders(tmp_path):
     for split in ("random", "popular", "adversarial"):
         official.pope(tmp_path / "pope", split)
     official.picture(tmp_path / "cat.png", "blue")
-    (tmp_path / "pets.jsonl").write_text('{"image": "cat.png", "question": "what is it?", "answer": "cat", "choices": ["cat", "dog"]}\n')
+    (tmp_path / "pets.jsonl").write_text(
+        '{"image": "cat.png", "question": "what is it?", "answer": "cat", "choices": ["cat", "dog"]}\n'
+    )
 
 
 @pytest.mark.usefixtures("folders")
