@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from cmai_fast.evaluation import protocol, sanity
+from cmai_fast.evaluation.overhead import step_overhead
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.workflows import attack, evaluate, immunize
 from fitted import colours
@@ -17,3 +20,4 @@ def shorten(patch) -> None:
 def shorten_checks(patch) -> None:
     patch.setattr(sanity, "_LARGE", (AttackSpec("pgd", 2), AttackSpec("apgd", 2)))
     patch.setattr(protocol, "CURVE_EPS", (2 / 255, 16 / 255))
+    patch.setattr(immunize, "step_overhead", partial(step_overhead, rounds=1))
