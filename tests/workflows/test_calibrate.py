@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -164,7 +165,8 @@ def test_a_tower_that_is_none_is_refused_before_the_model_is_loaded(folder, tmp_
     assert not out.exists()
 
 
-def test_a_verifier_sees_with_the_model_itself_or_with_another_one(folder, make_tiny, tmp_path):
+def test_a_verifier_sees_with_the_model_itself_or_with_another_one(folder, make_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it is asked for again and again
     other = tmp_path / "other"
     for part in make_tiny(seed=5):
         part.save_pretrained(other)
