@@ -210,9 +210,8 @@ def _quantised(module: nn.Linear, bits: int, device: torch.device, dtype: torch.
         layer = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=dtype, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
     else:
-        weight = (
-            torch.randn(module.weight.shape, dtype=dtype) * 0.02
-        )  # on the CPU: it is quantised on its way from there
+        # On the CPU: it is quantised on its way from there.
+        weight = torch.randn(module.weight.shape, dtype=dtype) * 0.02
         layer = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=0.0)
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias:
