@@ -38,7 +38,8 @@ class Attack:
         threats: norms of the balls it searches.
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
-        gradients: whether it follows gradients, and so takes `loss` and `gradient`.
+        named: which of `loss` and `gradient` it takes; one that follows gradients of the image takes both.
+        text: it changes prompts, and needs the victim's.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
@@ -53,7 +54,8 @@ class Attack:
     threats: tuple[str, ...]
     settings: Mapping[str, Any]
     kinds: Mapping[str, tuple[type, ...]]
-    gradients: bool
+    named: tuple[str, ...]
+    text: bool
     refuse: Callable[..., None] | None
     run: Callable[..., AttackResult]
 
@@ -96,6 +98,11 @@ class Attack:
         )
         return self.run(victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own)
 
+    @property
+    def gradients(self) -> bool:
+        """Whether it follows gradients of the image, and so takes every loss and gradient."""
+        return self.named == _BY_NAME
+
     def check(self, norm: str, steps: int, restarts: int) -> None:
         """Raises ValueError for a budget or norm that the attack does not take; needs no model."""
         if norm not in self.threats:
@@ -120,7 +127,7 @@ class Attack:
         """
         found: dict[str, Any] = {}
         for key, value in settings.items():
-            if key in _BY_NAME and self.gradients:
+            if key in self.named:
                 _check_named(key, value)
                 found[key] = value
             elif key not in self.settings:
@@ -137,8 +144,7 @@ class Attack:
 
     def _listed(self) -> str:
         own = [f"{key} ({said})" for key, said in self.describe().items()]
-        if self.gradients:
-            own += ["loss (a name)", "gradient (a name)"]
+        own += [f"{key} (a name)" for key in self.named]
         return f"its settings are {', '.join(own)}" if own else "it has no settings of its own"
 
     def _typed(self, key: str, value: Any) -> Any:
@@ -151,7 +157,9 @@ class Attack:
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
-    frozenset({"ascent", "attack", "deployed", "gradients", "losses", "restarts", "state", "victim", "words"}),
+    frozenset(
+        "ascent attack deployed gradients losses prompts restarts state substitution victim words".split(),
+    ),
 )
 
 
@@ -164,14 +172,16 @@ def attack(
     least: int = 1,
     single: bool = False,
     guard: bool = False,
+    text: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
     refuse: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
     """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
-    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`. `refuse` gets the
-    settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
+    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`. `text`: it changes
+    prompts and needs `Victim.prompts`; its result holds `prompts` or `words`. `refuse` gets the settings that are
+    given, by keyword, and raises ValueError for bad values: before a model is loaded.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:
@@ -193,7 +203,8 @@ def attack(
             threats=tuple(threats),
             settings={p.name: p.default for p in own},
             kinds={p.name: kinds_of(p.annotation, function.__globals__, "an attack") for p in own},
-            gradients=set(_BY_NAME) <= set(taken),
+            named=tuple(key for key in _BY_NAME if key in taken),
+            text=text,
             refuse=refuse,
             run=function,
         )

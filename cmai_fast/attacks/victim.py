@@ -27,6 +27,7 @@ from cmai_fast.pixels import PixelSpace
 if TYPE_CHECKING:
     from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
+    from cmai_fast.attacks.prompts import Prompts
     from cmai_fast.attacks.words import Words
 
 
@@ -76,6 +77,7 @@ class Victim(BatchImages):
     Attributes:
         deployed: the guard around the model, for the adaptive attack; None: there is none.
         words: the prompts, if they are under attack too (`Words`).
+        prompts: what users typed, for attacks that change it (`Prompts`); None: the tokens alone are known.
         exact: whether a text counts as wrong as soon as a token differs from the label. If not, no sample counts as
             fooled, so that attacks take all their steps and return the image with the highest loss.
 
@@ -99,6 +101,7 @@ class Victim(BatchImages):
         self.passes = Passes()
         self.deployed: Deployed | None = None
         self.words: Words | None = None
+        self.prompts: Prompts | None = None
         self.exact = True
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None

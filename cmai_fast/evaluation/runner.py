@@ -19,16 +19,20 @@ from torch import Tensor
 
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
+from cmai_fast.attacks.prompts import Prompts
 from cmai_fast.attacks.state import random_start
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.texts import Texts
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
 from cmai_fast.threat import ThreatModel
+
+_PLAIN = Texts()
 
 
 @dataclass
@@ -51,7 +55,8 @@ class Attacked(Answers):
 
     right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
     fast verdict (exact match under teacher forcing). nonfinite, zero_gradients: (M,) as in `AttackResult`. images: of
-    each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them.
+    each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them. prompts: (M,) texts that the
+    attack put in place of the samples' own; None if it does not change them.
     """
 
     predictions_8bit: list[str]
@@ -62,6 +67,7 @@ class Attacked(Answers):
     nonfinite: np.ndarray
     zero_gradients: np.ndarray
     images: Mapping[int, Tensor] = field(repr=False)
+    prompts: list[str] | None = None
 
     def among(self, mask: np.ndarray) -> Attacked:
         """Only of the samples in `mask` (N,) bool; passes and seconds stay those of all."""
@@ -73,6 +79,7 @@ class Attacked(Answers):
             predictions=[self.predictions[k] for k in places],
             predictions_8bit=[self.predictions_8bit[k] for k in places],
             scores=None if self.scores is None else self.scores[keep],
+            prompts=None if self.prompts is None else [self.prompts[k] for k in places],
             **{
                 name: getattr(self, name)[keep]
                 for name in ("right", "right_8bit", "fooled", "nonfinite", "zero_gradients")
@@ -197,8 +204,8 @@ class Runner:
         start = time.perf_counter()
         # R@5 of an image that is not R@1 can be attacked too, so where texts are ranked nothing stops early.
         victim, clean, result = self._run(spec, threat, rows, exact=not ranks(self.task))
-        own, first = _apart(victim, clean), _apart(victim, result.adv)
-        entry, adv = self._judged(rows, first, own), list(first)
+        own, first, texts = _apart(victim, clean), _apart(victim, result.adv), Texts.of(result)
+        entry, adv = self._judged(rows, first, own, texts=texts), list(first)
         passes, attacked = result.passes, result.adv
         # Another token, at which an attack stops, is no proof: the text may say the same, or be right as well.
         right = self.right(rows, entry["predictions"])
@@ -207,15 +214,18 @@ class Runner:
             other, _, again = self._run(spec, threat, [rows[k] for k in left], exact=False)
             for k, image in zip(left, _apart(other, again.adv), strict=True):
                 adv[k] = image
+            before, texts = texts, texts.put(left, Texts.of(again))
             passes, attacked = passes + again.passes, victim.join(adv).to(clean)
             result.nonfinite[left] += again.nonfinite
             result.zero_gradients[left] += again.zero_gradients
-            entry = self._judged(rows, adv, own, (first, entry))
+            entry = self._judged(rows, adv, own, (first, before, entry), texts=texts)
         if not brief:
             rounded = _apart(victim, round_to_8bit(attacked, clean, threat))
             known = {k: entry[k] for k in ("predictions", "scores")}
-            entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+            judged = self._judged(rows, rounded, own, (adv, texts, known), scored=False, texts=texts)
+            entry["predictions_8bit"] = judged["predictions"]
         entry |= {
+            "prompts": texts.prompts,
             "fooled": result.fooled.tolist(),
             "passes": vars(passes),
             "nonfinite": result.nonfinite.tolist(),
@@ -232,6 +242,8 @@ class Runner:
         batch = self.pipeline.collate(targets)
         victim = victim_of(self.pipeline, batch)
         victim.exact = exact
+        if ATTACKS[spec.name].text:
+            victim.prompts = Prompts(self.pipeline, targets)
         if self.pipeline.guarded:
             victim.deployed = Deployed(self.pipeline, targets)
         clean = victim.pixels()
@@ -244,8 +256,7 @@ class Runner:
     def _target(self, row: int) -> Sample:
         """The sample with the answer that an attack moves away from.
 
-        If several answers are right, the early stop of an attack, which knows only one, would otherwise take the
-        model's own right answer for a wrong one and stop at once.
+        If several answers are right, an attack knows only one, and would take the model's own for a wrong one.
         """
         sample, clean = self.samples[row], self.clean()
         said = clean.predictions[row]
@@ -268,7 +279,7 @@ class Runner:
         adv, rounded = _apart(batch, joined), _apart(batch, round_to_8bit(joined, clean, threat))
         entry = self._judged(rows, adv, own)
         known = {k: entry[k] for k in ("predictions", "scores")}
-        entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+        entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, _PLAIN, known), scored=False)["predictions"]
         still = [0] * len(rows)
         return entry | {
             "fooled": (~self.right(rows, entry["predictions"])).tolist(),
@@ -297,34 +308,36 @@ class Runner:
         rows: list[int],
         images: Sequence[Tensor],
         own: Sequence[Tensor] | None = None,
-        known: tuple[Sequence[Tensor], dict[str, Any]] | None = None,
+        known: tuple[Sequence[Tensor], Texts, dict[str, Any]] | None = None,
         *,
         scored: bool = True,
+        texts: Texts = _PLAIN,
     ) -> dict[str, Any]:
-        """Predictions for these images of the samples at `rows`, and S_c with them.
+        """Predictions for these images and texts of the samples at `rows`, and S_c with them.
 
         Args:
-            own: the samples' own images; if an image is unchanged, the clean answer is reused.
-            known: other images of these samples with their results, which are reused for equal images.
+            own: the samples' own images; if image and text are unchanged, the clean answer is reused.
+            known: other images and texts of these samples with their results, which are reused if both are equal.
         """
         scored = scored and self.pipeline.scores
         found: dict[str, Any] = {"predictions": [""] * len(rows), "scores": [0.0] * len(rows) if scored else None}
         left = []
         for k, (row, image) in enumerate(zip(rows, images, strict=True)):
-            if known is not None and torch.equal(image, known[0][k]):
-                found["predictions"][k] = known[1]["predictions"][k]
-            elif own is not None and torch.equal(image, own[k]):
+            if known is not None and torch.equal(image, known[0][k]) and texts.same(k, known[1]):
+                found["predictions"][k] = known[2]["predictions"][k]
+            elif own is not None and torch.equal(image, own[k]) and texts.plain(k, self.samples[row]):
                 clean = self.clean()
                 found["predictions"][k] = clean.predictions[row]
                 if scored:
                     found["scores"][k] = float(clean.scores[row])  # type: ignore[index]
             else:
                 left.append(k)
-        samples, moved = [self.samples[rows[k]] for k in left], [images[k] for k in left]
-        texts = self.pipeline.generate(samples, moved)
-        scores = self.pipeline.score(samples, texts, moved).double().tolist() if scored and left else []
+        samples, moved = [texts.sample(k, self.samples[rows[k]]) for k in left], [images[k] for k in left]
+        with texts.read(left, self.pipeline.bridge):
+            said = self.pipeline.generate(samples, moved)
+        scores = self.pipeline.score(samples, said, moved).double().tolist() if scored and left else []
         for place, k in enumerate(left):
-            found["predictions"][k] = texts[place]
+            found["predictions"][k] = said[place]
             if scored:
                 found["scores"][k] = scores[place]
         return found
@@ -369,6 +382,7 @@ class Runner:
             nonfinite=np.array(_joined(journal, "nonfinite"), dtype=int),
             zero_gradients=np.array(_joined(journal, "zero_gradients"), dtype=int),
             images=journal,
+            prompts=_joined(journal, "prompts") if rows and journal.entries[0].get("prompts") else None,
         )
 
 

@@ -62,7 +62,8 @@ def attack(
         attack, steps, restarts, settings: see `AttackSpec`.
         out: the file; `Path("-")` is standard output.
         save_images: a folder, new or empty, for the attacked images as 8-bit PNGs and a `manifest.jsonl`, one line per
-            attacked sample. Samples whose clean answer is wrong are not attacked.
+            attacked sample, with its adversarial question if the attack changes questions. Samples whose clean answer
+            is wrong are not attacked.
         resume: continue an interrupted run from its state in the folder `<out>.state`.
         others: as for `evaluate`.
 
@@ -125,6 +126,7 @@ def _check_out(
 def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> dict[str, Any]:
     runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
     said = dict(zip(attacked.rows, zip(attacked.predictions, attacked.predictions_8bit, strict=True), strict=True))
+    prompts = None if attacked.prompts is None else dict(zip(attacked.rows, attacked.prompts, strict=True))
     right, right_8bit = (attacked.over(len(clean.right), values) for values in (attacked.right, attacked.right_8bit))
     per_sample = []
     for row, sample in enumerate(runner.samples):
@@ -142,6 +144,7 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
                 "prediction_adv": adversarial,
                 "prediction_adv_8bit": rounded,
             }
+            | ({} if prompts is None else {"question_adv": prompts.get(row)})
         )
     own = measured.record["attacks"][spec.key]
     return {
@@ -185,6 +188,7 @@ def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: Thr
                 "norm": threat.norm,
                 "eps": threat.eps,
             }
+            | ({} if attacked.prompts is None else {"adversarial_question": attacked.prompts[place]})
         )
     text = "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
     (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
