@@ -158,7 +158,8 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
     frozenset(
-        "ascent attack deployed gradients losses prompts restarts state substitution victim words".split(),
+        "ascent attack captions deployed gradients joint losses prompts restarts state substitution victim "
+        "words".split()
     ),
 )
 

@@ -15,7 +15,7 @@ from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 
-def _steepest(gain: Tensor, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+def steepest(gain: Tensor, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
     values, flat = gain.flatten().sort(descending=True, stable=True)
     for value, place in zip(values.tolist(), flat.tolist(), strict=True):
         if value == float("-inf"):
@@ -58,5 +58,5 @@ def hotflip(
     """
     return substituted(
         victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, loss=loss,
-        rules=rules(edits, readable, keep, candidates), propose=_steepest,
+        rules=rules(edits, readable, keep, candidates), propose=steepest,
     )  # fmt: skip

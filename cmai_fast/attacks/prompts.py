@@ -1,16 +1,17 @@
-"""The prompts of a victim's batch, for attacks on text: the tokens that users typed, and what may replace them."""
+"""The texts of a victim's batch, for attacks on text: the tokens that users typed, and what may replace them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cmai_fast.attacks.victim import Victim
+from cmai_fast.attacks.losses import Loss
+from cmai_fast.attacks.victim import Outputs, Victim
 from cmai_fast.attacks.words import check_words
 from cmai_fast.bridge.labels import IGNORE
 from cmai_fast.data import Sample
@@ -19,10 +20,12 @@ from cmai_fast.data.user_tokens import UserTokens
 from cmai_fast.pipeline import Pipeline
 
 Changes = Mapping[int, int]  # number of a user's token in its text -> the token that replaces it
+# (rows of the texts (n,), their tokens (n, L)) -> the loss (n,) and whether the answer is right (n,).
+Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Prompts:
-    """What the users of a batch typed.
+    """What the users of a batch typed: one prompt per sample.
 
     Args:
         pipeline: of a model that reads prompt and response as one sequence.
@@ -36,34 +39,47 @@ class Prompts:
         check_words(pipeline.bridge)
         assert isinstance(pipeline.collate, VQACollator)
         self.pipeline, self.collate, self.samples = pipeline, pipeline.collate, list(samples)
-        self.vocabulary = Vocabulary.of(pipeline.processor.tokenizer)
 
     def read(self, texts: Sequence[str] | None = None) -> Texts:
         """The prompts with these texts (None: those that were typed), followed by the samples' answers."""
-        samples = self.samples
+        samples, bridge = self.samples, self.pipeline.bridge
         if texts is not None:
             samples = [replace(s, prompt=text) for s, text in zip(samples, texts, strict=True)]
-        inputs = self.pipeline.bridge.inputs(self.pipeline.on_device(self.collate(samples)))[1]
+        inputs = bridge.inputs(self.pipeline.on_device(self.collate(samples)))[1]
         own, columns = self.collate.user_tokens(samples), []
         for tokens, ids, mask, labels in zip(
             own, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True
         ):
             prompt = (mask.bool() & (labels == IGNORE)).nonzero().squeeze(1)
             columns.append([int(prompt[c]) for c in tokens.columns(ids[prompt].tolist())])
-        return Texts(self, inputs, own, columns)
+        vocabulary = Vocabulary.of(self.pipeline.processor.tokenizer)
+        return Texts(inputs, own, columns, vocabulary, bridge.model.get_input_embeddings(), self.collate.read)
+
+    def judge(self, victim: Victim, features: Tensor, texts: Texts, loss: Loss) -> Judge:
+        """By the response to images with features (N, T, D), as `Victim` judges."""
+
+        def judged(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            own = {**victim.rows(texts.inputs, rows), "input_ids": ids}
+            outputs = Outputs(victim, features[rows], None, own)
+            return loss(features[rows], outputs, victim, rows), outputs.right
+
+        return judged
 
 
 @dataclass
 class Texts:
-    """Texts in the prompts of a batch.
+    """Typed texts inside what a model reads.
 
-    inputs: of `Bridge.fuse`. own: of each sample. columns: of each sample, where its tokens are in `inputs` (t,).
+    inputs: `input_ids` (N, L) and what belongs to them. own: of each text. columns: of each text, where its tokens are
+    in `inputs` (t,). embedding: the module that reads them. read: whole prompts to tokens, as `UserTokens.whole`.
     """
 
-    prompts: Prompts
     inputs: dict[str, Tensor]
     own: list[UserTokens]
     columns: list[list[int]]
+    vocabulary: Vocabulary
+    embedding: nn.Module
+    read: Callable[[Sequence[str]], list[list[int]]]
 
     @property
     def mask(self) -> Tensor:
@@ -73,24 +89,26 @@ class Texts:
             row[columns] = True
         return mask
 
+    def typed(self, row: int, k: int) -> int:
+        """The `k`-th token of a text."""
+        return self.own[row].whole[self.own[row].places[k]]
+
     def ids(self, row: int, changes: Changes) -> Tensor:
-        """`input_ids` (L,) of a sample with these tokens replaced."""
+        """`input_ids` (L,) of a text with these tokens replaced."""
         ids = self.inputs["input_ids"][row].clone()
         for k, token in changes.items():
             ids[self.columns[row][k]] = token
         return ids
 
     def spell(self, row: int, changes: Changes) -> str:
-        """The text of a sample with these tokens replaced."""
-        spelled = self.prompts.vocabulary.spelled
-        return self.own[row].spell({k: spelled[token] for k, token in changes.items()})
+        """The text with these tokens replaced."""
+        return self.own[row].spell({k: self.vocabulary.spelled[token] for k, token in changes.items()})
 
     def read_back(self, tries: Sequence[tuple[int, Changes]]) -> list[bool]:
         """Whether the tokenizer reads each text (a row and its changes) as exactly these tokens, when it is typed."""
         if not tries:
             return []
-        found = self.prompts.collate.read([self.own[row].prompt(self.spell(row, changes)) for row, changes in tries])
-        same = []
+        found, same = self.read([self.own[row].prompt(self.spell(row, changes)) for row, changes in tries]), []
         for (row, changes), ids in zip(tries, found, strict=True):
             expected = list(self.own[row].whole)
             for k, token in changes.items():
@@ -106,9 +124,8 @@ class Vocabulary:
     """How each token of a tokenizer is typed: `spelled`, without white space around it."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.spelled = [
-            tokenizer.decode([i], clean_up_tokenization_spaces=False).strip() for i in range(len(tokenizer))
-        ]
+        alone = [[token] for token in range(len(tokenizer))]
+        self.spelled = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in alone]
         self._never = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     @classmethod
@@ -142,7 +159,8 @@ def prompts_of(victim: Victim) -> Prompts:
     Raises:
         ValueError: there are none.
     """
-    if victim.prompts is None:
+    if not isinstance(victim.prompts, Prompts):
+        check_words(victim.bridge)
         raise ValueError(
             "the attack changes what users typed, and the victim has only tokens; set victim.prompts = "
             "Prompts(pipeline, samples), with the samples of its batch"

@@ -31,6 +31,8 @@ class AttackResult:
         loss of exactly 0); if all are 0, the attack says nothing about the model.
     model_input: `adv` in the model's input space, as the step computed it; None if the attack did not keep it.
     prompts: N texts in place of those that were typed; None if the attack does not change them.
+    captions: N lists of texts in place of the texts that are right for each sample, in the order of its references; of
+        dual encoders. None if the attack does not change them.
     words: N tensors (l, text_dim), what is added to the embeddings of each prompt's l tokens, template and image
         tokens included; None if the attack does not change them.
     """
@@ -43,6 +45,7 @@ class AttackResult:
     zero_gradients: Tensor
     model_input: Tensor | None = None
     prompts: list[str] | None = None
+    captions: list[list[str]] | None = None
     words: list[Tensor] | None = None
 
 

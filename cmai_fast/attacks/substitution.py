@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmai_fast.attacks.captions import Captions
 from cmai_fast.attacks.losses import Loss, loss_of
-from cmai_fast.attacks.prompts import Changes, Texts, is_word, prompts_of
+from cmai_fast.attacks.prompts import Changes, Judge, Texts, is_word, prompts_of
 from cmai_fast.attacks.state import AttackResult, prepare
-from cmai_fast.attacks.victim import Outputs, Passes, Victim
+from cmai_fast.attacks.victim import Passes, Victim
 from cmai_fast.attacks.words import NO_WORDS, at_words
 from cmai_fast.bridge.backward import differentiate
 from cmai_fast.threat import ThreatModel
@@ -89,41 +90,34 @@ def _key(changes: Changes) -> tuple[tuple[int, int], ...]:
 
 
 class Search:
-    """The search on a batch whose images are encoded already.
+    """The search on the texts of a batch.
 
     Args:
-        victim: with `prompts`; in attack mode.
-        features: h_v (N, T, D) of its images.
-        texts: the prompts to start from.
-        appended: how many of the last tokens of each text may be replaced, and only those, without a budget; None: all
-            tokens, as `rules` say.
+        victim: in attack mode; its passes are counted.
+        texts: those to start from.
+        judge: of the loss, which is maximised.
+        sample_ids: (N,) of each text, for random draws.
+        side: what a pass of `judge` runs, `full` or `text`, for the count of backward passes.
     """
 
     def __init__(
-        self, victim: Victim, features: Tensor, texts: Texts, sample_ids: Tensor, loss: Loss, rules: Rules,
-        appended: int | None = None,
-    ) -> None:  # fmt: skip
-        self.victim, self.features, self.texts, self.loss, self.rules = victim, features, texts, loss, rules
-        vocabulary = texts.prompts.vocabulary
-        known = victim.bridge.model.config.get_text_config().vocab_size
+        self, victim: Victim, texts: Texts, judge: Judge, sample_ids: Sequence[int], rules: Rules, side: str = "full"
+    ) -> None:
+        self.victim, self.texts, self.judge, self.rules, self._side = victim, texts, judge, rules, side
+        vocabulary, known = texts.vocabulary, len(texts.embedding.weight)  # type: ignore[arg-type]
         self.candidates = [v for v in vocabulary.allowed(rules.readable, rules.kept) if v < known]
         self._capital = torch.tensor([vocabulary.spelled[v][0].isupper() for v in self.candidates], dtype=torch.bool)
-        ids = texts.inputs["input_ids"]
-        with torch.no_grad():
-            embed, device = victim.bridge.model.get_input_embeddings(), ids.device
-            self.table = embed(torch.tensor(self.candidates, dtype=ids.dtype, device=device)).detach()
-            self.own = embed(ids.masked_fill(ids == victim.bridge.model.config.image_token_id, 0)).detach()
-        self.zero = torch.zeros(len(ids), dtype=torch.int64, device=device)
-        self.lines = [
-            Line(i, int(s), self._open(i, appended), rules.edits if appended is None else len(ids[i]), {}, {})
-            for i, s in enumerate(sample_ids.tolist())
-        ]
+        self._table = self._embed(self.candidates)
+        self.zero = torch.zeros(len(texts.own), dtype=torch.int64, device=self._table.device)
+        self.lines = [Line(i, s, self._open(i), rules.edits, {}, {}) for i, s in enumerate(sample_ids)]
 
-    def _open(self, row: int, appended: int | None) -> list[int]:
-        own, rules = self.texts.own[row], self.rules
-        if appended is not None:
-            return list(range(len(own.spans) - appended, len(own.spans)))
-        found = []
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        ids = self.texts.inputs["input_ids"]
+        with torch.no_grad():
+            return self.texts.embedding(torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).detach()
+
+    def _open(self, row: int) -> list[int]:
+        own, rules, found = self.texts.own[row], self.rules, []
         for k, (start, end) in enumerate(own.spans):
             word = own.text[start:end]
             around = own.text[max(start - 1, 0) : start] + own.text[end : end + 1]
@@ -135,23 +129,16 @@ class Search:
     def evaluate(self, tries: Sequence[tuple[Line, Changes]]) -> list[tuple[float, bool]]:
         """Loss, and whether the answer is right, of each; also offered as the best of its sample."""
         found: list[tuple[float, bool]] = []
-        size = max(len(self.victim), 1)  # as many at once as the batch has samples
+        size = max(len(self.lines), 1)  # as many at once as there are texts
         for start in range(0, len(tries), size):
             part = tries[start : start + size]
             rows = torch.tensor([line.row for line, _ in part], device=self.zero.device)
             with torch.no_grad():
-                losses, right = self._at(rows, torch.stack([self.texts.ids(line.row, c) for line, c in part]))
+                losses, right = self.judge(rows, torch.stack([self.texts.ids(line.row, c) for line, c in part]))
             found += zip(losses.tolist(), right.tolist(), strict=True)
         for (line, changes), (loss, correct) in zip(tries, found, strict=True):
             line.offer(changes, loss, correct)
         return found
-
-    def _at(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        texts = {**self.victim.rows(self.texts.inputs, rows), "input_ids": ids}
-        features = self.features[rows]
-        outputs = Outputs(self.victim, features, None, texts)
-        losses = self.loss(features, outputs, self.victim, rows)
-        return losses, outputs.right
 
     def step(self, lines: Sequence[Line], propose: Propose, seed: int) -> None:
         """One step of each of these samples; one without a substitution that reads back stays where it is."""
@@ -182,38 +169,37 @@ class Search:
         if k not in changes and len(changes) >= line.budget and back is not None:
             del changes[back]
         changes[k] = token
-        if token == self._typed(line.row, k):
+        if token == self.texts.typed(line.row, k):
             del changes[k]
         return changes
-
-    def _typed(self, row: int, k: int) -> int:
-        return self.texts.own[row].whole[self.texts.own[row].places[k]]
 
     def _gains(self, lines: Sequence[Line]) -> list[tuple[Tensor, int | None]]:
         """Of each sample, the estimated gains (t, C) of a candidate in each open place, and the token that is put back
         where the budget is used up: the one whose return costs least by the same estimate."""
         rows = torch.tensor([line.row for line in lines], device=self.zero.device)
         ids = torch.stack([self.texts.ids(line.row, line.now) for line in lines])
-        with torch.enable_grad(), at_words(self.victim.bridge) as leaf:
-            losses, _ = self._at(rows, ids)
+        with torch.enable_grad(), at_words(self.texts.embedding, ids.shape) as leaf:
+            losses, _ = self.judge(rows, ids)
             if not leaf or not losses.requires_grad:
                 raise ValueError(NO_WORDS)
             slope = differentiate(self.victim.bridge.model, losses, leaf[0])
-        self.victim.passes.full_backward += 1
+        counted = f"{self._side}_backward"
+        setattr(self.victim.passes, counted, getattr(self.victim.passes, counted) + 1)
         slope, at = slope.float(), leaf[0].detach().float()
         found = []
         for n, line in enumerate(lines):
             columns = self.texts.columns[line.row]
             places = [columns[k] for k in line.open]
             g, x = slope[n, places], at[n, places]
-            gain = g @ self.table.float().t() - (g * x).sum(1, keepdim=True)
+            gain = g @ self._table.float().t() - (g * x).sum(1, keepdim=True)
             if not g.any():
                 self.zero[line.row] += 1
-            back, returns = None, torch.empty(0)
+            back = None
             if len(line.now) >= line.budget and line.now:
                 changed = list(line.now)
                 spots = [columns[k] for k in changed]
-                returns = (slope[n, spots] * (self.own[line.row, spots].float() - at[n, spots])).sum(1)
+                typed = self._embed([self.texts.typed(line.row, k) for k in changed]).float()
+                returns = (slope[n, spots] * (typed - at[n, spots])).sum(1)
                 back = changed[int(returns.argmax())]
                 gain += returns.max() * torch.tensor([[k not in line.now] for k in line.open], device=gain.device)
             self._forbid(gain, line, ids[n, places])
@@ -236,13 +222,33 @@ class Search:
             for _ in range(16):
                 places = rng.permutation(line.open)[: line.budget].tolist()
                 tokens = rng.choice(self.candidates, len(places)).tolist() if self.candidates else []
-                changes = {k: t for k, t in zip(places, tokens, strict=False) if t != self._typed(line.row, k)}
+                changes = {k: t for k, t in zip(places, tokens, strict=False) if t != self.texts.typed(line.row, k)}
                 wanted.append((line, changes))
             line.now = {}
         good = self.texts.read_back([(line.row, changes) for line, changes in wanted])
         for (line, changes), same in zip(wanted, good, strict=True):
             if same and not line.now:
                 line.now = changes
+
+    def run(self, steps: int, propose: Propose, seed: int, restarts: int = 1) -> None:
+        """Steps of every text until its answer is wrong; restarts after the first begin at random substitutions. What
+        was typed is a candidate too."""
+        self.evaluate([(line, {}) for line in self.lines])
+        for number in range(restarts):
+            own = seed + 1_000_003 * number
+            if number:
+                lines = [line for line in self.lines if not line.fooled]
+                self.scatter(lines, own)
+                self.evaluate([(line, line.now) for line in lines])
+            for step in range(steps):
+                lines = [line for line in self.lines if not line.fooled]
+                if not lines:
+                    return
+                self.step(lines, propose, own + 7_368_787 * (step + 1))
+
+    def best(self) -> list[str]:
+        """The best text of each."""
+        return [self.texts.spell(line.row, line.best) for line in self.lines]
 
 
 def substituted(
@@ -258,12 +264,11 @@ def substituted(
     rules: Rules,
     propose: Propose,
 ) -> AttackResult:
-    """Runs the search, and returns the victim's own images with the best prompt of each sample.
+    """Searches the victim's prompts, or the captions of a dual encoder, and returns its own images with the best texts.
 
-    The prompt as typed is a candidate too, and a sample whose answer has changed is left alone. The victim's model is
-    restored, and its `passes` grow by those of the attack.
+    The victim's model is restored, and its `passes` grow by those of the attack.
     """
-    prompts = prompts_of(victim)
+    prompts = victim.prompts if isinstance(victim.prompts, Captions) else prompts_of(victim)
     before, victim.passes = victim.passes, Passes()
     try:
         with victim.attack_mode():
@@ -273,33 +278,23 @@ def substituted(
                 features = victim.encode(model_input)
             victim.passes.vision_forward += 1
             texts = prompts.read()
-            search = Search(victim, features, texts, sample_ids, loss_of(loss), rules)
-            search.evaluate([(line, {}) for line in search.lines])
-            for number in range(restarts):
-                own = seed + 1_000_003 * number
-                lines = [line for line in search.lines if not line.fooled]
-                if number:
-                    search.scatter(lines, own)
-                    search.evaluate([(line, line.now) for line in lines])
-                for step in range(steps):
-                    lines = [line for line in search.lines if not line.fooled]
-                    if not lines:
-                        break
-                    search.step(lines, propose, own + 7_368_787 * (step + 1))
-            return search_result(search, clean, model_input)
+            judge = prompts.judge(victim, features, texts, loss_of(loss))
+            if isinstance(prompts, Captions):
+                search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, "text")
+                search.run(steps, propose, seed, restarts)
+                wrong, losses = [line.fooled for line in search.lines], [line.loss for line in search.lines]
+                return prompts.result(victim, search.best(), wrong, losses, clean, model_input)
+            search = Search(victim, texts, judge, sample_ids.tolist(), rules)
+            search.run(steps, propose, seed, restarts)
+            return AttackResult(
+                adv=clean,
+                fooled=torch.tensor([line.fooled for line in search.lines], dtype=torch.bool, device=clean.device),
+                loss=torch.tensor([line.loss for line in search.lines], dtype=clean.dtype, device=clean.device),
+                passes=victim.passes,
+                nonfinite=torch.zeros_like(search.zero),
+                zero_gradients=search.zero,
+                model_input=model_input,
+                prompts=search.best(),
+            )
     finally:
         victim.passes = before + victim.passes
-
-
-def search_result(search: Search, clean: Tensor, model_input: Tensor) -> AttackResult:
-    lines, texts, samples = search.lines, search.texts, search.texts.prompts.samples
-    return AttackResult(
-        adv=clean,
-        fooled=torch.tensor([line.fooled for line in lines], dtype=torch.bool, device=clean.device),
-        loss=torch.tensor([line.loss for line in lines], dtype=clean.dtype, device=clean.device),
-        passes=search.victim.passes,
-        nonfinite=torch.zeros_like(search.zero),
-        zero_gradients=search.zero,
-        model_input=model_input,
-        prompts=[texts.spell(li.row, li.best) if li.best else samples[li.row].prompt for li in lines],
-    )

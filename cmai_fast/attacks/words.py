@@ -150,16 +150,17 @@ class Words:
 
 
 @contextmanager
-def at_words(bridge: ModelBridge) -> Iterator[list[Tensor]]:
-    """Inside, the input embeddings (n, L, text_dim) of the language side are leaves; they come in the list, one per
-    pass."""
+def at_words(embedding: nn.Module, shape: torch.Size) -> Iterator[list[Tensor]]:
+    """Inside, what `embedding` gives for ids of this shape (n, L) is a leaf; the leaves come in the list."""
     leaves: list[Tensor] = []
 
-    def leaf(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        leaves.append(kwargs["inputs_embeds"].detach().requires_grad_())
-        return args, {**kwargs, "inputs_embeds": leaves[-1]}
+    def leaf(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if output.shape[:-1] != shape:
+            return output
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
 
-    handle = bridge.model.get_decoder().register_forward_pre_hook(leaf, with_kwargs=True)
+    handle = embedding.register_forward_hook(leaf)
     try:
         yield leaves
     finally:

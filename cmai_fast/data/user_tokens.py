@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cmai_fast.data.prompt import PromptForm
 
@@ -58,20 +59,27 @@ def user_tokens(form: PromptForm, text: str, images: int) -> UserTokens:
     Raises:
         ValueError: a tokenizer that does not say which characters its tokens stand for.
     """
-    if not getattr(form.tokenizer, "is_fast", False):
+    prompt = form.prompt(text, images, "the prompt")
+    return _found(form.control.tokenizer(), text, prompt, add_special_tokens=form.add_special_tokens)
+
+
+def plain_tokens(tokenizer: Any, text: str) -> UserTokens:
+    """The tokens of a text without a template, such as a caption; otherwise as `user_tokens`."""
+    return _found(tokenizer, text, text, truncation=True)
+
+
+def _found(tokenizer: Any, text: str, prompt: str, **how: Any) -> UserTokens:
+    if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(form.tokenizer).__name__} does not say which characters a token stands for, which attacks on words "
+            f"{type(tokenizer).__name__} does not say which characters a token stands for, which attacks on words "
             "need; load the fast version of the tokenizer (use_fast=True)"
         )
     core = text.strip()
-    lead, prompt = len(text) - len(text.lstrip()), form.prompt(text, images, "the prompt")
-    start = prompt.rfind(core)
+    lead, start = len(text) - len(text.lstrip()), prompt.rfind(core)
     if start < 0 or not core:  # control tokens in a text are kept apart
         return UserTokens(text, "", "", (), (), ())
     end = start + len(core)
-    made = form.control.tokenizer()(
-        prompt, add_special_tokens=form.add_special_tokens, return_offsets_mapping=True
-    )  # fmt: skip
+    made = tokenizer(prompt, return_offsets_mapping=True, **how)
     places, spans = [], []
     for place, (s, e) in enumerate(made["offset_mapping"]):
         s += len(prompt[s:e]) - len(prompt[s:e].lstrip())

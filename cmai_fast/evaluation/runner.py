@@ -19,14 +19,13 @@ from torch import Tensor
 
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
-from cmai_fast.attacks.prompts import Prompts
 from cmai_fast.attacks.state import random_start
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
-from cmai_fast.evaluation.texts import Texts
+from cmai_fast.evaluation.texts import Texts, typed
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
@@ -55,8 +54,8 @@ class Attacked(Answers):
 
     right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
     fast verdict (exact match under teacher forcing). nonfinite, zero_gradients: (M,) as in `AttackResult`. images: of
-    each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them. prompts: (M,) texts that the
-    attack put in place of the samples' own; None if it does not change them.
+    each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them. prompts: (M,) what the
+    attack put in place of prompts, or lists of captions; None if it does not change them.
     """
 
     predictions_8bit: list[str]
@@ -67,7 +66,7 @@ class Attacked(Answers):
     nonfinite: np.ndarray
     zero_gradients: np.ndarray
     images: Mapping[int, Tensor] = field(repr=False)
-    prompts: list[str] | None = None
+    prompts: list[Any] | None = None
 
     def among(self, mask: np.ndarray) -> Attacked:
         """Only of the samples in `mask` (N,) bool; passes and seconds stay those of all."""
@@ -225,7 +224,7 @@ class Runner:
             judged = self._judged(rows, rounded, own, (adv, texts, known), scored=False, texts=texts)
             entry["predictions_8bit"] = judged["predictions"]
         entry |= {
-            "prompts": texts.prompts,
+            "prompts": texts.prompts if texts.captions is None else texts.captions,
             "fooled": result.fooled.tolist(),
             "passes": vars(passes),
             "nonfinite": result.nonfinite.tolist(),
@@ -243,7 +242,7 @@ class Runner:
         victim = victim_of(self.pipeline, batch)
         victim.exact = exact
         if ATTACKS[spec.name].text:
-            victim.prompts = Prompts(self.pipeline, targets)
+            victim.prompts = typed(self.pipeline, targets, [self.samples[i] for i in rows])
         if self.pipeline.guarded:
             victim.deployed = Deployed(self.pipeline, targets)
         clean = victim.pixels()
@@ -333,8 +332,7 @@ class Runner:
             else:
                 left.append(k)
         samples, moved = [texts.sample(k, self.samples[rows[k]]) for k in left], [images[k] for k in left]
-        with texts.read(left, self.pipeline.bridge):
-            said = self.pipeline.generate(samples, moved)
+        said = texts.answers(left, self.pipeline, samples, moved)
         scores = self.pipeline.score(samples, said, moved).double().tolist() if scored and left else []
         for place, k in enumerate(left):
             found["predictions"][k] = said[place]

@@ -17,6 +17,7 @@ from cmai_fast.evaluation import protocol
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import Measured
 from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.runner import Attacked
 from cmai_fast.evaluation.state import State, check_resumable, check_settings, running
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
@@ -144,7 +145,7 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
                 "prediction_adv": adversarial,
                 "prediction_adv_8bit": rounded,
             }
-            | ({} if prompts is None else {"question_adv": prompts.get(row)})
+            | ({} if prompts is None else {f"{_changed(attacked)}_adv": prompts.get(row)})
         )
     own = measured.record["attacks"][spec.key]
     return {
@@ -156,6 +157,11 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
         "versions": versions(),
         "per_sample": per_sample,
     }
+
+
+def _changed(attacked: Attacked) -> str:
+    """What an attack on text changes."""
+    return "question" if all(isinstance(text, str) for text in attacked.prompts or ()) else "captions"
 
 
 def _saved(folder: Path) -> bool:
@@ -188,7 +194,7 @@ def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: Thr
                 "norm": threat.norm,
                 "eps": threat.eps,
             }
-            | ({} if attacked.prompts is None else {"adversarial_question": attacked.prompts[place]})
+            | ({} if attacked.prompts is None else {f"adversarial_{_changed(attacked)}": attacked.prompts[place]})
         )
     text = "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
     (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
