@@ -5,14 +5,15 @@
 
 `--pictures` is what scenes.py makes; only its split `train` is used, and its captions are not read. `--coco` holds
 captions_val2017.json and its pictures (`docs/formats.md`), which are only measured. Training is that of `cmai-fast
-immunize --defence fare --inner fgsm --task retrieval`, without its report; every measurement is one of `cmai-fast
-evaluate --data coco-captions:... --split val2017 --task retrieval`. Checkpoints, models and measurements are kept in
-`--work`, so an interrupted run resumes when it is repeated; `--seeds 1` alone may run beside it.
+immunize --defence fare --inner fgsm --task retrieval`, without its report; a measurement is what `cmai-fast evaluate
+--data coco-captions:coco_val2017 --split val2017 --task retrieval --attack ...` reports, with these attacks alone.
+Checkpoints, models and measurements are kept in `--work`, so an interrupted run resumes when it is repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from typing import Any
 import torch
 
 from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation.protocol import measure
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, parse_eps
 from cmai_fast.workflows import training
-from cmai_fast.workflows.evaluate import evaluate
+from cmai_fast.workflows.samples import asked
 from cmai_fast.workflows.settings import ImmunizeSettings
 
 MODEL = "photo-dual-encoder"
@@ -49,18 +52,19 @@ def trained(args: argparse.Namespace, seed: int) -> str:
 
 
 def measured(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
-    """By radius: R@K of a model, clean and under PGD and APGD, and how many samples each attack broke."""
+    """By radius: R@K of a model on the photos, clean and under PGD and APGD, from `--work` if it is there."""
     found = {}
     for eps in args.test_eps:
-        attacks = [AttackSpec("pgd", args.attack_steps), AttackSpec("apgd", 2 * args.attack_steps)]
-        results = evaluate(
-            model, DataSource(f"coco-captions:{args.coco}", split="val2017"), ThreatModel("linf", eps),
-            attacks=attacks, out=args.work / f"{name}-{round(eps * 255, 2):g}", task="retrieval", resume=True,
-            device="cpu", progress=False,
-        )  # fmt: skip
-        (record,) = results["models"]
-        kept = ("n", "acc_clean", "acc_robust", "asr", "metrics", "attacks")
-        found[f"{round(eps * 255, 2):g}/255"] = {k: record[k] for k in kept if k in record}
+        radius = f"{eps * 255:.3g}"
+        file = args.work / f"{name}-{radius}.json"
+        if not file.is_file():
+            samples = asked(DataSource(f"coco-captions:{args.coco}", split="val2017"), "test", "retrieval", None)
+            suite = [AttackSpec("pgd", args.attack_steps), AttackSpec("apgd", 2 * args.attack_steps)]
+            pipeline = Pipeline.load(model, device="cpu")
+            record = measure(pipeline, samples, ThreatModel("linf", eps), suite, task="retrieval").record
+            kept = ("n", "acc_clean", "acc_robust", "asr", "metrics", "attacks")
+            write_results({k: record[k] for k in kept}, file)
+        found[f"{radius}/255"] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
@@ -83,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--eps", type=parse_eps, default="1/255", help="of training")
     parser.add_argument("--test-eps", type=parse_eps, nargs="+", default=[1 / 255, 2 / 255], help="of the attacks")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--attack-steps", type=int, default=10, help="of PGD in measurements; APGD takes twice as many")
