@@ -11,10 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.answers import Answers, Attacked
+from cmai_fast.evaluation.goals import reaches
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.recall import recall
-from cmai_fast.evaluation.runner import Answers, Attacked, Runner, eps_text
+from cmai_fast.evaluation.runner import Runner, eps_text
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec, check_suite
 from cmai_fast.metrics import (
@@ -143,7 +145,9 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
 def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any]:
     """`attacked` is the number of samples that the attack ran on, `broken` the number it made wrong, `asr` their ratio.
 
-    The caller adds `acc_robust` and `acc_robust_8bit`, which are cumulative over this attack and those before it.
+    `per_sample`: the mean number of passes of the whole model that an attacked sample was in. For a targeted attack,
+    `reached` samples gave the target, and `asr_target` is their share. The caller adds `acc_robust` and
+    `acc_robust_8bit`, which are cumulative over this attack and those before it.
     """
     count, broken = len(attacked.rows), int((~attacked.right).sum())
     record: dict[str, Any] = {
@@ -155,6 +159,13 @@ def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any
     if spec is not None:
         record |= spec.to_dict() | {"label": spec.label}
         record["passes"] = {"forward": attacked.passes.full_forward, "backward": attacked.passes.full_backward}
+        if count:
+            record["per_sample"] = {
+                "forward": float(attacked.forwards.mean()), "backward": float(attacked.backwards.mean())
+            }  # fmt: skip
+        if spec.target is not None:
+            reached = sum(reaches(spec, text) for text in attacked.predictions)
+            record |= {"reached": reached, "asr_target": reached / count if count else None}
         record["nonfinite_gradients"] = int(attacked.nonfinite.sum())
         record["zero_gradients"] = int(attacked.zero_gradients.sum())
     return record
