@@ -161,7 +161,19 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
     frozenset(
-        {"ascent", "attack", "deployed", "gradients", "losses", "others", "restarts", "state", "victim", "words"}
+        {
+            "ascent",
+            "attack",
+            "canvas",
+            "deployed",
+            "gradients",
+            "losses",
+            "others",
+            "restarts",
+            "state",
+            "victim",
+            "words",
+        }
     ),
 )
 
