@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,32 @@ from cmai_fast.pipeline import Pipeline
 
 # By row: the image that an attack starts from, and which reference it moves away from.
 Starts = Mapping[int, tuple[Tensor, int | None]]
+
+
+class Worst(Mapping[int, tuple[Tensor, "int | None"]]):
+    """The worst image of each sample by the task's score, and the reference of the attack that gave it (`Starts`)."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[float, Mapping[int, Tensor], int | None]] = {}
+
+    def see(self, rows: Sequence[int], scores: Sequence[float], images: Mapping[int, Tensor], spec: AttackSpec) -> None:
+        """Takes the images of an attack with the scores of their answers; of equals, the first stays."""
+        for row, score in zip(rows, scores, strict=True):
+            if row not in self._found or score < self._found[row][0]:
+                self._found[row] = score, images, spec.reference
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int | None]:
+        _, images, reference = self._found[row]
+        return images[row], reference
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def reaches(spec: AttackSpec, prediction: str) -> bool:
@@ -55,8 +81,14 @@ def goal(
     if number is not None:
         frequent = _by_frequency(sample.references)
         return replace(sample, references=(frequent[number],)) if number < len(frequent) else None
-    if spec.other is not None and spec.other >= len(_others(sample, said, texts)):
-        return None
+    if spec.other is not None:
+        if texts is None and not sample.choices:
+            raise ValueError(
+                f"{sample.name} has no choices, and {spec.key} moves to one of them; give records with choices, or "
+                "use an attack on open answers (apgd with the loss margin)"
+            )
+        if spec.other >= len(_others(sample, said, texts)):
+            return None
     return sample if said is None or said == sample.answer else replace(sample, references=(said,))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.answers import Answers, Attacked
-from cmai_fast.evaluation.goals import reaches
+from cmai_fast.evaluation.goals import Worst, reaches
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.recall import recall
@@ -71,9 +71,9 @@ def measure(
     every attack on every sample.
 
     Args:
-        suite: Acc_robust counts the worst of these per sample; attacks on a guard are left out for a model without
-            one. The first attack runs on every sample whose clean answer
-            is right; its images are kept, and give S_c of attacked inputs.
+        suite: Acc_robust counts the worst of these per sample; attacks on a guard are left out for a model without one,
+            and attacks that have nothing to aim at (`AttackSpec.other`, `reference`) too. The first attack runs on
+            every sample whose clean answer is right; its images are kept, and give S_c of attacked inputs.
         curve: the attack for robust accuracy over eps; None leaves out the curve.
         transferred: adversarial images of other models for the same samples, by name and row. They join the suite, and
             are tried on every sample whose clean answer is right.
@@ -86,19 +86,27 @@ def measure(
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()
-    if left_out := [spec.key for spec in suite if spec.attacks_guard and not pipeline.guarded]:
-        measured.record["left_out"] = dict.fromkeys(left_out, "the model has no guard")
+    left_out = {spec.key: "the model has no guard" for spec in suite if spec.attacks_guard and not pipeline.guarded}
+    left_out |= {spec.key: "no sample has such an answer" for spec in suite if not runner.aims(spec)}
+    if left_out:
+        measured.record["left_out"] = left_out
     suite = [spec for spec in suite if spec.key not in left_out]
     moved = []  # what `recall` ranks: also samples that were wrong before, whose ranks can still fall
+    worst = Worst() if any(spec.again for spec in suite) else None
     for i, spec in enumerate(suite):
         if ranks(runner.task):
             whole = runner.attack(spec, threat, range(len(standing)), keep=True)
             moved.append((whole, whole.images))
             attacked = whole.among(measured.clean.right)
         else:
-            attacked = runner.attack(spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0)
+            attacked = runner.attack(
+                spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0 or worst is not None,
+                starts=worst if spec.again else None,
+            )  # fmt: skip
         measured.attacked[spec.key] = attacked
         standing[attacked.rows] = ~_settled(pipeline, attacked)
+        if worst is not None:
+            worst.see(attacked.rows, _scores(runner, attacked), attacked.images, spec)
     for name, images in (transferred or {}).items():
         measured.attacked[name] = runner.transfer(images, threat, name=name)
         moved.append((measured.attacked[name], images))
@@ -112,6 +120,11 @@ def measure(
     if pipeline.scores:
         _add_consistency(measured)
     return measured
+
+
+def _scores(runner: Runner, attacked: Attacked) -> list[float]:
+    pairs = zip(attacked.rows, attacked.predictions, strict=True)
+    return [runner.task.score(text, runner.samples[row]) for row, text in pairs]
 
 
 def _settled(pipeline: Pipeline, attacked: Attacked) -> np.ndarray:

@@ -191,10 +191,15 @@ class Runner:
         clean = self.clean()
         return clean.predictions[row] if clean.right[row] else None
 
+    def aims(self, spec: AttackSpec) -> bool:
+        """Whether an attack has something to aim at for any sample that is right."""
+        right = np.flatnonzero(self.clean().right).tolist()
+        return spec.again or not right or any(self._goal(spec, i) is not None for i in right)
+
     def _goal(self, spec: AttackSpec, row: int, starts: Starts | None = None) -> Sample | None:
         reference = None
-        if spec.again:
-            if starts is None or row not in starts:
+        if starts is not None:
+            if row not in starts:
                 return None
             reference = starts[row][1]
         return goal(spec, self.samples[row], self._said(row), texts_of(self.pipeline), reference)

@@ -141,7 +141,7 @@ def test_evaluate_hands_on_every_option(run, replace_workflow, results, mine):
     assert called.args == (MODEL, DataSource(mine, {"question": "text", "id": "id"}), ThreatModel("l2", 1.5))
     assert called.kwargs == {
         "also": [AttackSpec("adaptive", 5, 2), AttackSpec("apgd")], "against": ["easyvqa-llava-immune", "a/b"],
-        "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4, "task": "vqa",
+        "suite": None, "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4, "task": "vqa",
         "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True, "progress": False, "device": "cpu",
         "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip
@@ -172,6 +172,19 @@ def test_evaluate_of_one_model(run, replace_workflow, results):
     done = run("evaluate", "--model", MODEL, "--out", "e")
     assert called.kwargs["against"] == ()
     assert "immunised" in done.stdout and "undefended" not in done.stdout
+
+
+def test_evaluate_takes_a_standard_set_of_attacks_without_a_budget(run, replace_workflow, results):
+    called = replace_workflow("evaluate", results)
+    assert run("evaluate", "--model", MODEL, "--suite", "autoattack", "--out", "e").exit_code == 0
+    assert called.kwargs["suite"] == "autoattack"
+    for typed, said in (
+        ("--suite quik", "unknown suite 'quik'; did you mean quick"),
+        ("--suite quick --steps 50", "--suite quick has budgets of its own; leave --steps out"),
+    ):
+        done = run("evaluate", "--model", MODEL, "--out", "f", *typed.split())
+        assert done.exit_code != 0 and said in as_one_line(done.stderr)
+    assert len(called.calls) == 1
 
 
 def test_evaluate_prints_the_results_alone(run, monkeypatch, results):
