@@ -68,6 +68,30 @@ def test_it_needs_to_know_the_texts(samples):
         Pipeline("clip", colour_clip.model(), colour_clip.processor()).generate(samples)
 
 
+@pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr"])
+def test_the_first_text_is_a_target_like_any_other(pipeline, samples, loss):
+    texts = choices_of(samples)
+    spec = AttackSpec("apgd", 20, target=texts[0], settings={"loss": loss})
+    attacked = Runner(pipeline, samples).attack(spec, ThreatModel("linf", 64 / 255))
+    assert attacked.fooled.tolist() == [p == texts[0] for p in attacked.predictions]
+    assert attacked.fooled.mean() >= 0.5 and all(samples[i].answer != texts[0] for i in attacked.rows)
+    with pytest.raises(
+        ValueError, match=r"the target 'pink' is none of the 8 texts to choose from, which begin with 'a"
+    ):
+        Runner(pipeline, samples).attack(replace(spec, target="pink"), ThreatModel("linf", 0.1))
+
+
+def test_other_captions_of_an_image_are_no_other_answers(pipeline, samples):
+    captions = [replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape")) for s in samples[:4]]
+    ranked = copy.copy(pipeline)
+    runner = Runner(ranked, captions)
+    texts, spec = ranked.collate.texts, AttackSpec("pgd", 1, settings={"loss": "dlr"}, other=1)
+    victim = runner._run(spec, ThreatModel("linf", 0.01), [0, 1, 2, 3])[0]
+    for row, sample in enumerate(captions):
+        known = [texts[k] for k in range(len(texts)) if victim.others.place[row, k] >= 0]
+        assert known == [t for t in texts if t not in sample.references]
+
+
 def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
     captions = [
         replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape"), images=s.images) for s in samples
@@ -87,6 +111,37 @@ def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
     assert scored.shape == (16, len(ranked.collate.texts))
     with pytest.raises(ValueError, match="call choose_from"):
         Pipeline("clip", colour_clip.model(), colour_clip.processor()).similarities(captions)
+
+
+def test_an_attack_moves_an_image_from_all_its_own_captions(pipeline, samples):
+    """-log of the sum of their probabilities; without `relevant` the nearest of the others would win."""
+    captions = [replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape")) for s in samples]
+    ranked = copy.copy(pipeline)
+    ranked.choose_from(captions)
+    batch = ranked.collate(captions)
+    own = [[ranked.collate.texts.index(r) for r in s.references] for s in captions]
+    assert [row.nonzero().flatten().tolist() for row in batch["relevant"]] == [sorted(o) for o in own]
+    _, text = ranked.bridge.inputs(batch)
+    with torch.no_grad():
+        features = ranked.bridge.encode_image(batch["pixel_values"])
+        logits = ranked.bridge.fuse(features, **text)[0].squeeze(1)
+        losses, right = ranked.bridge.losses(features, **text)
+        few = ranked.bridge.select(text, torch.tensor([3, 5]))
+        some, _ = ranked.bridge.losses(features[[3, 5]], **few)
+    p = logits.double().softmax(1)
+    expected = torch.stack([-p[i, o].sum().log() for i, o in enumerate(own)])
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some, losses[[3, 5]])
+    assert right.tolist() == [int(row.argmax()) in o for row, o in zip(logits, own, strict=True)]
+    with pytest.raises(ValueError, match=r"relevant has shape \(16, 3\); expected"):
+        ranked.bridge.losses(features, **{**text, "relevant": batch["relevant"][:, :3]})
+    runner, threat = Runner(ranked, captions, task="retrieval"), ThreatModel("linf", 12 / 255)
+    broken = {}
+    for every in (True, False):
+        if not every:
+            runner._goal = lambda _, row, *a: replace(captions[row], references=(runner._said(row),))
+        broken[every] = (~runner.attack(AttackSpec("pgd", 10), threat, stage=f"all {every}").right).sum()
+    assert broken[True] > broken[False]
 
 
 def test_recall_takes_transferred_images_and_captions_that_say_the_same(pipeline, samples):

@@ -38,8 +38,8 @@ class Attack:
         threats: norms of the balls it searches.
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
-        named: which of `loss` and `gradient` it takes; one that follows gradients of the image takes both.
-        text: it changes prompts, and needs the victim's.
+        named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
+        text: it changes prompts or captions, and needs the victim's.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
@@ -58,6 +58,16 @@ class Attack:
     text: bool
     refuse: Callable[..., None] | None
     run: Callable[..., AttackResult]
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it follows gradients."""
+        return "gradient" in self.named
+
+    @property
+    def losses(self) -> bool:
+        """Whether it maximises a loss that can be chosen."""
+        return "loss" in self.named
 
     def __call__(
         self,
@@ -97,11 +107,6 @@ class Attack:
             {**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})}
         )
         return self.run(victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own)
-
-    @property
-    def gradients(self) -> bool:
-        """Whether it follows gradients of the image, and so takes every loss and gradient."""
-        return self.named == _BY_NAME
 
     def check(self, norm: str, steps: int, restarts: int) -> None:
         """Raises ValueError for a budget or norm that the attack does not take; needs no model."""
@@ -158,8 +163,8 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
     frozenset(
-        "ascent attack captions deployed gradients joint losses prompts restarts state substitution victim "
-        "words".split()
+        "ascent attack canvas captions deployed gradients joint losses others prompts restarts state substitution "
+        "victim words".split()
     ),
 )
 
@@ -180,9 +185,9 @@ def attack(
     """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
-    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`. `text`: it changes
-    prompts and needs `Victim.prompts`; its result holds `prompts` or `words`. `refuse` gets the settings that are
-    given, by keyword, and raises ValueError for bad values: before a model is loaded.
+    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
+    `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `refuse`
+    gets the settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:

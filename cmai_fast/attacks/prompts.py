@@ -60,7 +60,7 @@ class Prompts:
 
         def judged(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             own = {**victim.rows(texts.inputs, rows), "input_ids": ids}
-            outputs = Outputs(victim, features[rows], None, own)
+            outputs = Outputs(victim, features[rows], rows, own, chosen=True)
             return loss(features[rows], outputs, victim, rows), outputs.right
 
         return judged

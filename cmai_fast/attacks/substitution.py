@@ -97,13 +97,13 @@ class Search:
         texts: those to start from.
         judge: of the loss, which is maximised.
         sample_ids: (N,) of each text, for random draws.
-        side: what a pass of `judge` runs, `full` or `text`, for the count of backward passes.
+        whole: whether `judge` runs the whole model, or its text side alone; for the count of backward passes.
     """
 
     def __init__(
-        self, victim: Victim, texts: Texts, judge: Judge, sample_ids: Sequence[int], rules: Rules, side: str = "full"
+        self, victim: Victim, texts: Texts, judge: Judge, sample_ids: Sequence[int], rules: Rules, whole: bool = True
     ) -> None:
-        self.victim, self.texts, self.judge, self.rules, self._side = victim, texts, judge, rules, side
+        self.victim, self.texts, self.judge, self.rules, self._whole = victim, texts, judge, rules, whole
         vocabulary, known = texts.vocabulary, len(texts.embedding.weight)  # type: ignore[arg-type]
         self.candidates = [v for v in vocabulary.allowed(rules.readable, rules.kept) if v < known]
         self._capital = torch.tensor([vocabulary.spelled[v][0].isupper() for v in self.candidates], dtype=torch.bool)
@@ -183,8 +183,10 @@ class Search:
             if not leaf or not losses.requires_grad:
                 raise ValueError(NO_WORDS)
             slope = differentiate(self.victim.bridge.model, losses, leaf[0])
-        counted = f"{self._side}_backward"
-        setattr(self.victim.passes, counted, getattr(self.victim.passes, counted) + 1)
+        if self._whole:
+            self.victim.ran(rows, backward=True)
+        else:
+            self.victim.passes.text_backward += 1
         slope, at = slope.float(), leaf[0].detach().float()
         found = []
         for n, line in enumerate(lines):
@@ -280,7 +282,8 @@ def substituted(
             texts = prompts.read()
             judge = prompts.judge(victim, features, texts, loss_of(loss))
             if isinstance(prompts, Captions):
-                search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, "text")
+                prompts.check(victim)
+                search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, whole=False)
                 search.run(steps, propose, seed, restarts)
                 wrong, losses = [line.fooled for line in search.lines], [line.loss for line in search.lines]
                 return prompts.result(victim, search.best(), wrong, losses, clean, model_input)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cmai_fast.attacks.captions import Captions
     from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
+    from cmai_fast.attacks.others import OtherAnswers
     from cmai_fast.attacks.prompts import Prompts
     from cmai_fast.attacks.words import Words
 
@@ -82,8 +83,13 @@ class Victim(BatchImages):
         prompts: what users typed, for attacks that change it (`Prompts`, of a dual encoder `Captions`); None: unknown.
         exact: whether a text counts as wrong as soon as a token differs from the label. If not, no sample counts as
             fooled, so that attacks take all their steps and return the image with the highest loss.
+        targeted: the labels are the answers that the attacker wants. Losses of the response then have the other sign,
+            and a sample counts as fooled when the model gives its label.
+        others: the other answers that a sample may give, for losses over closed answers; None: unknown.
+        origin: (N, ...) images in [0, 1] inside the ball, where attacks begin in place of a random point; None: there.
 
-    `passes` counts the model passes.
+    `passes` counts the model passes of batches; `forwards` and `backwards` (N,) int64 those of the whole model that
+    each sample was in.
 
     Raises:
         ValueError: a key of the batch is missing or has another shape.
@@ -104,7 +110,11 @@ class Victim(BatchImages):
         self.deployed: Deployed | None = None
         self.words: Words | None = None
         self.prompts: Prompts | Captions | None = None
-        self.exact = True
+        self.exact, self.targeted = True, False
+        self.others: OtherAnswers | None = None
+        self.origin: Tensor | None = None
+        self.forwards = torch.zeros(len(self), dtype=torch.int64, device=self.batch["labels"].device)
+        self.backwards = torch.zeros_like(self.forwards)
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None
         self._tokens = bridge.image_tokens(self.batch)
@@ -115,6 +125,15 @@ class Victim(BatchImages):
         and has memory-saving MLPs and a fast patch embedding. It is restored afterwards, also after an exception."""
         with attack_mode(self.bridge.model, self.heads):
             yield
+
+    def ran(self, rows: Tensor | None, *, backward: bool = False) -> None:
+        """Counts a pass of the whole model over `rows` (None: all)."""
+        count = self.backwards if backward else self.forwards
+        count = count + 1 if rows is None else count.index_add(0, rows, torch.ones_like(rows))
+        if backward:
+            self.passes.full_backward, self.backwards = self.passes.full_backward + 1, count
+        else:
+            self.passes.full_forward, self.forwards = self.passes.full_forward + 1, count
 
     def outputs(self, image_features: Tensor, rows: Tensor | None = None) -> Outputs:
         """The language side's output for h_v (n, T, image_dim), computed on access."""
@@ -194,16 +213,22 @@ class Outputs:
     """
 
     def __init__(
-        self, victim: Victim, features: Tensor, rows: Tensor | None, texts: Mapping[str, Tensor] | None = None
+        self,
+        victim: Victim,
+        features: Tensor,
+        rows: Tensor | None,
+        texts: Mapping[str, Tensor] | None = None,
+        chosen: bool = False,
     ) -> None:
-        """`texts`: inputs of `Bridge.fuse` in place of the victim's own."""
-        self._victim, self._features, self._rows = victim, features, rows
+        """`texts`: inputs of `Bridge.fuse` in place of the victim's own, of the whole batch or, if `chosen`, of `rows`,
+        in which a row may then stand several times."""
+        self._victim, self._features, self._rows, self._chosen = victim, features, rows, chosen
         self._batch = victim.batch if texts is None else texts
         self._losses: tuple[Tensor, Tensor] | None = None
         self._logits: tuple[Tensor, Tensor] | None = None
 
     def _texts(self) -> Mapping[str, Tensor]:
-        return self._victim.rows(self._batch, self._rows)
+        return self._batch if self._chosen else self._victim.rows(self._batch, self._rows)
 
     def _said(self) -> AbstractContextManager[None]:
         words = self._victim.words
@@ -221,14 +246,14 @@ class Outputs:
             else:
                 with self._said():
                     self._losses = self._victim.bridge.losses(self._features, **self._texts())
-                self._victim.passes.full_forward += 1
+                self._victim.ran(self._rows)
         return self._losses
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         if self._logits is None:
             with self._said():
                 self._logits = self._victim.bridge.fuse(self._features, **self._texts())
-            self._victim.passes.full_forward += 1
+            self._victim.ran(self._rows)
         return self._logits
 
     @property
@@ -238,9 +263,12 @@ class Outputs:
 
     @property
     def right(self) -> Tensor:
-        """(n,) bool, no gradient: every target token is the most likely one; True if the victim is not `exact`."""
+        """(n,) bool, no gradient: the attack has not succeeded. Every target token is the most likely one, or if the
+        victim is `targeted`, one is not; True if the victim is not `exact`."""
         right = self._judged()[1]
-        return right if self._victim.exact else torch.ones_like(right)
+        if not self._victim.exact:
+            return torch.ones_like(right)
+        return ~right if self._victim.targeted else right
 
     @property
     def logits(self) -> Tensor:
