@@ -151,7 +151,9 @@ class Attack:
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
-    frozenset({"ascent", "attack", "deployed", "gradients", "losses", "restarts", "state", "victim", "words"}),
+    frozenset(
+        {"ascent", "attack", "deployed", "gradients", "losses", "restarts", "state", "upload", "victim", "words"}
+    ),
 )
 
 

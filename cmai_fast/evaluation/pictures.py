@@ -47,10 +47,10 @@ def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most:
     if threshold is not None and attacked.scores is not None:
         accepted = dict(zip(attacked.rows, (attacked.scores >= threshold.tau).tolist(), strict=True))
     for row in _rows(attacked, most, accepted):
-        sample, (clean,) = runner.samples[row], runner.images([row])
+        sample, batch = runner.samples[row], runner.batch([row])
+        (clean,) = runner.images([row])
         adv = round_to_8bit(attacked.images[row][None], clean[None], threat)[0]
         amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
-        batch = runner.pipeline.images([sample])
         record = {
             "question": sample.prompt,
             "answer": sample.answer,

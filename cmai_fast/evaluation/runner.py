@@ -20,15 +20,17 @@ from torch import Tensor
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
 from cmai_fast.attacks.state import random_start
+from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.surface import images_of, shown, victim_of
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import Surface, ThreatModel
 
 
 @dataclass
@@ -86,12 +88,6 @@ class Attacked(Answers):
         return whole
 
 
-def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Victim:
-    """The victim of a batch of `pipeline.collate`, on the model's device; the texts of a dual encoder are encoded once,
-    not at every step."""
-    return Victim(pipeline.bridge, pipeline.space, pipeline.with_texts(pipeline.on_device(batch)), pipeline.heads)
-
-
 class Runner:
     """Attacks the samples on one model and scores its answers.
 
@@ -100,6 +96,7 @@ class Runner:
         samples: at least one, each with references.
         task: decides whether a generated text is right.
         state: stores finished batches; None: a temporary folder, deleted with the runner.
+        surface: what attacks change; that of every threat model here.
         batch_size: samples at a time; results do not depend on it.
         seed: of the attacks. Their result for a sample depends only on (seed, sample id).
         progress: receives stages and samples. A stage is named `<model>: <what>`.
@@ -111,6 +108,7 @@ class Runner:
         samples: Sequence[Sample],
         *,
         task: Task | str = "vqa",
+        surface: Surface | None = None,
         state: State | None = None,
         batch_size: int = 64,
         seed: int = 0,
@@ -118,7 +116,7 @@ class Runner:
     ) -> None:
         if not samples:
             raise ValueError("there are no samples; expected at least one to measure a model on")
-        self.pipeline, self.samples, self.seed = pipeline, samples, seed
+        self.pipeline, self.samples, self.seed, self.surface = pipeline, samples, seed, surface or Surface()
         self.task = task_over(TASKS[task] if isinstance(task, str) else task, samples)
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
@@ -153,8 +151,12 @@ class Runner:
 
     def images(self, rows: Sequence[int]) -> list[Tensor]:
         """The samples' own images in [0, 1], one tensor each, as `BatchImages.split` returns them, on the CPU."""
-        own = self.pipeline.images([self.samples[i] for i in rows])
-        return [image.cpu() for image in own.split(own.pixels())]
+        own = self.batch(rows)
+        return _apart(own, own.pixels())
+
+    def batch(self, rows: Sequence[int]) -> BatchImages:
+        """The images of these samples as attacks take them."""
+        return images_of(self.pipeline, [self.samples[i] for i in rows], self.surface)
 
     def attack(
         self,
@@ -197,7 +199,9 @@ class Runner:
         start = time.perf_counter()
         # R@5 of an image that is not R@1 can be attacked too, so where texts are ranked nothing stops early.
         victim, clean, result = self._run(spec, threat, rows, exact=not ranks(self.task))
-        own, first = _apart(victim, clean), _apart(victim, result.adv)
+        first = _apart(victim, result.adv)
+        # A blank ball is not around the sample's picture, and the clean answers are not those at its centre.
+        own = None if self.surface.name == "blank" else _apart(victim, clean)
         entry, adv = self._judged(rows, first, own), list(first)
         passes, attacked = result.passes, result.adv
         # Another token, at which an attack stops, is no proof: the text may say the same, or be right as well.
@@ -230,7 +234,7 @@ class Runner:
         """The attack on the samples at `rows`; `exact`: as of `Victim`."""
         targets = [self._target(i) for i in rows]
         batch = self.pipeline.collate(targets)
-        victim = victim_of(self.pipeline, batch)
+        victim = victim_of(self.pipeline, batch, targets, self.surface)
         victim.exact = exact
         if self.pipeline.guarded:
             victim.deployed = Deployed(self.pipeline, targets)
@@ -239,6 +243,8 @@ class Runner:
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
             sample_ids=batch["sample_ids"], **spec.settings,
         )  # fmt: skip
+        if self.surface.uploads:  # what is uploaded is a file
+            result.adv = round_to_8bit(result.adv, clean, threat)
         return victim, clean, result
 
     def _target(self, row: int) -> Sample:
@@ -261,7 +267,7 @@ class Runner:
         return self._collected(self._stage(name, rows, lambda part: (self._moved(images, threat, part), None)))
 
     def _moved(self, images: Mapping[int, Tensor], threat: ThreatModel, rows: list[int]) -> dict[str, Any]:
-        start, batch = time.perf_counter(), self.pipeline.images([self.samples[i] for i in rows])
+        start, batch = time.perf_counter(), self.batch(rows)
         clean = batch.pixels()
         own = _apart(batch, clean)
         joined = batch.join([images[i] if i in images else own[k] for k, i in enumerate(rows)]).to(clean)
@@ -284,8 +290,9 @@ class Runner:
         return self.right(journal.rows, [p for e in journal.entries for p in e["predictions"]])
 
     def _noisy(self, threat: ThreatModel, seed: int, rows: list[int]) -> dict[str, Any]:
-        batch = self.pipeline.collate([self.samples[i] for i in rows])
-        victim = victim_of(self.pipeline, batch)
+        samples = [self.samples[i] for i in rows]
+        batch = self.pipeline.collate(samples)
+        victim = victim_of(self.pipeline, batch, samples, self.surface)
         clean, ids = victim.pixels(), batch["sample_ids"]
         noisy, places = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
         eps = torch.full((len(clean),), threat.eps, device=clean.device)
@@ -320,7 +327,8 @@ class Runner:
                     found["scores"][k] = float(clean.scores[row])  # type: ignore[index]
             else:
                 left.append(k)
-        samples, moved = [self.samples[rows[k]] for k in left], [images[k] for k in left]
+        asked = [self.samples[rows[k]] for k in left]
+        samples, moved = shown(asked, [images[k] for k in left], self.surface)
         texts = self.pipeline.generate(samples, moved)
         scores = self.pipeline.score(samples, texts, moved).double().tolist() if scored and left else []
         for place, k in enumerate(left):

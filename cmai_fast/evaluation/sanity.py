@@ -84,7 +84,7 @@ def _large_eps(runner: Runner, few: list[int]) -> Check:
     standing = [i for i in few if right[i]]
     for spec in _LARGE:
         attacked = runner.attack(
-            spec, ThreatModel("linf", _LARGE_EPS), standing, stage=_large_stage(spec), brief=True
+            spec, ThreatModel("linf", _LARGE_EPS, runner.surface), standing, stage=_large_stage(spec), brief=True
         )  # fmt: skip
         standing = [i for i, still in zip(attacked.rows, attacked.right, strict=True) if still]
     share, names = len(standing) / len(few), " and ".join(spec.key for spec in _LARGE)

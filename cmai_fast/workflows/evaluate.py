@@ -80,7 +80,8 @@ def evaluate(
             raise ValueError(f"the model {name} is named twice; expected each once")
     settings = {
         "model": model, "against": list(against), **data_settings(data), "limit": limit,
-        "eps": threat.eps, "norm": threat.norm, "attacks": [spec.to_dict() for spec in suite], "task": task,
+        "eps": threat.eps, "norm": threat.norm, "threat": str(threat.surface),
+        "attacks": [spec.to_dict() for spec in suite], "task": task,
         "metrics": list(metrics), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
         "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
     }  # fmt: skip
