@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,27 +148,41 @@ class UploadVictim(Victim):
         processor = self._collate.processor.image_processor
         trace, numbers = Trace(processor), count()
         blank = [[numbered(next(numbers), own.shape[1::-1]) for own in several] for several in self._own]
-        asked = [replace(s, images=tuple(several)) for s, several in zip(self.samples, blank, strict=True)]
-        tags = self._collate.with_pictures_by(trace)(asked)["pixel_values"].double()
-        real, layout = self.seen.pixels().cpu().float(), self.seen.layout
-        tags = tags if layout is None else layout.unpack(tags.to(layout.real.device)).cpu()
-        mean, std = self.seen.space.like(tags)
-        tags = (tags * std + mean) * 255
-        if layout is None:
-            tags, real = tags.unsqueeze(1), real.unsqueeze(1)
+        tags = (self._seen(self._collate.with_pictures_by(trace), blank) * 255).numpy()
+        real = self.seen.pixels().cpu().float()
+        real = real.unsqueeze(1) if self.seen.layout is None else real
         first = np.cumsum([0, *map(len, self._own)])
         routes = [
-            Route(trace.nodes, Places.read(tag.numpy()), filling, int(start))
+            Route(trace.nodes, Places.read(tag), filling, int(start))
             for tag, filling, start in zip(tags, real, first, strict=False)
         ]
-        self._check(type(processor).__name__, routes, real)
+        self._check(type(processor).__name__, routes)
         return routes
 
-    def _check(self, name: str, routes: Sequence[Route], real: Tensor) -> None:
-        own = lambda at: [torch.stack([_pixels(self._own[i][k]) for i in at]) for k in range(len(self._own[at[0]]))]  # noqa: E731
-        made = by_route(routes, lambda route, at: route(own(at)))
-        made = made if self.seen.layout is None else self.seen.layout.only(made.to(self.seen.layout.real.device)).cpu()
-        deviation = float((made - real).abs().max()) * 255
+    def _seen(self, collate: Collator, pictures: Sequence[Sequence[Any]]) -> Tensor:
+        """(N, U, 3, h, w): what the processor makes of these pictures of the samples, undone the normalisation."""
+        asked = [replace(s, images=tuple(several)) for s, several in zip(self.samples, pictures, strict=True)]
+        made, layout = collate(asked)["pixel_values"].double(), self.seen.layout
+        units = made.unsqueeze(1) if layout is None else layout.unpack(made.to(layout.real.device)).cpu()
+        mean, std = self.seen.space.like(units)
+        units = units * std + mean
+        return units if layout is None else layout.only(units.to(layout.real.device)).cpu()
+
+    def _check(self, name: str, routes: Sequence[Route]) -> None:
+        """Compares with the processor's own result for random pixels."""
+        for route, several in zip(routes, self._own, strict=True):
+            if several and not route.reached:
+                raise ValueError(
+                    f"no pixel of the uploaded pictures could be followed through {name}, which changes their colours "
+                    "too; attack the model's input (--threat input)"
+                )
+        noise = [[np.random.default_rng(0).integers(0, 256, own.shape, np.uint8) for own in o] for o in self._own]
+        pixels = [[_pixels(picture) for picture in several] for several in noise]
+        alike = lambda at: [torch.stack([pixels[i][k] for i in at]) for k in range(len(pixels[at[0]]))]  # noqa: E731
+        made = by_route(routes, lambda route, at: route(alike(at)))
+        layout = self.seen.layout
+        made = made if layout is None else layout.only(made.to(layout.real.device)).cpu()
+        deviation = float((made - self._seen(self._collate, noise)).abs().max()) * 255
         if not deviation <= _SLACK:
             raise ValueError(
                 f"what {name} makes of the uploaded pictures deviates by {deviation:.1f} of 255 levels from a linear "

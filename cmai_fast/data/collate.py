@@ -88,7 +88,8 @@ class VQACollator:
     def with_pictures_by(self, image_processor: Any) -> VQACollator:
         """A copy that leaves the pictures to another image processor."""
         other = copy.copy(self)
-        other._call = copy.copy(self._call)
+        other.processor, other._call = copy.copy(self.processor), copy.copy(self._call)
+        other.processor.image_processor = image_processor
         other._call.image_processor = RememberedPictures(image_processor)
         return other
 

@@ -39,8 +39,9 @@ class _Take:
 
     def __call__(self, values: Mapping[int, Tensor]) -> Tensor:
         """`values` (n, C, H, W) by node, to (n, C, ...)."""
-        if not self.nodes:
-            raise ValueError("no pixel of the picture reaches the model; expected a processor that keeps some")
+        if not self.nodes:  # a sample without pictures
+            assert self.filling is not None
+            return self.filling[None]
         flat = [values[node].flatten(2) for node in self.nodes]
         joined = flat[0] if len(flat) == 1 else torch.cat(flat, 2)
         taken = joined if self.whole else joined.index_select(2, self.index.to(joined.device))
@@ -66,6 +67,7 @@ class Route:
 
     Attributes:
         key: equal for samples of which the same is made.
+        reached: whether any pixel of the result comes from a picture.
     """
 
     def __init__(self, nodes: Sequence[Node], places: Places, filling: Tensor, first: int) -> None:
@@ -94,7 +96,7 @@ class Route:
             own = -1 if node.source is not None else picture
             digest.update(repr((node.height, node.width, own, node.how)).encode())
             digest.update(b"" if take is None else take.key())
-        self.key = digest.digest()
+        self.key, self.reached = digest.digest(), bool(self._last.nodes)
 
     def __call__(self, pictures: Sequence[Tensor]) -> Tensor:
         """The pictures of n samples, each (n, 3, H, W) on the grid k/255, to units (n, U, 3, h, w) on that grid."""

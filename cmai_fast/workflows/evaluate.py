@@ -69,6 +69,11 @@ def evaluate(
     Raises:
         ValueError: an unknown name, a bad setting, or `out` holds something else; `out` is then unchanged.
     """
+    if threat.surface.name == "blank":
+        raise ValueError(
+            "the threat blank shows the model another picture, so there is no clean accuracy to compare with; "
+            "use it with cmai-fast attack"
+        )
     out, names = Path(out), [*against, model]
     suite = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
     for spec in suite:
