@@ -137,6 +137,37 @@ def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
         Pipeline("clip", model(), processor()).similarities(captions)
 
 
+def test_an_attack_moves_an_image_from_all_its_own_captions(pipeline, samples):
+    """-log of the sum of their probabilities; without `relevant` the nearest of the others would win."""
+    captions = [replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape")) for s in samples]
+    ranked = copy.copy(pipeline)
+    ranked.choose_from(captions)
+    batch = ranked.collate(captions)
+    own = [[ranked.collate.texts.index(r) for r in s.references] for s in captions]
+    assert [row.nonzero().flatten().tolist() for row in batch["relevant"]] == [sorted(o) for o in own]
+    _, text = ranked.bridge.inputs(batch)
+    with torch.no_grad():
+        features = ranked.bridge.encode_image(batch["pixel_values"])
+        logits = ranked.bridge.fuse(features, **text)[0].squeeze(1)
+        losses, right = ranked.bridge.losses(features, **text)
+        few = ranked.bridge.select(text, torch.tensor([3, 5]))
+        some, _ = ranked.bridge.losses(features[[3, 5]], **few)
+    p = logits.double().softmax(1)
+    expected = torch.stack([-p[i, o].sum().log() for i, o in enumerate(own)])
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some, losses[[3, 5]])
+    assert right.tolist() == [int(row.argmax()) in o for row, o in zip(logits, own, strict=True)]
+    with pytest.raises(ValueError, match=r"relevant has shape \(16, 3\); expected"):
+        ranked.bridge.losses(features, **{**text, "relevant": batch["relevant"][:, :3]})
+    runner, threat = Runner(ranked, captions, task="retrieval"), ThreatModel("linf", 12 / 255)
+    broken = {}
+    for every in (True, False):
+        if not every:
+            runner._target = lambda row: replace(captions[row], references=(runner.clean().predictions[row],))
+        broken[every] = (~runner.attack(AttackSpec("pgd", 10), threat, stage=f"all {every}").right).sum()
+    assert broken[True] > broken[False]
+
+
 def test_recall_takes_transferred_images_and_captions_that_say_the_same(pipeline, samples):
     """Captions that differ in case and final mark are all right; images of another model's attack count too."""
     said = [replace(s, choices=(), references=(s.answer, f"{s.answer.capitalize()}.")) for s in samples]

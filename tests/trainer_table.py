@@ -172,6 +172,24 @@ adversarial pass of the language side and nothing else. `evaluate` attacks what 
 image, so `beta` and ARM concern attacks on it. Dual encoders, encoder-decoders and FSDP are refused. [What this
 buys](results.md#attacks-on-the-text).
 
+## Image features alone: FARE and Sim-CLIP
+
+`objective="fare"` (Schlarmann et al. 2024) keeps the features of attacked images where those of the clean ones were
+before training; `objective="sim-clip"` (Hossain and Imteaz 2024) makes features of clean and attacked images attract
+each other. Neither reads labels or runs the language side, so a step costs passes of the vision side alone, and
+records need no right answers: any pictures of the kind to be defended will do. Attacks maximise the same distance.
+Both need `inner` pgd or fgsm, `beta=0`, `gamma=0` and no `heads`; `--defence fare` and `--defence sim-clip` set these:
+
+```python
+from cmai_fast.defences import DEFENCES
+
+trainer = cf.MBATTrainer(model, cf.MBATConfig("out", eps=2 / 255, **DEFENCES["fare"].values), ...)
+```
+
+`fare` holds a copy of the vision side, as the trainer got it. Features are those that cross the bridge (all of h_v; the
+papers take CLIP's class token), and their squared distance is relative to the squared length of the original ones.
+With `lam` below 1, 1 - lam weighs the same distance of clean images. FSDP is refused.
+
 ## S_c: heads or a verifier
 
 Without `heads=` the trainer makes `ConsistencyHeads`, two projections whose cosine is S_c. A `Verifier` learns more

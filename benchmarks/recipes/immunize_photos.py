@@ -1,12 +1,13 @@
-"""Immunises `photo-dual-encoder` over three seeds on clip art, and measures retrieval under attack.
+"""Immunises `photo-dual-encoder` over three seeds without labels, and measures retrieval on photos under attack.
 
-    python benchmarks/recipes/immunize_photos.py --pictures runs/clip-art --coco coco_val2017 --work runs/photos \\
+    python benchmarks/recipes/immunize_photos.py --pictures runs/scenes --coco coco_val2017 --work runs/photos \\
         --out benchmarks/results/photos/immunised.json
 
-`--pictures` is what clip_art.py makes: its split `train` is trained on, its split `test` measured. `--coco` holds
-captions_val2017.json and its pictures (`docs/formats.md`), which are only measured; it may be left out. Training is
-that of `cmai-fast immunize --defence fgsm-rs --trainable vision --task retrieval`, without its report. Seeds and
-measurements that are done are kept in `--work`, and an interrupted run resumes when it is repeated.
+`--pictures` is what scenes.py makes; only its split `train` is used, and its captions are not read. `--coco` holds
+captions_val2017.json and its pictures (`docs/formats.md`), which are only measured. Training is that of `cmai-fast
+immunize --defence fare --inner fgsm --task retrieval`, without its report; a measurement is what `cmai-fast evaluate
+--data coco-captions:coco_val2017 --split val2017 --task retrieval --attack ...` reports, with these attacks alone.
+Checkpoints, models and measurements are kept in `--work`, so an interrupted run resumes when it is repeated.
 """
 
 from __future__ import annotations
@@ -33,43 +34,42 @@ from cmai_fast.workflows.settings import ImmunizeSettings
 MODEL = "photo-dual-encoder"
 
 
-def trained(args: argparse.Namespace, seed: int) -> Path:
-    """The model of a seed, trained now if it is not there."""
-    folder = args.work / f"seed-{seed}"
+def settings_of(args: argparse.Namespace, seed: int) -> ImmunizeSettings:
+    return ImmunizeSettings(
+        model=MODEL, data=str(args.pictures), split_seed=0, task="retrieval", defence="fare", inner="fgsm",
+        eps=args.eps, max_steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr, seed=seed,
+        save_steps=20, device="cpu",
+    )  # fmt: skip
+
+
+def trained(args: argparse.Namespace, seed: int) -> str:
+    """The folder of the model of a seed, trained now if it is not there."""
+    folder, settings = args.work / f"seed-{seed}", settings_of(args, seed)
     if not (folder / "training.json").is_file():
-        settings = ImmunizeSettings(
-            model=MODEL, data=str(args.pictures), split_seed=0, task="retrieval", defence="fgsm-rs", trainable="vision",
-            eps=args.eps, max_steps=args.steps, batch_size=args.batch_size,
-            learning_rate=args.lr, seed=seed, save_steps=50, device="cpu",
-        )  # fmt: skip
         record = training.train(training.load(settings, MODEL), None, settings, folder, True)
         write_results(record, folder / "training.json")
-    return folder / "model"
+    return str(folder / "model")
 
 
 def measured(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
-    """R@K of a model on each data set, clean and under PGD, from `--work` if it is there."""
-    sources = {"clip art": DataSource(str(args.pictures), split_seed=0)}
-    if args.coco:
-        sources["coco"] = DataSource(f"coco-captions:{args.coco}", split="val2017")
-    return {data: _measured(args, f"{name}-{data}", model, source) for data, source in sources.items()}
-
-
-def _measured(args: argparse.Namespace, name: str, model: str, source: DataSource) -> dict[str, Any]:
-    file = args.work / f"{name}-{round(args.test_eps * 255)}-pgd-{args.attack_steps}.json"
-    if not file.is_file():
-        samples = asked(source, "test", "retrieval", None)
-        pipeline = Pipeline.load(model, device="cpu")
-        pipeline.choose_from(samples)
-        suite = [AttackSpec("pgd", args.attack_steps)]
-        found = measure(pipeline, samples, ThreatModel("linf", args.test_eps), suite, task="retrieval").record
-        kept = {k: found[k] for k in ("n", "acc_clean", "acc_robust", "asr", "metrics", "attacks") if k in found}
-        write_results({**kept, "sample_ids": [s.id for s in samples]}, file)
-    return json.loads(file.read_text(encoding="utf-8"))
+    """By radius: R@K of a model on the photos, clean and under PGD and APGD, from `--work` if it is there."""
+    found = {}
+    for eps in args.test_eps:
+        radius = f"{eps * 255:.3g}"
+        file = args.work / f"{name}-{radius}.json"
+        if not file.is_file():
+            samples = asked(DataSource(f"coco-captions:{args.coco}", split="val2017"), "test", "retrieval", None)
+            suite = [AttackSpec("pgd", args.attack_steps), AttackSpec("apgd", 2 * args.attack_steps)]
+            pipeline = Pipeline.load(model, device="cpu")
+            record = measure(pipeline, samples, ThreatModel("linf", eps), suite, task="retrieval").record
+            kept = ("n", "acc_clean", "acc_robust", "asr", "metrics", "attacks")
+            write_results({k: record[k] for k in kept}, file)
+        found[f"{radius}/255"] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """[mean, standard deviation] of each R@K of one data set over the seeds, clean and robust."""
+    """[mean, standard deviation] of each R@K over the seeds, clean and robust."""
     return {
         side: {
             name: [f([r["metrics"][side][name] for r in records]) for f in (statistics.mean, statistics.stdev)]
@@ -82,34 +82,39 @@ def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True)
-    parser.add_argument("--coco", type=Path)
+    parser.add_argument("--coco", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--eps", type=parse_eps, default="2/255", help="of training")
-    parser.add_argument("--test-eps", type=parse_eps, default="2/255", help="of the attacks")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--eps", type=parse_eps, default="1/255", help="of training")
+    parser.add_argument("--test-eps", type=parse_eps, nargs="+", default=[1 / 255, 2 / 255], help="of the attacks")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--attack-steps", type=int, default=5, help="of PGD, in measurements")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--attack-steps", type=int, default=10, help="of PGD in measurements; APGD takes twice as many")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train-only", action="store_true", help="measure and write nothing")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    undefended = measured(args, "undefended", MODEL)
-    immunised = []
-    for seed in args.seeds:
-        immunised.append(measured(args, f"seed-{seed}", str(trained(args, seed))))
-        print(f"seed {seed}", {data: found["metrics"] for data, found in immunised[-1].items()}, flush=True)
-    settings = {k: v for k, v in vars(args).items() if k not in ("pictures", "coco", "work", "out")}
+    models = {f"seed-{seed}-coco": trained(args, seed) for seed in args.seeds}
+    if args.train_only:
+        return
+    undefended = measured(args, "undefended-coco", MODEL)
+    immunised = [measured(args, name, model) for name, model in models.items()]
+    training_settings = settings_of(args, 0)
     record = {
         "recipe": "benchmarks/recipes/immunize_photos.py",
-        "settings": {**settings, "defence": "fgsm-rs", "trainable": "vision", "image_size": 128},
+        "settings": {
+            **{k: getattr(training_settings, k) for k in ("defence", "inner", "eps", "max_steps", "batch_size")},
+            "learning_rate": args.lr, "pictures": "scenes.py, split train", "image_size": 128,
+            "attacks": f"PGD-{args.attack_steps} and APGD-CE-{2 * args.attack_steps}", "threads": args.threads,
+        },
         "undefended": undefended,
-        "immunised": [{"seed": s, **r} for s, r in zip(args.seeds, immunised, strict=True)],
+        "immunised": [{"seed": seed, **found} for seed, found in zip(args.seeds, immunised, strict=True)],
         "versions": versions(),
-    }
+    }  # fmt: skip
     if len(immunised) > 1:
-        record["mean_and_sd"] = {data: summary([r[data] for r in immunised]) for data in immunised[0]}
+        record["mean_and_sd"] = {radius: summary([r[radius] for r in immunised]) for radius in undefended}
     write_results(record, args.out)
 
 

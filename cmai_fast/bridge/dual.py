@@ -25,10 +25,13 @@ class DualBridge(OneImageBridge):
 
     A batch holds `pixel_values` (N, 3, H, W), `labels` (N,), and the texts: `input_ids` and `attention_mask` (K, L), or
     `text_embeds` (K, text_dim) from `encode_texts`, so that a fixed set is encoded once and not at every step of an
-    attack. h_v is (N, 1, image_dim), before normalisation.
+    attack. h_v is (N, 1, image_dim), before normalisation. Where several texts of the set are right for an image, as
+    the five captions of COCO are, `relevant` (N, K) bool marks them: the loss is then that of any of them, -log of the
+    sum of their probabilities, and an image is right if the nearest text is one of them. Without it an attack would
+    move an image from one of its captions to another.
     """
 
-    text_keys: tuple[str, ...] = ("input_ids", "attention_mask", "text_embeds", "labels")
+    text_keys: tuple[str, ...] = ("input_ids", "attention_mask", "text_embeds", "labels", "relevant")
 
     def __init__(self, model: nn.Module) -> None:
         missing = [k for k in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, k)]
@@ -59,7 +62,7 @@ class DualBridge(OneImageBridge):
         self, inputs: Mapping[str, torch.Tensor], rows: torch.Tensor, images_per_row: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """The labels of `rows`; the texts are shared by all rows."""
-        return {k: v[rows] if k == "labels" else v for k, v in inputs.items()}
+        return {k: v[rows] if k in ("labels", "relevant") else v for k, v in inputs.items()}
 
     def own_texts(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         places = batch["labels"]
@@ -91,6 +94,7 @@ class DualBridge(OneImageBridge):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
+        relevant: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """E_t: h_t (N, text_dim) of each image's own text, `labels` (N,) being its index in the set."""
         texts = self._texts(input_ids, attention_mask, text_embeds)
@@ -103,6 +107,7 @@ class DualBridge(OneImageBridge):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
+        relevant: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """F: h_v (N, 1, image_dim) and the texts to logits (N, 1, K), `logits_per_image` of the model, and (N, 1).
 
@@ -116,6 +121,20 @@ class DualBridge(OneImageBridge):
         logits = F.normalize(image_features.squeeze(1), dim=-1) @ F.normalize(texts, dim=-1).t()
         logits = logits * self.model.logit_scale.exp() + getattr(self.model, "logit_bias", 0.0)
         return logits.unsqueeze(1), places.unsqueeze(1)
+
+    def losses(self, image_features: torch.Tensor, **text_inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        relevant = text_inputs.get("relevant")
+        if relevant is None:
+            return super().losses(image_features, **text_inputs)
+        logits = self.fuse(image_features, **text_inputs)[0].squeeze(1)
+        if relevant.shape != logits.shape or not relevant.any(1).all():
+            raise ValueError(
+                f"relevant has shape {tuple(relevant.shape)}; expected {tuple(logits.shape)}, one row per image with "
+                "at least one text"
+            )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = logits.logsumexp(1) - logits.masked_fill(~relevant, float("-inf")).logsumexp(1)
+        return losses, relevant.gather(1, logits.detach().argmax(1, keepdim=True)).squeeze(1)
 
     def _texts(
         self,

@@ -32,8 +32,8 @@ class ChoiceCollator:
             are trained on captions.
 
     A batch of N samples holds `pixel_values` (N, 3, H, W), the texts as `input_ids` and, where the family has it,
-    `attention_mask` (K, L), `labels` (N,), the index of each sample's answer among them (or of
-    another of its references), and `sample_ids` (N,).
+    `attention_mask` (K, L), `labels` (N,), the index of each sample's answer among them (or of another of its
+    references), and `sample_ids` (N,). If `texts` holds several references of a sample, `relevant` (N, K) marks them.
 
     Raises:
         ValueError: a sample without exactly one picture, or whose answer is not among the texts; names the sample.
@@ -50,25 +50,27 @@ class ChoiceCollator:
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
         asked = [Sample.of(s, i) for i, s in enumerate(samples)]
         texts = self.texts if self.texts is not None else choices_of(asked)
-        places: dict[str, int] = {}
+        places: dict[str, list[int]] = {}
         for i, text in enumerate(texts):
-            places.setdefault(folded(text), i)
-        pictures, labels = [], []
-        for s in asked:
+            places.setdefault(folded(text), []).append(i)
+        pictures, labels, relevant = [], [], torch.zeros(len(asked), len(texts), dtype=torch.bool)
+        for i, s in enumerate(asked):
             if len(s.images) != 1:
                 raise ValueError(f"{s.name} has {len(s.images)} images; a dual encoder takes exactly one")
-            known = [places[folded(r)] for r in s.references if folded(r) in places]
+            known = [place for r in s.references for place in places.get(folded(r), ())]
             if not known:
                 raise ValueError(
                     f"the answer {s.answer!r} of sample {s.id!r} is not among the {len(texts)} texts to choose from; "
                     "add it to the choices"
                 )
             labels.append(texts.index(s.answer) if s.answer in texts else known[0])
+            relevant[i, [*known, labels[-1]]] = True
             pictures.append(read_picture(s.images[0], f"the image of sample {s.id!r}"))
         return {
             **dict(self.processor.image_processor(images=pictures, return_tensors="pt")),
             **(self._tokens if self._tokens is not None else self._read(texts)),
             "labels": torch.tensor(labels),
+            **({"relevant": relevant} if self.texts is not None and bool((relevant.sum(1) > 1).any()) else {}),
             "sample_ids": torch.tensor([numeric_id(s.id) for s in asked]),
         }
 

@@ -257,7 +257,9 @@ class Runner:
         said = clean.predictions[row]
         if not clean.right[row] or said == sample.answer:
             return sample
-        return replace(sample, references=(said,))
+        # Of ranked texts all are moved away from: the attack knows them, and R@K asks for any.
+        others = tuple(r for r in sample.references if r != said) if ranks(self.task) else ()
+        return replace(sample, references=(said, *others))
 
     def transfer(
         self, images: Mapping[int, Tensor], threat: ThreatModel, rows: Sequence[int] | None = None, name="transfer"

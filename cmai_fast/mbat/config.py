@@ -13,6 +13,7 @@ from cmai_fast.bridge.recompute import MODES
 from cmai_fast.mbat.inner import SOLVERS, refresh_steps
 from cmai_fast.threat import ThreatModel, WordBall, parse_eps
 
+OBJECTIVES = ("task", "fare", "sim-clip")
 REDUCTIONS = ("tokens", "samples")
 MODALITIES = ("image", "text", "both")
 
@@ -31,6 +32,14 @@ class MBATConfig(TrainingArguments):
 
     eps: float = field(default=8 / 255, metadata={"help": "Radius of the ball, in the [0, 1] pixel range."})
     norm: str = field(default="linf", metadata={"help": "linf or l2."})
+    objective: str = field(
+        default="task",
+        metadata={
+            "help": "What attack and training are about: task (L_task and S_c), or image features alone, at no pass of "
+            "the language side: fare (the distance to the original features), sim-clip (the cosine of clean and "
+            "adversarial ones)."
+        },
+    )
     inner: str = field(default="bridge", metadata={"help": "Solver of the inner problem: pgd, bridge, fgsm, or none."})
     inner_steps: int = field(default=10, metadata={"help": "K, steps of the inner problem."})
     inner_step_size: float | None = field(
@@ -170,6 +179,7 @@ class MBATConfig(TrainingArguments):
         """Raises ValueError for a bad value, or two that exclude each other."""
         _ = self.threat, WordBall(self.text_norm, self.text_eps)  # type: ignore[arg-type]
         for name, choices in (
+            ("objective", OBJECTIVES),
             ("inner", (*SOLVERS, "none")),
             ("loss_reduction", REDUCTIONS),
             ("balance", BALANCES),
@@ -207,7 +217,9 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
         if self.eps_max is not None:
             parse_eps(self.eps_max, self.norm, "eps_max")
-        if self.inner == "bridge":
+        if self.objective != "task":
+            self._check_features()
+        if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
         theirs = "activation_checkpointing" if new else "gradient_checkpointing"
@@ -216,3 +228,21 @@ class MBATConfig(TrainingArguments):
                 f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "
                 "one of the two (recompute='full' is the same thing)"
             )
+
+    def _check_features(self) -> None:
+        """Raises ValueError for settings that mean nothing where image features alone are attacked and trained."""
+        needed = {
+            "inner": (self.inner in ("pgd", "fgsm"), "pgd or fgsm: there is no language side to linearise"),
+            "modality": (self.modality == "image", "image"),
+            "beta": (self.beta == 0, "0: S_c has no part in it"),
+            "gamma": (self.gamma == 0, "0: S_c has no part in it"),
+            "consistency_steps": (self.consistency_steps == 0, "0: S_c has no part in it"),
+            "arm": (not self.arm, "False: ARM acts on S_c"),
+            "label_smoothing_factor": (not getattr(self, "label_smoothing_factor", 0), "0: no labels are read"),
+            "lam": (self.objective != "sim-clip" or self.lam == 1, "1: clean images are in its loss already"),
+        }
+        for name, (met, expected) in needed.items():
+            if not met:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} and objective {self.objective!r}; expected {name} {expected}"
+                )

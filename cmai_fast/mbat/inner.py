@@ -32,6 +32,7 @@ from cmai_fast.attacks.words import Words
 from cmai_fast.threat import ThreatModel
 
 SOLVERS = ("pgd", "bridge", "fgsm")
+FGSM_STEP = 1.25  # of `fgsm`, in units of eps (Wong et al. 2020)
 
 
 @dataclass
@@ -88,7 +89,7 @@ def maximise(
     if steps < 1:
         raise ValueError(f"inner steps is {steps}; expected at least 1")
     if solver == "fgsm":
-        steps, step_size = 1, 1.25 * threat.eps if step_size is None else step_size
+        steps, step_size = 1, FGSM_STEP * threat.eps if step_size is None else step_size
     staleness: list[Tensor] = []
     gradient: Gradient = StaleBridge(refreshes, bridge_gradient, staleness) if solver == "bridge" else Exact()
     loss, sizes = weighted(alpha, beta, balance=balance), step_sizes(threat.eps, steps, step_size)

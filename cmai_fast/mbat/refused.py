@@ -92,7 +92,13 @@ def check_arguments(trainer: Trainer, args: MBATConfig, given: dict[str, Any]) -
 
 
 def check_loss(trainer: Any) -> None:
-    """Raises ValueError for a user's loss function if the bridge has no outputs for it."""
+    """Raises ValueError for a user's loss function if it would not be called, or the bridge has no outputs for it, and
+    for heads in a training that does not use them."""
+    if (objective := trainer.args.objective) != "task" and (trainer.compute_loss_func or trainer.heads is not None):
+        what = "heads are" if trainer.heads is not None else "compute_loss_func is"
+        raise ValueError(
+            f"{what} given, and objective is {objective!r}, which trains image features alone; expected None"
+        )
     if trainer.compute_loss_func is not None and isinstance(trainer.bridge, DualBridge):
         raise ValueError(
             "compute_loss_func is given, which MBATTrainer does not support for dual encoders: their loss is that of "
@@ -136,6 +142,11 @@ def check_sharding(trainer: Any) -> None:
         raise ValueError(
             f"fsdp's state_dict_type is {plugin.state_dict_type}, with which no plain model would be saved; "
             "expected FULL_STATE_DICT"
+        )
+    if trainer.args.objective != "task":
+        raise ValueError(
+            f"objective is {trainer.args.objective!r}, and the model is to be sharded by FSDP2, which is untested; "
+            "leave fsdp out (each process then has a copy)"
         )
     if trainer.args.muon or is_quantized(model):
         what = "muon is set" if trainer.args.muon else "the model is quantised"

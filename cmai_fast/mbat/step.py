@@ -17,7 +17,8 @@ from cmai_fast.cmcv.verifier import Texts
 from cmai_fast.data.statements import STATEMENT_IDS
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.batches import no_features, rows_with_images, without_images
-from cmai_fast.mbat.consistency import COUNTS, ConsistencyTrainer
+from cmai_fast.mbat.consistency import COUNTS
+from cmai_fast.mbat.features import FeatureTrainer
 from cmai_fast.mbat.inner import InnerResult, maximise, reworded
 from cmai_fast.mbat.loss import sample_weights, smoothed_losses, users_loss
 from cmai_fast.mbat.parts import WEIGHTS, Part, View, agreed, cut, take
@@ -26,7 +27,7 @@ from cmai_fast.threat import ThreatModel
 T = TypeVar("T")
 
 
-class StepTrainer(ConsistencyTrainer):
+class StepTrainer(FeatureTrainer):
     """The step of `MBATTrainer`, which chooses the batch size and handles everything between steps.
 
     The language side detaches h_v, then backpropagates: one pass gives the language model's gradients and p, the bridge
@@ -51,6 +52,7 @@ class StepTrainer(ConsistencyTrainer):
             seen, batches = self._batches(inputs, size)
             keep = size >= len(inputs["labels"])
             side = self._consistency_side if self._of_consistency else self._language_side
+            side = side if args.objective == "task" else self._feature_side
             parts = self._together(lambda: [side(batch, keep=keep) for batch in batches])
             names = dict.fromkeys(name for part in parts for name in part.sums)
             found = {name: torch.stack([p.sums[name] for p in parts if name in p.sums]).sum() for name in names}
@@ -107,7 +109,8 @@ class StepTrainer(ConsistencyTrainer):
         """(N,) weights of the samples' losses in this batch's share of the loss."""
         processes = ranks.count() if self.args.average_tokens_across_devices else 1
         batches = round(1 / self._share)
-        return sample_weights(self.bridge, labels, self.args.loss_reduction, self._items, batches, processes)
+        reduction = self.args.loss_reduction if self.args.objective == "task" else "samples"
+        return sample_weights(self.bridge, labels, reduction, self._items, batches, processes)
 
     def _outer_loss(self, features: Tensor, text: dict[str, Tensor], weights: Tensor) -> Tensor:
         """The loss of these samples in this batch's share of the loss, 0-d, differentiable."""

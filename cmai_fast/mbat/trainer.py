@@ -18,6 +18,7 @@ from cmai_fast.attacks import Passes
 from cmai_fast.attacks.words import check_words
 from cmai_fast.bridge import bridge_of, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import optimizers, ranks, shards
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters, train_only
@@ -112,6 +113,7 @@ class MBATTrainer(EvaluatingTrainer):
         self._check_arm(args)
         self._leader: torch.optim.Optimizer | None = None  # the one that the heads' optimizer follows
         self._named_optimizer = False  # whether args.optim says what steps the model
+        self._original = bridge_of(beside(self.bridge)) if args.objective == "fare" else None
         self._prepare_model(model, args)
         if data_collator is None:
             statements = self.verifier.statements if self.verifier else None
@@ -123,6 +125,9 @@ class MBATTrainer(EvaluatingTrainer):
         self._check_embeddings()
         check_loss(self)
         check_dispatch(self)
+        if self._original is not None:
+            for part in self._original.vision_side:
+                part.to(args.device)
         if self.heads is not None:
             self.heads.to(args.device)
             ranks.copy_from_first(self.heads.parameters())
@@ -135,7 +140,7 @@ class MBATTrainer(EvaluatingTrainer):
     def _prepare_model(self, model: nn.Module, args: MBATConfig) -> None:
         """Sets which parameters learn, and which activations are recomputed."""
         check_adapters_learn(model)
-        self._made_for = args.trainable
+        self._made_for = {name: getattr(args, name) for name in ("trainable", "objective")}
         if args.trainable == "vision":
             train_only(model, self.bridge.vision_parameters)
         if is_quantized(model):
@@ -186,11 +191,11 @@ class MBATTrainer(EvaluatingTrainer):
         check_arguments(self, args, {})
         self._check_arm(args)
         self._check_embeddings()
-        if args.trainable != self._made_for:
-            raise ValueError(
-                f"trainable was {self._made_for!r} when the trainer was made and is {args.trainable!r} now; set it "
-                "before, or set requires_grad of the parameters"
-            )
+        for name, value in self._made_for.items():
+            if getattr(args, name) != value:
+                raise ValueError(
+                    f"{name} was {value!r} when the trainer was made and is {getattr(args, name)!r} now; set it before"
+                )
         if args.recompute != self._recompute:
             raise ValueError(
                 f"recompute was {self._recompute!r} when the trainer was made and is {args.recompute!r} now; set it "

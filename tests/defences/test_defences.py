@@ -12,7 +12,7 @@ from cmai_fast.mbat import MBATConfig
 
 
 def test_each_is_a_valid_config(tmp_path):
-    assert DEFENCES.names() == ["clean", "cmai", "fgsm-rs", "mbat", "pgd-at"]
+    assert DEFENCES.names() == ["clean", "cmai", "fare", "fgsm-rs", "mbat", "pgd-at", "sim-clip"]
     for name, thing in DEFENCES.items():
         config = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **thing.values)
         assert all(getattr(config, field) == value for field, value in thing.values.items())
@@ -23,7 +23,7 @@ def test_each_is_a_valid_config(tmp_path):
 
 def test_those_to_compare_with_have_nothing_of_mbat(tmp_path):
     """No heads, no consistency, the whole loss on adversarial images (or none)."""
-    for name in ("clean", "fgsm-rs", "pgd-at"):
+    for name in ("clean", "fare", "fgsm-rs", "pgd-at", "sim-clip"):
         values = DEFENCES[name].values
         assert values["beta"] == values["gamma"] == 0 and not values["arm"]
         assert name == "clean" or values["lam"] == 1.0

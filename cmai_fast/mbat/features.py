@@ -1,0 +1,111 @@
+"""Training on image features alone, at no pass of the language side: FARE and Sim-CLIP, and their step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmai_fast.attacks import Exact, Victim
+from cmai_fast.attacks.ascent import step_sizes
+from cmai_fast.attacks.victim import Outputs
+from cmai_fast.bridge import ModelBridge, frozen
+from cmai_fast.mbat.consistency import COUNTS, ConsistencyTrainer
+from cmai_fast.mbat.inner import FGSM_STEP, climbed
+from cmai_fast.mbat.parts import WEIGHTS, Part, View
+from cmai_fast.threat import ThreatModel
+
+
+def squared_distance(features: Tensor, target: Tensor) -> Tensor:
+    """||h - t||^2 / ||t||^2 per sample (n,), float32, of h and t (n, T, D)."""
+    features, target = (_flat(each) for each in (features, target))
+    return (features - target).square().sum(1) / target.square().sum(1).clamp_min(torch.finfo(target.dtype).tiny)
+
+
+def cosine_distance(features: Tensor, target: Tensor) -> Tensor:
+    """1 - cos(h, t) per sample (n,), float32, of h and t (n, T, D)."""
+    return 1 - F.cosine_similarity(_flat(features), _flat(target), dim=1)
+
+
+def _flat(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(1)
+
+
+DISTANCES = {"fare": squared_distance, "sim-clip": cosine_distance}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """An attack's loss: how far the features are from `target` (N, T, D)."""
+
+    objective: str
+    target: Tensor
+
+    def __call__(self, features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
+        return DISTANCES[self.objective](features, self.target if rows is None else self.target[rows])
+
+
+class FeatureTrainer(ConsistencyTrainer):
+    """The step of `MBATConfig.objective` other than `task`. With phi the vision side, and phi_0 as the trainer got it:
+
+    - `fare` (Schlarmann et al. 2024, eq. 3): phi(x + delta) stays where phi_0(x) is, by the squared distance; the
+      attack maximises it. Here over all of h_v, relative to ||phi_0(x)||^2, so that it is a share in every model. With
+      `lam` below 1 the rest of the loss is the same distance of phi(x), as a bound on the clean drift.
+    - `sim-clip` (Hossain and Imteaz 2024, eq. 4): phi(x + delta) and phi(x) attract each other, by the symmetric cosine
+      with stopped gradients; the attack minimises the cosine. There is no phi_0.
+    """
+
+    # With a copy of the vision side, for `fare`. It is not part of checkpoints: a run resumes with the model that it
+    # began with.
+    _original: ModelBridge | None = None
+
+    def _feature_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
+        """The attack on the features of these samples, and the loss of their adversarial (and clean) images."""
+        args, (image, text) = self.args, self.bridge.inputs(inputs)
+        if "pixel_values" not in inputs:
+            return Part(text, [], None, None, {})
+        clean = None
+        if args.objective == "sim-clip" or self.lam < 1:
+            clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
+            self._count(vision_forward=1)
+        target = self._target(inputs["pixel_values"], image, clean)
+        victim = Victim(self.bridge, self.space, inputs)
+        ball = ThreatModel(args.threat.norm, self.eps * self._eps_share())
+        one = args.inner == "fgsm"
+        size = FGSM_STEP * ball.eps if one and args.inner_step_size is None else args.inner_step_size
+        sizes = step_sizes(ball.eps, 1 if one else args.inner_steps, size)
+        drift, seed, ids = Drift(args.objective, target), self._attack_seed, inputs["sample_ids"]
+        result = climbed(victim, victim.pixels(), ball, drift, Exact(judge=False), sizes, seed, ids)
+        self.passes = self.passes + result.passes
+        model_input = result.model_input.to(inputs["pixel_values"].dtype)
+        adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
+        self._count(vision_forward=1, vision_backward=1 if clean is None else 2)
+        sums = self._pulled_together(adversarial.leaf, clean, target, inputs[WEIGHTS])
+        counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
+        views = [adversarial] if clean is None else [clean, adversarial]
+        return Part(text, views, None, None, sums | dict(zip(COUNTS, counts, strict=True)))
+
+    def _target(self, pixel_values: Tensor, image: dict[str, Tensor], clean: View | None) -> Tensor:
+        """Where the features of these images belong, (N, T, D), no gradient."""
+        if self._original is None:
+            assert clean is not None
+            return clean.leaf.detach()
+        with frozen(self._original.model), torch.no_grad():
+            self._count(vision_forward=1)
+            return self._original.encode_image(pixel_values, **image)
+
+    def _pulled_together(self, leaf: Tensor, clean: View | None, target: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The losses by name, 0-d, detached; their gradients stay at the leaves."""
+        distance, lam = DISTANCES[self.args.objective], self.lam
+        adversarial = (weights * distance(leaf, target)).sum()
+        total, sums = lam * adversarial, {"loss_adv": adversarial.detach()}
+        if self.args.objective == "sim-clip":
+            assert clean is not None
+            total = (total + lam * (weights * distance(clean.leaf, leaf.detach())).sum()) / 2
+        elif clean is not None:
+            drift = (weights * distance(clean.leaf, target)).sum()
+            total, sums = total + (1 - lam) * drift, sums | {"loss_clean": drift.detach()}
+        self.accelerator.backward(self._share * total)
+        return sums
