@@ -171,6 +171,7 @@ ATTACKS: Registry[Attack] = Registry(
             "others",
             "restarts",
             "state",
+            "upload",
             "victim",
             "words",
         }
