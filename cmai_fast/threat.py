@@ -35,6 +35,77 @@ def parse_eps(value: str | float, norm: str = "linf", name: str = "eps") -> floa
     return eps
 
 
+# What an attacker may change, and the radius of an `linf` ball there unless another is given.
+SURFACES = {"input": 8 / 255, "upload": 8 / 255, "patch": 1.0, "blank": 128 / 255}
+_OPTIONS = {"upload": ("jpeg",), "patch": ("size", "x", "y", "jpeg"), "blank": ("jpeg",)}
+
+
+@dataclass(frozen=True)
+class Surface:
+    """What an attacker may change.
+
+    Args:
+        name: `input`, the pixels that the processor has made; `upload`, the 8-bit picture before the processor;
+            `patch`, a square of that picture; `blank`, a grey picture of its size in its place.
+        jpeg: from 1 to 95, the quality at which uploaded pictures are saved as JPEG before the processor reads them;
+            None: they are not.
+        size: of a patch, as a share of the picture's shorter side.
+        x, y: where the patch is: 0 at the left and the top, 1 at the right and the bottom edge.
+    """
+
+    name: str = "input"
+    jpeg: int | None = None
+    size: float = 0.3
+    x: float = 0.5
+    y: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name not in SURFACES:
+            raise ValueError(f"the threat is {self.name!r}; expected one of {', '.join(SURFACES)}")
+        if self.jpeg is not None and (self.name == "input" or not 1 <= self.jpeg <= 95):
+            raise ValueError(
+                f"jpeg is {self.jpeg} in the threat {self.name}; expected 1 to 95, and a picture that is uploaded"
+            )
+        if not 0 < self.size <= 1:
+            raise ValueError(
+                f"the patch has size {self.size}; expected a share of the shorter side, above 0 and up to 1"
+            )
+        if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
+            raise ValueError(f"the patch is at x={self.x}, y={self.y}; expected 0 (left, top) to 1 (right, bottom)")
+
+    @classmethod
+    def parse(cls, text: str) -> Surface:
+        """From `upload`, `upload:jpeg=75`, `patch:size=0.2,x=0,y=1`, `blank`, or `input`.
+
+        Raises:
+            ValueError: an unknown name or option, or a value that is no number.
+        """
+        name, _, rest = text.partition(":")
+        cls(name)  # raises for an unknown name
+        known, options = _OPTIONS.get(name, ()), {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = (p.strip() for p in part.partition("="))
+            try:
+                if not equals or key not in known:
+                    raise ValueError
+                options[key] = int(value) if key == "jpeg" else float(value)
+            except ValueError:
+                takes = f"takes {', '.join(f'{k}=NUMBER' for k in known)}" if known else "has no options"
+                raise ValueError(f"threat {text!r}: cannot read {part.strip()!r}; {name} {takes}") from None
+        return cls(name, **options)  # type: ignore[arg-type]  # by key
+
+    def __str__(self) -> str:
+        default = Surface(self.name)
+        keys = _OPTIONS.get(self.name, ())
+        own = [f"{k}={getattr(self, k):g}" for k in keys if getattr(self, k) != getattr(default, k)]
+        return ":".join([self.name, *([",".join(own)] if own else [])])
+
+    @property
+    def uploads(self) -> bool:
+        """Whether the attacker's picture is one that a person uploads."""
+        return self.name != "input"
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """A ball of perturbations of the image.
@@ -43,10 +114,12 @@ class ThreatModel:
         norm: `linf` or `l2`.
         eps: radius in the [0, 1] pixel range (for `l2`: the Euclidean norm over all pixels and channels, so it may
             exceed 1).
+        surface: what the ball is around.
     """
 
     norm: Literal["linf", "l2"] = "linf"
     eps: float = 8 / 255
+    surface: Surface = Surface()
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -56,8 +129,10 @@ class ThreatModel:
         parse_eps(self.eps, self.norm)
 
     @classmethod
-    def parse(cls, norm: Literal["linf", "l2"], eps: str | float | None = None) -> ThreatModel:
-        """From a norm and a radius as text or number; by default 8/255 for `linf`.
+    def parse(
+        cls, norm: Literal["linf", "l2"], eps: str | float | None = None, surface: Surface | None = None
+    ) -> ThreatModel:
+        """From a norm and a radius as text or number; by default that of `SURFACES` for `linf`.
 
         Raises:
             ValueError: `l2` without a radius. A visible change depends on the image size, so there is no good default:
@@ -68,7 +143,8 @@ class ThreatModel:
                 "eps is missing: an l2 ball needs its radius, the Euclidean norm over all pixels and channels, such as "
                 "0.5 for 32 x 32 pixels, 1 for 64 x 64 and 3 for 224 x 224"
             )
-        return cls(norm, parse_eps("8/255" if eps is None else eps, norm))
+        surface = surface or Surface()
+        return cls(norm, parse_eps(SURFACES[surface.name] if eps is None else eps, norm), surface)
 
     def distance(self, delta: Tensor) -> Tensor:
         """The norm of each row of `delta` (N, ...), shape (N,)."""

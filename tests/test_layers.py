@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "cmai_fast"
 # From top to bottom; rooms of one line do not import each other unless the order within it says so.
 LAYERS = (
     "cli", "serve", "workflows", "report", "evaluation", "defences", "mbat", "arm", "attacks", "pipeline", "cmcv",
-    "generation", "tasks", "data", "metrics", "models", "bridge", "pixels", "threat", "layout", "ops", "versions",
-    "registry", "settings", "files", "lazy",
+    "generation", "tasks", "data", "metrics", "models", "bridge", "preprocessing", "pixels", "threat", "layout", "ops",
+    "versions", "registry", "settings", "files", "lazy",
 )  # fmt: skip
 
 

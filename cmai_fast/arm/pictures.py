@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -44,14 +43,6 @@ def answers(pipeline: Pipeline, copies: Iterable[tuple[Sample, Tensor]], batch_s
         samples, pixels = [s for s, _ in rows], [p for _, p in rows]
         said += in_parts(len(rows), lambda at: pipeline.generate(samples[at], pixels[at]))  # noqa: B023  # called at once
     return said
-
-
-def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
-    """The picture after a round of JPEG."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
-    with Image.open(file) as decoded:
-        return np.asarray(decoded.convert("RGB"))
 
 
 def blurred(picture: np.ndarray, sigma: float) -> np.ndarray:

@@ -114,7 +114,7 @@ class Evading:
         """Lead and excess (n,), differentiable."""
         features = victim.encode(model_input, rows)
         outputs = Outputs(victim, features, rows, self.aim.texts)
-        excess = self.aim.excess(features, victim.image_tokens(rows), model_input, rows)
+        excess = self.aim.excess(features, victim.image_tokens(rows), victim.read(model_input, rows), rows)
         return -margin(features, outputs, victim, rows), excess
 
     def start(self, course: Course) -> Estimate:

@@ -164,7 +164,7 @@ ATTACKS: Registry[Attack] = Registry(
     "cmai_fast.attacks",
     frozenset(
         "ascent attack canvas captions deployed gradients joint losses others prompts restarts state substitution "
-        "victim words".split()
+        "upload victim words".split()
     ),
 )
 

@@ -135,6 +135,10 @@ class Victim(BatchImages):
         else:
             self.passes.full_forward, self.forwards = self.passes.full_forward + 1, count
 
+    def read(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Images of `rows` in this victim's input space to the model's; the same, unless the victim is an upload."""
+        return model_input
+
     def outputs(self, image_features: Tensor, rows: Tensor | None = None) -> Outputs:
         """The language side's output for h_v (n, T, image_dim), computed on access."""
         return Outputs(self, image_features, rows)

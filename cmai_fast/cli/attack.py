@@ -37,6 +37,7 @@ def attack(
         str | None,
         typer.Option(help="A text that the model has to give, for a targeted attack.", show_default="any wrong answer"),
     ] = None,
+    threat: options.Threat = "input",
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="the attack's own")] = None,
@@ -58,7 +59,7 @@ def attack(
     progress: options.Progress = True,
 ) -> None:
     """Attack a model on test samples."""
-    threat = options.read_threat(norm, eps)
+    ball = options.read_threat(norm, eps, threat)
     own = options.pairs(settings or (), "--set")
     source = options.read_data(data, fields, split_seed, split, missing)
 
@@ -71,7 +72,7 @@ def attack(
     from cmai_fast.workflows import attack as workflow
 
     record = workflow.attack(
-        model, source, attack, threat,
+        model, source, attack, ball,
         steps=steps, restarts=restarts, settings=own, target=target, task=task, metrics=metric or (), limit=limit,
         seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images,
         resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,

@@ -33,6 +33,7 @@ def evaluate(
     missing: options.Missing = 0,
     task: options.Task = "vqa",
     metric: options.Metric = None,
+    threat: options.Threat = "input",
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     suite: Annotated[
@@ -68,7 +69,7 @@ def evaluate(
     progress: options.Progress = True,
 ) -> None:
     """Measure accuracy, clean and under the attack suite, and detection; write a report."""
-    threat = options.read_threat(norm, eps)
+    ball = options.read_threat(norm, eps, threat)
     source = options.read_data(data, fields, split_seed, split, missing)
     options.check([model, *(against or ())], source, task=task, metrics=metric, attacks=also)
     if suite is not None:
@@ -84,7 +85,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside, "run") if printed else out
         results = workflow.evaluate(
-            model, source, threat,
+            model, source, ball,
             against=against or (), suite=suite, also=joined, out=folder, limit=limit, steps=steps, restarts=restarts,
             batch_size=batch_size, seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens,
             resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,

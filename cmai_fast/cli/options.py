@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import Surface, ThreatModel
 
 if TYPE_CHECKING:
     from cmai_fast.data.sources import DataSource
@@ -52,7 +52,16 @@ Eps = Annotated[
     typer.Option(
         help="Radius of the ball, for pixels in [0, 1]: 8/255, 0.03. With --norm l2, the Euclidean norm over all "
         "pixels and channels; required then, such as 1 for 64 x 64 pixels.",
-        show_default="8/255 for linf",
+        show_default="8/255 for linf; with --threat patch 1, blank 128/255",
+    ),
+]
+Threat = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="What the attacker changes: input, the pixels that the processor has made; upload, the 8-bit picture, of "
+        "any size, before the processor; patch, a square of it (patch:size=0.3,x=0.5,y=0.5); blank, a grey picture in "
+        "its place. With upload:jpeg=75 pictures go through JPEG.",
     ),
 ]
 Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")]
@@ -117,13 +126,13 @@ def read_data(
     return DataSource(data, pairs(",".join(fields or ()).split(","), "--map"), split_seed, split, missing)
 
 
-def read_threat(norm: Literal["linf", "l2"], eps: str | None) -> ThreatModel:
-    """The threat model of `--norm` and `--eps`.
+def read_threat(norm: Literal["linf", "l2"], eps: str | None, threat: str = "input") -> ThreatModel:
+    """The threat model of `--norm`, `--eps` and `--threat`.
 
     Raises:
-        ValueError: eps is not a radius, or is missing for `l2`.
+        ValueError: eps is not a radius, or is missing for `l2`; an unknown threat or option of it.
     """
-    return ThreatModel.parse(norm, eps)
+    return ThreatModel.parse(norm, eps, Surface.parse(threat))
 
 
 def pairs(texts: Iterable[str], option: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,13 @@ class CaptionCollator:
         if self.statements is not None:
             batch |= told(self.processor.tokenizer, asked, self.statements)
         return batch
+
+    def with_pictures_by(self, image_processor: Any) -> CaptionCollator:
+        """A copy that leaves the pictures to another image processor."""
+        other = copy.copy(self)
+        other.processor = copy.copy(self.processor)
+        other.processor.image_processor = image_processor
+        return other
 
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The pictures alone, for `generate`."""

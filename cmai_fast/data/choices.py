@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,13 @@ class ChoiceCollator:
             **({"relevant": relevant} if self.texts is not None and bool((relevant.sum(1) > 1).any()) else {}),
             "sample_ids": torch.tensor([numeric_id(s.id) for s in asked]),
         }
+
+    def with_pictures_by(self, image_processor: Any) -> ChoiceCollator:
+        """A copy that leaves the pictures to another image processor."""
+        other = copy.copy(self)
+        other.processor = copy.copy(self.processor)
+        other.processor.image_processor = image_processor
+        return other
 
     def read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Texts as the text side takes them: `input_ids` (K, L) and, where the family has it, `attention_mask`."""

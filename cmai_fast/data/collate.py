@@ -86,6 +86,14 @@ class VQACollator:
             batch.update(told(self.processor.tokenizer, asked, self.statements))
         return batch
 
+    def with_pictures_by(self, image_processor: Any) -> VQACollator:
+        """A copy that leaves the pictures to another image processor."""
+        other = copy.copy(self)
+        other.processor, other._call = copy.copy(self.processor), copy.copy(self._call)
+        other.processor.image_processor = image_processor
+        other._call.image_processor = RememberedPictures(image_processor)
+        return other
+
     def prompts(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch with prompts only, without labels, for `generate`."""
         _, rows, batch = self._encode(checked_samples(samples))

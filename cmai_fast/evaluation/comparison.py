@@ -93,6 +93,6 @@ def stages(entries: Sequence[Entry], count: int, threat: ThreatModel, suite: Seq
     undefended = False
     for entry in entries:
         found |= protocol.stages(entry.name, count, threat, suite, curve_attack(suite), undefended and bool(suite))
-        found |= sanity.stages(entry.name, count, threat.norm)
+        found |= sanity.stages(entry.name, count, threat)
         undefended = undefended or entry.role == UNDEFENDED
     return found

@@ -16,9 +16,10 @@ from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.protocol import Measured
+from cmai_fast.evaluation.surface import shown as shown_to_model
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import Surface, ThreatModel
 
 
 @dataclass
@@ -28,11 +29,13 @@ class Shown:
     sample: Sample
     clean: Tensor
     adversarial: Tensor
+    surface: Surface = field(default_factory=Surface)
     record: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, name: str, pipeline: Pipeline) -> None:
         """Adds the answers of the model `name` to both images."""
-        clean, adversarial = pipeline.generate([self.sample] * 2, [self.clean, self.adversarial])
+        images = [self.clean, self.adversarial]
+        clean, adversarial = pipeline.generate(*shown_to_model([self.sample] * 2, images, self.surface))
         self.record["answers"][name] = {"clean": clean, "adversarial": adversarial}
 
 
@@ -47,10 +50,10 @@ def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most:
     if threshold is not None and attacked.scores is not None:
         accepted = dict(zip(attacked.rows, (attacked.scores >= threshold.tau).tolist(), strict=True))
     for row in _rows(attacked, most, accepted):
-        sample, (clean,) = runner.samples[row], runner.images([row])
+        sample, batch = runner.samples[row], runner.batch([row])
+        (clean,) = runner.images([row])
         adv = round_to_8bit(attacked.images[row][None], clean[None], threat)[0]
         amplification = 0.5 / max(float((adv - clean).abs().max()), 1 / 255)
-        batch = runner.pipeline.images([sample])
         record = {
             "question": sample.prompt,
             "answer": sample.answer,
@@ -63,7 +66,7 @@ def shown(name: str, measured: Measured, attack: str, threat: ThreatModel, most:
         }
         if row in accepted:
             record["accepted"] = accepted[row]
-        found.append(Shown(sample, clean, adv, record))
+        found.append(Shown(sample, clean, adv, runner.surface, record))
     return found
 
 
@@ -84,8 +87,10 @@ def _rows(attacked: Attacked, most: int, accepted: Mapping[int, bool]) -> list[i
 
 
 def _png(batch: BatchImages, image: Tensor) -> str:
-    """The picture of one sample as the model sees it; with tiles, all tiles side by side."""
+    """The picture of one sample as the attack changes it; several pictures or tiles side by side."""
     (pictures,) = batch.pictures(batch.join([image.clamp(0, 1)]))
+    tallest = max(len(picture) for picture in pictures)
+    level = [np.pad(p, ((0, tallest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures]
     buffer = io.BytesIO()
-    Image.fromarray(np.hstack(pictures)).save(buffer, format="PNG")
+    Image.fromarray(np.hstack(level)).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

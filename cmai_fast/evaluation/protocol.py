@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,8 @@ def measure(
     """
     check_suite(suite)
     runner = Runner(
-        pipeline, samples, task=task, state=state, batch_size=batch_size, seed=seed, progress=progress
+        pipeline, samples, task=task, surface=threat.surface, state=state, batch_size=batch_size, seed=seed,
+        progress=progress,
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()
@@ -229,7 +230,7 @@ def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[s
     mean and 10% and 90% quantiles over the attacked inputs, and what the guard lets through of the wrong answers."""
     points, count, threshold = [], len(runner.samples), runner.pipeline.threshold
     for i, eps in enumerate(curve_radii(threat)):
-        ball = ThreatModel(threat.norm, eps)
+        ball = replace(threat, eps=eps)
         attacked = runner.attack(spec, ball, stage=curve_stage(ball, i), brief=True)
         point = {"eps": eps, "acc_robust": float(attacked.right.sum() / count), "attack": spec.key}
         if attacked.scores is not None:
@@ -350,7 +351,7 @@ def stages(
         found["transfer"] = 12.0 * count
     if curve is not None:
         for i, eps in enumerate(curve_radii(threat)):
-            found[curve_stage(ThreatModel(threat.norm, eps), i)] = (curve.passes + 6.0) * count
+            found[curve_stage(replace(threat, eps=eps), i)] = (curve.passes + 6.0) * count
     return {f"{name}: {stage}": cost for stage, cost in found.items()}
 
 

@@ -11,6 +11,7 @@ from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.runner import Runner
+from cmai_fast.evaluation.surface import shown
 from cmai_fast.metrics.exact_match import folded
 from cmai_fast.metrics.retrieval import DIRECTIONS, recall_at
 
@@ -42,8 +43,11 @@ def recall(
 
     def similarities(images: Mapping[int, Tensor]) -> np.ndarray:
         def part(rows: list[int]) -> np.ndarray:
-            own = [images[i] if i in images else runner.images([i])[0] for i in rows] if images else None
-            return pipeline.similarities([runner.samples[i] for i in rows], own).float().cpu().numpy()
+            samples, own = [runner.samples[i] for i in rows], None
+            if images:
+                moved = [images[i] if i in images else runner.images([i])[0] for i in rows]
+                samples, own = shown(samples, moved, runner.surface)
+            return pipeline.similarities(samples, own).float().cpu().numpy()
 
         return np.concatenate([found for _, found in Parts(batch_size).over(range(len(runner.samples)), part)])
 

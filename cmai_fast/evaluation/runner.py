@@ -19,6 +19,7 @@ from torch import Tensor
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
 from cmai_fast.attacks.state import random_start
+from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.answers import Answers, Attacked
 from cmai_fast.evaluation.goals import Starts, aim, check_target, goal, texts_of
@@ -26,19 +27,14 @@ from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.surface import images_of, shown, victim_of
 from cmai_fast.evaluation.texts import Texts, typed
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import Surface, ThreatModel
 
 _PLAIN = Texts()
-
-
-def victim_of(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Victim:
-    """The victim of a batch of `pipeline.collate`, on the model's device; the texts of a dual encoder are encoded once,
-    not at every step."""
-    return Victim(pipeline.bridge, pipeline.space, pipeline.with_texts(pipeline.on_device(batch)), pipeline.heads)
 
 
 class Runner:
@@ -49,6 +45,7 @@ class Runner:
         samples: at least one, each with references.
         task: decides whether a generated text is right.
         state: stores finished batches; None: a temporary folder, deleted with the runner.
+        surface: what attacks change; that of every threat model here.
         batch_size: samples at a time; results do not depend on it.
         seed: of the attacks. Their result for a sample depends only on (seed, sample id).
         progress: receives stages and samples. A stage is named `<model>: <what>`.
@@ -60,6 +57,7 @@ class Runner:
         samples: Sequence[Sample],
         *,
         task: Task | str = "vqa",
+        surface: Surface | None = None,
         state: State | None = None,
         batch_size: int = 64,
         seed: int = 0,
@@ -67,7 +65,7 @@ class Runner:
     ) -> None:
         if not samples:
             raise ValueError("there are no samples; expected at least one to measure a model on")
-        self.pipeline, self.samples, self.seed = pipeline, samples, seed
+        self.pipeline, self.samples, self.seed, self.surface = pipeline, samples, seed, surface or Surface()
         self.task = task_over(TASKS[task] if isinstance(task, str) else task, samples)
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
@@ -102,8 +100,12 @@ class Runner:
 
     def images(self, rows: Sequence[int]) -> list[Tensor]:
         """The samples' own images in [0, 1], one tensor each, as `BatchImages.split` returns them, on the CPU."""
-        own = self.pipeline.images([self.samples[i] for i in rows])
-        return [image.cpu() for image in own.split(own.pixels())]
+        own = self.batch(rows)
+        return _apart(own, own.pixels())
+
+    def batch(self, rows: Sequence[int]) -> BatchImages:
+        """The images of these samples as attacks take them."""
+        return images_of(self.pipeline, [self.samples[i] for i in rows], self.surface)
 
     def attack(
         self,
@@ -159,7 +161,9 @@ class Runner:
         exact = spec.target is not None or not ranks(self.task)
         victim, clean, result = self._run(spec, threat, rows, exact, starts)
         forwards, backwards = victim.forwards.cpu(), victim.backwards.cpu()
-        own, first, texts = _apart(victim, clean), _apart(victim, result.adv), Texts.of(result)
+        first, texts = _apart(victim, result.adv), Texts.of(result)
+        # A blank ball is not around the sample's picture, and the clean answers are not those at its centre.
+        own = None if self.surface.name == "blank" else _apart(victim, clean)
         entry, adv = self._judged(rows, first, own, texts=texts), list(first)
         passes, attacked = result.passes, result.adv
         # Another token, at which an attack stops, is no proof: the text may say the same, or be right as well.
@@ -220,16 +224,16 @@ class Runner:
     ) -> tuple[Victim, Tensor, AttackResult]:
         """The attack on the samples at `rows`; `exact`: as of `Victim`."""
         samples, said = [self.samples[i] for i in rows], [self._said(i) for i in rows]
-        goals = [self._goal(spec, i, starts) for i in rows]
-        assert None not in goals
-        batch = self.pipeline.collate(goals)  # type: ignore[arg-type]
-        victim = victim_of(self.pipeline, batch)
+        goals = [found for i in rows if (found := self._goal(spec, i, starts)) is not None]
+        assert len(goals) == len(rows), "rows without a goal are left out before"
+        batch = self.pipeline.collate(goals)
+        victim = victim_of(self.pipeline, batch, goals, self.surface)
         victim.exact = exact and spec.reference is None and not spec.again
         aim(victim, spec, self.pipeline, samples, said)
         if ATTACKS[spec.name].text:
-            victim.prompts = typed(self.pipeline, goals, samples)  # type: ignore[arg-type]
+            victim.prompts = typed(self.pipeline, goals, samples)
         if self.pipeline.guarded:
-            victim.deployed = Deployed(self.pipeline, goals)  # type: ignore[arg-type]
+            victim.deployed = Deployed(self.pipeline, goals)
         clean = victim.pixels()
         if starts is not None:
             victim.origin = victim.join([starts[i][0] for i in rows]).to(clean)
@@ -237,6 +241,8 @@ class Runner:
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
             sample_ids=batch["sample_ids"], **spec.settings,
         )  # fmt: skip
+        if self.surface.uploads:  # what is uploaded is a file
+            result.adv = round_to_8bit(result.adv, clean, threat)
         return victim, clean, result
 
     def transfer(
@@ -247,7 +253,7 @@ class Runner:
         return self._collected(self._stage(name, rows, lambda part: (self._moved(images, threat, part), None)))
 
     def _moved(self, images: Mapping[int, Tensor], threat: ThreatModel, rows: list[int]) -> dict[str, Any]:
-        start, batch = time.perf_counter(), self.pipeline.images([self.samples[i] for i in rows])
+        start, batch = time.perf_counter(), self.batch(rows)
         clean = batch.pixels()
         own = _apart(batch, clean)
         joined = batch.join([images[i] if i in images else own[k] for k, i in enumerate(rows)]).to(clean)
@@ -272,8 +278,9 @@ class Runner:
         return self.right(journal.rows, [p for e in journal.entries for p in e["predictions"]])
 
     def _noisy(self, threat: ThreatModel, seed: int, rows: list[int]) -> dict[str, Any]:
-        batch = self.pipeline.collate([self.samples[i] for i in rows])
-        victim = victim_of(self.pipeline, batch)
+        samples = [self.samples[i] for i in rows]
+        batch = self.pipeline.collate(samples)
+        victim = victim_of(self.pipeline, batch, samples, self.surface)
         clean, ids = victim.pixels(), batch["sample_ids"]
         noisy, places = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
         eps = torch.full((len(clean),), threat.eps, device=clean.device)
@@ -309,7 +316,8 @@ class Runner:
                     found["scores"][k] = float(clean.scores[row])  # type: ignore[index]
             else:
                 left.append(k)
-        samples, moved = [texts.sample(k, self.samples[rows[k]]) for k in left], [images[k] for k in left]
+        asked = [texts.sample(k, self.samples[rows[k]]) for k in left]
+        samples, moved = shown(asked, [images[k] for k in left], self.surface)
         said = texts.answers(left, self.pipeline, samples, moved)
         scores = self.pipeline.score(samples, said, moved).double().tolist() if scored and left else []
         for place, k in enumerate(left):

@@ -32,7 +32,7 @@ def sanity_checks(measured: Measured, threat: ThreatModel, *, must_break: bool, 
     checks = [_falls_with_eps(record["curve"])] if record.get("curve") else []
     if record.get("curve") and any(a.get("steps") for a in record["attacks"].values()):
         checks.append(_more_steps(record, threat))
-    if threat.norm == "linf":
+    if _can_be_grey(threat):
         checks.append(_large_eps(runner, few))
     checks += [_finite_gradients(record), _gradients_exist(measured), _noise(measured, threat), _rounding(record)]
     if "transfer" in record["attacks"] and len(record["attacks"]) > 1:
@@ -44,12 +44,16 @@ def sanity_checks(measured: Measured, threat: ThreatModel, *, must_break: bool, 
     return checks
 
 
-def stages(name: str, count: int, norm: str, limit: int = 128) -> dict[str, float]:
+def stages(name: str, count: int, threat: ThreatModel, limit: int = 128) -> dict[str, float]:
     """The stages of `sanity_checks`, as those of `protocol.stages`."""
     few = min(limit, count)
-    found = {_large_stage(spec): (spec.passes + 6.0) * few for spec in _LARGE} if norm == "linf" else {}
+    found = {_large_stage(spec): (spec.passes + 6.0) * few for spec in _LARGE} if _can_be_grey(threat) else {}
     found |= {"noise": 6.0 * count} | {_batch_stage(k): (_SMALL.passes + 6.0) * min(24, few) for k in (1, 2)}
     return {f"{name}: {stage}": cost for stage, cost in found.items()}
+
+
+def _can_be_grey(threat: ThreatModel) -> bool:
+    return threat.norm == "linf" and threat.surface.name != "patch"
 
 
 def _large_stage(spec: AttackSpec) -> str:
@@ -84,7 +88,7 @@ def _large_eps(runner: Runner, few: list[int]) -> Check:
     standing = [i for i in few if right[i]]
     for spec in _LARGE:
         attacked = runner.attack(
-            spec, ThreatModel("linf", _LARGE_EPS), standing, stage=_large_stage(spec), brief=True
+            spec, ThreatModel("linf", _LARGE_EPS, runner.surface), standing, stage=_large_stage(spec), brief=True
         )  # fmt: skip
         standing = [i for i, still in zip(attacked.rows, attacked.right, strict=True) if still]
     share, names = len(standing) / len(few), " and ".join(spec.key for spec in _LARGE)

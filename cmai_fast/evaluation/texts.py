@@ -69,9 +69,10 @@ class Texts:
                    for a, b in pairs)  # fmt: skip
 
     def answers(
-        self, places: Sequence[int], pipeline: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor]
+        self, places: Sequence[int], pipeline: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor] | None
     ) -> list[str]:
-        """The model's answers to these samples (already with their prompts) at these places, with these images."""
+        """The model's answers to these samples (already with their prompts) at these places, with these images (None:
+        their own)."""
         if self.captions is not None:
             return _nearest(pipeline, samples, images, [self.captions[k] for k in places])
         if self.words is None:
@@ -85,7 +86,7 @@ def _parts(texts: Texts) -> list[Any]:
 
 
 def _nearest(
-    pipeline: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor], captions: Sequence[Sequence[str]]
+    pipeline: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor] | None, captions: Sequence[Sequence[str]]
 ) -> list[str]:
     """The text nearest to each image, where the changed captions stand in place of the sample's own: the caption itself
     as the sample has it, if one of its changed ones is nearest."""

@@ -92,9 +92,10 @@ def norm_text(norm: Any) -> str:
 
 
 def threat_text(settings: Mapping[str, Any]) -> str:
-    """ "16/255 in L∞"."""
-    norm = settings.get("norm")
-    return eps_text(settings["eps"]) + (f" in {norm_text(norm)}" if norm else "")
+    """ "16/255 in L∞", or "16/255 in L∞ (upload)"."""
+    norm, surface = settings.get("norm"), settings.get("threat", "input")
+    text = eps_text(settings["eps"]) + (f" in {norm_text(norm)}" if norm else "")
+    return text if surface == "input" else f"{text} ({surface})"
 
 
 def attack_text(key: str, attack: AttackResults, *, with_restarts: bool = True) -> str:

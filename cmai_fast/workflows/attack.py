@@ -26,6 +26,7 @@ from cmai_fast.files import plain, write_folder
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.pixels import round_to_8bit
+from cmai_fast.preprocessing.jpeg import save_options
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import check_names, data_settings
 from cmai_fast.workflows.folder import check_empty
@@ -82,9 +83,9 @@ def attack(
     spec.check(threat.norm)
     check_names(model, task=task, metrics=metrics)
     asked_for = {
-        "model": model, **data_settings(data), "attack": attack, "eps": threat.eps,
-        "norm": threat.norm, "steps": spec.steps, "restarts": restarts, "attack_settings": dict(spec.settings),
-        "target": target,
+        "model": model, **data_settings(data), "attack": attack, "eps": threat.eps, "norm": threat.norm,
+        "threat": str(threat.surface), "steps": spec.steps, "restarts": restarts,
+        "attack_settings": dict(spec.settings), "target": target,
         "task": task, "metrics": list(metrics), "limit": limit, "seed": seed, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
         "save_images": save_images and str(save_images),
@@ -182,18 +183,22 @@ def _saved(folder: Path) -> bool:
 
 
 def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: ThreatModel) -> None:
-    """A PNG per image of each attacked sample (per tile, where the model reads it in tiles), and the manifest."""
+    """A PNG per image of each attacked sample, and the manifest. An uploaded picture has its own size (and is a JPEG
+    file, if pictures go through JPEG); else the image is as the model reads it, tile by tile."""
     runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
     lines = []
     for place, row in enumerate(attacked.rows):
         sample = runner.samples[row]
-        batch = runner.pipeline.images([sample])
+        batch = runner.batch([row])
         own = batch.pixels()
         adv = round_to_8bit(batch.join([attacked.images[row]]).to(own), own, threat)
         (pictures,) = batch.pictures(adv)
-        files = [f"{row:06}.png" if len(pictures) == 1 else f"{row:06}-{k}.png" for k in range(len(pictures))]
+        quality = threat.surface.jpeg
+        kind = "png" if quality is None else "jpg"
+        options = {} if quality is None else save_options(quality)
+        files = [f"{row:06}.{kind}" if len(pictures) == 1 else f"{row:06}-{k}.{kind}" for k in range(len(pictures))]
         for name, picture in zip(files, pictures, strict=True):
-            Image.fromarray(np.asarray(picture)).save(folder / name)
+            Image.fromarray(np.asarray(picture)).save(folder / name, **options)
         lines.append(
             {
                 "id": sample.id,
@@ -205,6 +210,7 @@ def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: Thr
                 "broken": not attacked.right_8bit[place],
                 "attack": spec.key,
                 **({} if spec.target is None else {"target": spec.target}),
+                "threat": str(threat.surface),
                 "norm": threat.norm,
                 "eps": threat.eps,
             }

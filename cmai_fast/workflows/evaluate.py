@@ -72,6 +72,11 @@ def evaluate(
     Raises:
         ValueError: an unknown name, a bad setting, or `out` holds something else; `out` is then unchanged.
     """
+    if threat.surface.name == "blank":
+        raise ValueError(
+            "the threat blank shows the model another picture, so there is no clean accuracy to compare with; "
+            "use it with cmai-fast attack"
+        )
     out, names = Path(out), [*against, model]
     if suite is not None and attacks is not None:
         raise ValueError(f"the suite {suite!r} and attacks are given; expected one of the two (and `also` for more)")
@@ -88,7 +93,7 @@ def evaluate(
             raise ValueError(f"the model {name} is named twice; expected each once")
     settings = {
         "model": model, "against": list(against), **data_settings(data), "limit": limit,
-        "eps": threat.eps, "norm": threat.norm, "suite": suite,
+        "eps": threat.eps, "norm": threat.norm, "threat": str(threat.surface), "suite": suite,
         "attacks": [spec.to_dict() for spec in specs], "task": task, "metrics": list(metrics),
         "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
         "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,

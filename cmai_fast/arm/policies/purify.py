@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmai_fast.arm.pictures import Change, blurred, changed, jpeg, read, resized
+from cmai_fast.arm.pictures import Change, blurred, changed, read, resized
 from cmai_fast.arm.policies.policy import Case, Decision, policy
 from cmai_fast.attacks import ATTACKS, Victim, targeted
 from cmai_fast.pipeline import alone, in_parts
+from cmai_fast.preprocessing.jpeg import jpeg
 from cmai_fast.threat import ThreatModel
 
 _METHODS = ("blur", "jpeg", "resize", "counter", "anti-adversary")

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmai_fast.arm.pictures import Change, answers, blurred, changed, jpeg, read, shifted
+from cmai_fast.arm.pictures import Change, answers, blurred, changed, read, shifted
 from cmai_fast.arm.policies.policy import Case, Decision, policy
 from cmai_fast.data import Sample
 from cmai_fast.metrics.exact_match import folded
+from cmai_fast.preprocessing.jpeg import jpeg
 
 _CHANGES = ("noise", "augment")
 
