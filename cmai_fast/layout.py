@@ -208,6 +208,29 @@ class Layout:
             pictures.append([p.permute(1, 2, 0).numpy() for p in parts])
         return pictures
 
+    def coordinates(self, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row, column and number of the picture (as of `images`) of each pixel of `units` (N, U, C, h, w), in the order
+        of their elements without channels: (N, U * h * w) int64 each. The number of padding is -1."""
+        n, u, _, h, w = units.shape
+        y = torch.arange(h)[:, None].expand(n, u, h, w).clone()
+        x = torch.arange(w).expand(n, u, h, w).clone()
+        number = torch.arange(u)[:, None, None].expand(n, u, h, w).clone()
+        if self.patches is not None:
+            size = self.patches.size
+            for row in range(n):
+                at = 0
+                for k, (rows, columns) in enumerate(self._grids_of(row)):
+                    own = torch.stack(
+                        torch.meshgrid(torch.arange(rows * size), torch.arange(columns * size), indexing="ij")
+                    )
+                    cut = self._cut(torch.cat([own, torch.full_like(own[:1], k)]), (rows, columns))
+                    y[row, at : at + len(cut)], x[row, at : at + len(cut)] = cut[:, 0], cut[:, 1]
+                    number[row, at : at + len(cut)] = k
+                    at += len(cut)
+        free = self.real[:, :, None, None, None] if self.mask is None else self.mask
+        number = torch.where(free[:, :, 0].cpu(), number, -1)
+        return y.flatten(1), x.flatten(1), number.flatten(1)
+
     def from_images(self, pictures: Sequence[Sequence[np.ndarray]]) -> torch.Tensor:
         """Pictures as from `images` back to units (N, U, C, h, w) in [0, 1], float32."""
         packed = []
@@ -241,8 +264,8 @@ class Layout:
     def _cut(self, image: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         assert self.patches is not None
         (h, w), (p, _, m) = grid, self.patches
-        blocks = image.reshape(self.channels, h // m, m, p, w // m, m, p)
-        return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(h * w, self.channels, p, p)
+        blocks = image.reshape(len(image), h // m, m, p, w // m, m, p)
+        return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(h * w, len(image), p, p)
 
 
 def runs(lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,30 @@ def test_it_needs_to_know_the_texts(samples):
         Pipeline("clip", model(), processor()).generate(samples)
 
 
+@pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr"])
+def test_the_first_text_is_a_target_like_any_other(pipeline, samples, loss):
+    texts = choices_of(samples)
+    spec = AttackSpec("apgd", 20, target=texts[0], settings={"loss": loss})
+    attacked = Runner(pipeline, samples).attack(spec, ThreatModel("linf", 64 / 255))
+    assert attacked.fooled.tolist() == [p == texts[0] for p in attacked.predictions]
+    assert attacked.fooled.mean() >= 0.5 and all(samples[i].answer != texts[0] for i in attacked.rows)
+    with pytest.raises(
+        ValueError, match=r"the target 'pink' is none of the 8 texts to choose from, which begin with 'a"
+    ):
+        Runner(pipeline, samples).attack(replace(spec, target="pink"), ThreatModel("linf", 0.1))
+
+
+def test_other_captions_of_an_image_are_no_other_answers(pipeline, samples):
+    captions = [replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape")) for s in samples[:4]]
+    ranked = copy.copy(pipeline)
+    runner = Runner(ranked, captions)
+    texts, spec = ranked.collate.texts, AttackSpec("pgd", 1, settings={"loss": "dlr"}, other=1)
+    victim = runner._run(spec, ThreatModel("linf", 0.01), [0, 1, 2, 3])[0]
+    for row, sample in enumerate(captions):
+        known = [texts[k] for k in range(len(texts)) if victim.others.place[row, k] >= 0]
+        assert known == [t for t in texts if t not in sample.references]
+
+
 def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
     captions = [
         replace(s, choices=(), references=(s.answer, f"{s.answer.split()[1]} shape"), images=s.images) for s in samples
@@ -163,7 +187,7 @@ def test_an_attack_moves_an_image_from_all_its_own_captions(pipeline, samples):
     broken = {}
     for every in (True, False):
         if not every:
-            runner._target = lambda row: replace(captions[row], references=(runner.clean().predictions[row],))
+            runner._goal = lambda _, row, *a: replace(captions[row], references=(runner._said(row),))
         broken[every] = (~runner.attack(AttackSpec("pgd", 10), threat, stage=f"all {every}").right).sum()
     assert broken[True] > broken[False]
 

@@ -13,6 +13,7 @@ from cmai_fast.lazy import lazily
 if TYPE_CHECKING:
     from cmai_fast.attacks.gradients import GRADIENTS, Exact, MeanOverTransforms, StaleBridge, exact_gradient
     from cmai_fast.attacks.losses import LOSSES, targeted, weighted
+    from cmai_fast.attacks.others import OtherAnswers
     from cmai_fast.attacks.state import AttackResult
     from cmai_fast.attacks.victim import Evaluation, Outputs, Passes, Victim
     from cmai_fast.attacks.words import Words
@@ -26,6 +27,7 @@ __all__ = [
     "Evaluation",
     "Exact",
     "MeanOverTransforms",
+    "OtherAnswers",
     "Outputs",
     "Passes",
     "StaleBridge",
@@ -48,6 +50,7 @@ __getattr__ = lazily(
         "LOSSES": "losses",
         "targeted": "losses",
         "weighted": "losses",
+        "OtherAnswers": "others",
         "AttackResult": "state",
         "Evaluation": "victim",
         "Outputs": "victim",

@@ -124,7 +124,7 @@ class Evading:
             with torch.enable_grad():
                 leaf = model_input.detach().clone().requires_grad_()
                 lead, excess = self.parts(victim, leaf, rows)
-                victim.passes.full_backward += 1
+                victim.ran(rows, backward=True)
                 if self.mode == "orthogonal":
                     grad = self._orthogonal(victim, lead, excess, leaf)
                 else:

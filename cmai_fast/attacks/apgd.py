@@ -28,7 +28,12 @@ def checkpoints(steps: int) -> set[int]:
     return {-(-x * steps // 100) for x in p[1:] if x <= 100}
 
 
-@attack("apgd", label="APGD", steps=100)
+def _refuse(first_step: float = 2.0, **others: object) -> None:
+    if not 0 < first_step < float("inf"):
+        raise ValueError(f"apgd: first_step is {first_step}; expected a finite number above 0, in radii")
+
+
+@attack("apgd", label="APGD", steps=100, refuse=_refuse)
 def apgd(
     victim: Victim,
     clean: Tensor,
@@ -41,10 +46,12 @@ def apgd(
     loss: str | Loss | None = None,
     gradient: str | Gradient | None = None,
     early_stop: bool = True,
+    first_step: float = 2.0,
 ) -> AttackResult:
-    """APGD (Croce and Hein, 2020), whose first step is 2 * eps; on the cross-entropy unless `loss` says otherwise.
+    """APGD (Croce and Hein, 2020), on the cross-entropy unless `loss` says otherwise.
 
     Args:
+        first_step: size of the first steps, in radii (eps); 1 in RobustVLM.
         early_stop: samples that are fooled leave the batch; with False the result is still the best point found.
 
     As in the authors' code, checkpoint w_j is reached when x^(w_j) has been evaluated; its two conditions need no more.
@@ -52,7 +59,7 @@ def apgd(
     if victim.words is not None:
         raise ValueError("words are under attack, which APGD does not move; use pgd")
     return restarted(
-        lambda run: _Run(run, steps, early_stop).ascend(steps),
+        lambda run: _Run(run, steps, early_stop, first_step).ascend(steps),
         victim, clean, threat, restarts=restarts, seed=seed, sample_ids=sample_ids, loss=loss, gradient=gradient,
         early_stop=early_stop,
     )  # fmt: skip
@@ -61,7 +68,7 @@ def apgd(
 class _Run:
     """One restart: the state of each row that is still in the batch."""
 
-    def __init__(self, run: Restart, steps: int, early_stop: bool) -> None:
+    def __init__(self, run: Restart, steps: int, early_stop: bool, first_step: float) -> None:
         self.run, self.early_stop = run, early_stop
         victim, norm = run.victim, run.threat.norm
         self.step = ops.apgd_linf_step_ if norm == "linf" else ops.apgd_l2_step_
@@ -72,7 +79,7 @@ class _Run:
         random_start(victim, self.adv, self.clean, self.eps, run.sample_ids[run.rows], run.rows, run.seed, norm)
         self.previous = self.adv.clone()
         self.model_input = victim.space.to_model(self.adv)
-        self.size = 2 * self.eps
+        self.size = first_step * self.eps
         self.evaluate()
         # The next step first stores a row's best point if it improved, or returns to it if it restarts.
         self.improved, self.restart = torch.ones_like(self.right), torch.zeros_like(self.right)

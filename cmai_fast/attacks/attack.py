@@ -38,7 +38,7 @@ class Attack:
         threats: norms of the balls it searches.
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
-        gradients: whether it follows gradients, and so takes `loss` and `gradient`.
+        named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
@@ -53,9 +53,19 @@ class Attack:
     threats: tuple[str, ...]
     settings: Mapping[str, Any]
     kinds: Mapping[str, tuple[type, ...]]
-    gradients: bool
+    named: tuple[str, ...]
     refuse: Callable[..., None] | None
     run: Callable[..., AttackResult]
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it follows gradients."""
+        return "gradient" in self.named
+
+    @property
+    def losses(self) -> bool:
+        """Whether it maximises a loss that can be chosen."""
+        return "loss" in self.named
 
     def __call__(
         self,
@@ -120,7 +130,7 @@ class Attack:
         """
         found: dict[str, Any] = {}
         for key, value in settings.items():
-            if key in _BY_NAME and self.gradients:
+            if key in self.named:
                 _check_named(key, value)
                 found[key] = value
             elif key not in self.settings:
@@ -137,8 +147,7 @@ class Attack:
 
     def _listed(self) -> str:
         own = [f"{key} ({said})" for key, said in self.describe().items()]
-        if self.gradients:
-            own += ["loss (a name)", "gradient (a name)"]
+        own += [f"{key} (a name)" for key in self.named]
         return f"its settings are {', '.join(own)}" if own else "it has no settings of its own"
 
     def _typed(self, key: str, value: Any) -> Any:
@@ -152,7 +161,20 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
     frozenset(
-        {"ascent", "attack", "deployed", "gradients", "losses", "restarts", "state", "upload", "victim", "words"}
+        {
+            "ascent",
+            "attack",
+            "canvas",
+            "deployed",
+            "gradients",
+            "losses",
+            "others",
+            "restarts",
+            "state",
+            "upload",
+            "victim",
+            "words",
+        }
     ),
 )
 
@@ -172,7 +194,8 @@ def attack(
     """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
-    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`. `refuse` gets the
+    `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
+    `loss` alone. `refuse` gets the
     settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
     """
 
@@ -195,7 +218,7 @@ def attack(
             threats=tuple(threats),
             settings={p.name: p.default for p in own},
             kinds={p.name: kinds_of(p.annotation, function.__globals__, "an attack") for p in own},
-            gradients=set(_BY_NAME) <= set(taken),
+            named=tuple(key for key in _BY_NAME if key in taken),
             refuse=refuse,
             run=function,
         )

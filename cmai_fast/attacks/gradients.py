@@ -70,7 +70,7 @@ def exact_gradient(
         losses = loss(features, outputs, victim, rows)
         grad = differentiate(victim.bridge.model, losses, leaf)
     if victim.passes.full_forward > before:
-        victim.passes.full_backward += 1
+        victim.ran(rows, backward=True)
     else:
         victim.passes.vision_backward += 1
     if not judge:
@@ -160,7 +160,7 @@ def refresh(
         losses = loss.loss(features, outputs, victim, rows)
         # Stops at the bridge, which keeps the graph of the vision side for the second half.
         p = loss.alpha * differentiate(victim.bridge.model, losses, features)
-        victim.passes.full_backward += 1
+        victim.ran(rows, backward=True)
         way, score = loss.direction(p, features, victim, rows)
         (grad,) = torch.autograd.grad((way * features).sum(), leaf)
     total = loss.alpha * losses.detach()
@@ -227,7 +227,7 @@ class MeanOverTransforms:
             outputs, before = victim.outputs(features, rows), victim.passes.full_forward
             grad = differentiate(victim.bridge.model, loss(features, outputs, victim, rows), leaf)
         if victim.passes.full_forward > before:
-            victim.passes.full_backward += 1
+            victim.ran(rows, backward=True)
         else:
             victim.passes.vision_forward += 1
             victim.passes.vision_backward += 1

@@ -26,6 +26,7 @@ class Loss(Protocol):
 
 
 _NO_TARGET = -100  # as in `Bridge.fuse`
+_TINY = 1e-12  # in place of a difference of 0
 
 LOSSES: Registry[Loss] = Registry("loss", "cmai_fast.attacks.losses")
 
@@ -44,8 +45,8 @@ def loss_of(named: str | Loss | None) -> Loss:
 
 @loss("cross-entropy")
 def cross_entropy(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
-    """L_task: the mean cross-entropy over the tokens of the true response."""
-    return outputs.losses
+    """L_task: the mean cross-entropy over the tokens of the true response; of a wanted response, its negative."""
+    return -outputs.losses if victim.targeted else outputs.losses
 
 
 @loss("margin")
@@ -54,8 +55,12 @@ def margin(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | No
 
     The response is intact while each of its tokens beats all others, so the token with the smallest lead counts.
     Differences of log-probabilities are differences of logits. The loss of Carlini and Wagner (2017, section V.A, f_6),
-    per token; it does not saturate where the model is sure of its answer.
+    per token; it does not saturate where the model is sure of its answer. Of a wanted response (`Victim.targeted`) it
+    is the negative: above 0 if the model gives it. Towards one other answer (`OtherAnswers.aim`) it is log p of that
+    answer less that of the true one, at the token where the two part.
     """
+    if not victim.targeted and victim.others is not None and victim.others.aim is not None:
+        return victim.others.toward(victim.others.leads(outputs, rows), rows)
     logits, targets = outputs.logits, outputs.targets
     if logits.shape[-1] < 2:
         raise ValueError("the margin compares the target with other tokens, but there is only one to choose from")
@@ -64,7 +69,38 @@ def margin(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | No
     place = targets.masked_fill(~here, 0).unsqueeze(-1)
     own = logits.gather(-1, place).squeeze(-1)
     other = logits.scatter(-1, place, float("-inf")).amax(-1)
-    return (other - own).masked_fill(~here, float("-inf")).amax(1)
+    lead = (other - own).masked_fill(~here, float("-inf")).amax(1)
+    return -lead if victim.targeted else lead
+
+
+@loss("dlr")
+def dlr(features: Tensor, outputs: Outputs, victim: Victim, rows: Tensor | None) -> Tensor:
+    """The difference of logits ratio over the answers to choose from (Croce and Hein, 2020, equations 6 and 7).
+
+    z_1 >= z_2 >= ... are the answers' log-probabilities where they part from the label, y is the true answer, and j
+    any other: (max z_j - z_y) / (z_1 - z_3), above 0 if the response breaks. Towards one answer t (`OtherAnswers.aim`,
+    or the wanted response): (z_t - z_y) / (z_1 - (z_3 + z_4) / 2). The cross-entropy of a sure model saturates; a ratio
+    does not.
+
+    Raises:
+        ValueError: the victim's `others` are missing, or a sample has fewer than four answers.
+    """
+    others = victim.others
+    if others is None:
+        raise ValueError(
+            "dlr compares the answers to choose from, which the victim does not know; set its `others`, or use margin"
+        )
+    if others.least < 3:
+        raise ValueError(
+            f"row {int(others.counts.argmin())} has {others.least + 1} answers to choose from, and dlr compares "
+            "at least 4; use margin"
+        )
+    leads = others.leads(outputs, rows)
+    z = torch.cat([torch.zeros_like(leads[:, :1]), leads], 1).topk(4, 1).values
+    if others.aim is None:
+        return leads.amax(1) / (z[:, 0] - z[:, 2] + _TINY)
+    toward = others.toward(leads, rows) / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2 + _TINY)
+    return -toward if victim.targeted else toward
 
 
 @loss("lower-consistency")

@@ -19,8 +19,8 @@ class AttackResult:
     """Adversarial images of a batch.
 
     adv: like `clean`, (N, C, H, W) or units of a `Layout`, float32 (float64 if `clean` is) in [0, 1], inside the ball.
-    fooled: (N,) bool: the model's response to `adv` is not the label. A sample that is wrong on its clean
-        image counts as fooled, and `adv` is that image.
+    fooled: (N,) bool: the model's response to `adv` is not the label, or if the victim is `targeted`, it is. A sample
+        for which the clean image does so counts as fooled, and `adv` is that image.
     loss: (N,) the maximised loss, at `adv`.
     passes: the model passes that the attack took.
     nonfinite: (N,) int64, NaN and infinite elements in the sample's gradients. In a sign step, NaN counts as 0 and
@@ -118,11 +118,14 @@ def random_start(
     seed: int,
     norm: str,
 ) -> None:
-    """`ops.random_start_` for `rows` (n,) of the batch, without their padding.
+    """`ops.random_start_` for `rows` (n,) of the batch, without their padding; or the victim's own `origin`.
 
     If samples differ in size, each gets the noise it would get alone, which in the L2 ball depends on its size.
     """
     layout = victim.layout
+    if victim.origin is not None:
+        adv.copy_(victim.origin.to(adv)[rows])
+        return
     if layout is None or not layout.ragged:
         ops.random_start_(adv, clean, eps, sample_ids, seed, norm)
         return

@@ -27,6 +27,7 @@ from cmai_fast.pixels import PixelSpace
 if TYPE_CHECKING:
     from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
+    from cmai_fast.attacks.others import OtherAnswers
     from cmai_fast.attacks.words import Words
 
 
@@ -78,8 +79,13 @@ class Victim(BatchImages):
         words: the prompts, if they are under attack too (`Words`).
         exact: whether a text counts as wrong as soon as a token differs from the label. If not, no sample counts as
             fooled, so that attacks take all their steps and return the image with the highest loss.
+        targeted: the labels are the answers that the attacker wants. Losses of the response then have the other sign,
+            and a sample counts as fooled when the model gives its label.
+        others: the other answers that a sample may give, for losses over closed answers; None: unknown.
+        origin: (N, ...) images in [0, 1] inside the ball, where attacks begin in place of a random point; None: there.
 
-    `passes` counts the model passes.
+    `passes` counts the model passes of batches; `forwards` and `backwards` (N,) int64 those of the whole model that
+    each sample was in.
 
     Raises:
         ValueError: a key of the batch is missing or has another shape.
@@ -99,7 +105,11 @@ class Victim(BatchImages):
         self.passes = Passes()
         self.deployed: Deployed | None = None
         self.words: Words | None = None
-        self.exact = True
+        self.exact, self.targeted = True, False
+        self.others: OtherAnswers | None = None
+        self.origin: Tensor | None = None
+        self.forwards = torch.zeros(len(self), dtype=torch.int64, device=self.batch["labels"].device)
+        self.backwards = torch.zeros_like(self.forwards)
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None
         self._tokens = bridge.image_tokens(self.batch)
@@ -110,6 +120,15 @@ class Victim(BatchImages):
         and has memory-saving MLPs and a fast patch embedding. It is restored afterwards, also after an exception."""
         with attack_mode(self.bridge.model, self.heads):
             yield
+
+    def ran(self, rows: Tensor | None, *, backward: bool = False) -> None:
+        """Counts a pass of the whole model over `rows` (None: all)."""
+        count = self.backwards if backward else self.forwards
+        count = count + 1 if rows is None else count.index_add(0, rows, torch.ones_like(rows))
+        if backward:
+            self.passes.full_backward, self.backwards = self.passes.full_backward + 1, count
+        else:
+            self.passes.full_forward, self.forwards = self.passes.full_forward + 1, count
 
     def read(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
         """Images of `rows` in this victim's input space to the model's; the same, unless the victim is an upload."""
@@ -220,14 +239,14 @@ class Outputs:
             else:
                 with self._said():
                     self._losses = self._victim.bridge.losses(self._features, **self._texts())
-                self._victim.passes.full_forward += 1
+                self._victim.ran(self._rows)
         return self._losses
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         if self._logits is None:
             with self._said():
                 self._logits = self._victim.bridge.fuse(self._features, **self._texts())
-            self._victim.passes.full_forward += 1
+            self._victim.ran(self._rows)
         return self._logits
 
     @property
@@ -237,9 +256,12 @@ class Outputs:
 
     @property
     def right(self) -> Tensor:
-        """(n,) bool, no gradient: every target token is the most likely one; True if the victim is not `exact`."""
+        """(n,) bool, no gradient: the attack has not succeeded. Every target token is the most likely one, or if the
+        victim is `targeted`, one is not; True if the victim is not `exact`."""
         right = self._judged()[1]
-        return right if self._victim.exact else torch.ones_like(right)
+        if not self._victim.exact:
+            return torch.ones_like(right)
+        return ~right if self._victim.targeted else right
 
     @property
     def logits(self) -> Tensor:

@@ -33,6 +33,10 @@ def attack(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the attack; may be given several times."),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="A text that the model has to give, for a targeted attack.", show_default="any wrong answer"),
+    ] = None,
     threat: options.Threat = "input",
     eps: options.Eps = None,
     norm: options.Norm = "linf",
@@ -69,14 +73,15 @@ def attack(
 
     record = workflow.attack(
         model, source, attack, ball,
-        steps=steps, restarts=restarts, settings=own, task=task, metrics=metric or (), limit=limit, seed=seed,
-        batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images, resume=resume,
-        device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
+        steps=steps, restarts=restarts, settings=own, target=target, task=task, metrics=metric or (), limit=limit,
+        seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images,
+        resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
     )  # fmt: skip
     shares = {name: percent(record[name]) for name in ("acc_clean", "acc_robust", "asr")}
+    reached = "" if target is None else f" The target was given by {percent(record['asr_target'])} of those attacked."
     Console(highlight=False, stderr=options.is_stdout(out)).print(
         f"{record['n']} samples: clean accuracy {shares['acc_clean']}, robust accuracy {shares['acc_robust']}, "
-        f"attack success {shares['asr']}."
+        f"attack success {shares['asr']}.{reached}"
     )
     if not options.is_stdout(out):
         print_path("Results", out)

@@ -20,7 +20,7 @@ EXAMPLE = (
 def evaluate(
     ctx: typer.Context,
     *,
-    show: Annotated[bool, options.lister(lists.evaluation, "Show tasks, data formats and metrics.")] = False,
+    show: Annotated[bool, options.lister(lists.evaluation, "Show tasks, data formats, metrics and suites.")] = False,
     model: options.Model,
     against: Annotated[
         list[str] | None,
@@ -36,6 +36,13 @@ def evaluate(
     threat: options.Threat = "input",
     eps: options.Eps = None,
     norm: options.Norm = "linf",
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="A standard set of attacks; --list shows them.",
+            show_default="PGD of --steps and --restarts, and APGD of twice the steps",
+        ),
+    ] = None,
     steps: options.AttackSteps = 50,
     restarts: options.Restarts = 2,
     also: Annotated[
@@ -65,6 +72,8 @@ def evaluate(
     ball = options.read_threat(norm, eps, threat)
     source = options.read_data(data, fields, split_seed, split, missing)
     options.check([model, *(against or ())], source, task=task, metrics=metric, attacks=also)
+    if suite is not None:
+        _check_suite(ctx, suite)
     printed = options.is_stdout(out)
     if printed and resume:
         raise ValueError("--out - has nothing to resume; name the folder of the interrupted run")
@@ -77,7 +86,7 @@ def evaluate(
         folder = Path(aside, "run") if printed else out
         results = workflow.evaluate(
             model, source, ball,
-            against=against or (), also=joined, out=folder, limit=limit, steps=steps, restarts=restarts,
+            against=against or (), suite=suite, also=joined, out=folder, limit=limit, steps=steps, restarts=restarts,
             batch_size=batch_size, seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens,
             resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
         )  # fmt: skip
@@ -85,3 +94,13 @@ def evaluate(
             typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
     if not printed:
         print_summary(results, out)
+
+
+def _check_suite(ctx: typer.Context, suite: str) -> None:
+    """Raises ValueError for an unknown suite, or for a budget beside it."""
+    from cmai_fast.evaluation.suites import SUITES
+
+    SUITES.check(suite)
+    for name in ("steps", "restarts"):
+        if ctx.get_parameter_source(name).name != "DEFAULT":  # type: ignore[union-attr]
+            raise ValueError(f"--suite {suite} has budgets of its own; leave --{name} out")

@@ -26,14 +26,16 @@ def attacks() -> None:
 
 
 def evaluation() -> None:
-    """Tasks, data formats and metrics."""
+    """Tasks, data formats, metrics and suites."""
     from cmai_fast.data.formats import FORMATS
+    from cmai_fast.evaluation.suites import SUITES
     from cmai_fast.metrics import METRICS
     from cmai_fast.tasks import TASKS
 
     _show("task", ("",), [(name, task.label) for name, task in TASKS.items()])
     _show("data", ("",), [(f"{name}:{f.takes}" if f.takes else name, _idea(f.read)) for name, f in FORMATS.items()])
     _show("metric", ("",), [(name, _idea(metric)) for name, metric in METRICS.items()])
+    _show("suite", ("",), [(name, " ".join((found.__doc__ or "").split())) for name, found in SUITES.items()])
 
 
 def defences() -> None:

@@ -7,11 +7,10 @@ pictures of the model nor on the test split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
-from cmai_fast.data.sample import Sample
+from cmai_fast.data.sample import Sample, SampleList
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +42,7 @@ def _load_pictures(official_split: str) -> np.ndarray:
     return np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in range(len(paths))])
 
 
-class EasyVQA(Sequence[Sample]):
+class EasyVQA(SampleList):
     """Questions about easy-VQA pictures, one sample per question.
 
     Args:
@@ -80,14 +79,8 @@ class EasyVQA(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = self.sample_ids[index]
+    def at(self, place: int) -> Sample:
+        i = self.sample_ids[place]
         return Sample(
             id=i,
             images=(_load_pictures(self._official)[self.image_ids[i]],),

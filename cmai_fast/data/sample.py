@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from cmai_fast.metrics.exact_match import folded
 
@@ -83,3 +84,19 @@ def numeric_id(sample_id: Hashable) -> int:
     if isinstance(sample_id, int) and not isinstance(sample_id, bool) and -(2**63) <= sample_id < 2**63:
         return sample_id
     return int.from_bytes(hashlib.blake2b(repr(sample_id).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class SampleList(Sequence[Sample]):
+    """Samples that are made when they are asked for; a slice is a list of them."""
+
+    @abstractmethod
+    def at(self, place: int) -> Sample:
+        """The sample at `place`, from 0 to `len(self)` - 1."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        places = range(len(self))[index]
+        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.protocol import Measured
-from cmai_fast.evaluation.runner import Attacked
 from cmai_fast.evaluation.surface import shown as shown_to_model
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import round_to_8bit

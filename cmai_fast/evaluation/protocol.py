@@ -11,10 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.answers import Answers, Attacked
+from cmai_fast.evaluation.goals import Worst, reaches
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.recall import recall
-from cmai_fast.evaluation.runner import Answers, Attacked, Runner, eps_text
+from cmai_fast.evaluation.runner import Runner, eps_text
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec, check_suite
 from cmai_fast.metrics import (
@@ -69,9 +71,9 @@ def measure(
     every attack on every sample.
 
     Args:
-        suite: Acc_robust counts the worst of these per sample; attacks on a guard are left out for a model without
-            one. The first attack runs on every sample whose clean answer
-            is right; its images are kept, and give S_c of attacked inputs.
+        suite: Acc_robust counts the worst of these per sample; attacks on a guard are left out for a model without one,
+            and attacks that have nothing to aim at (`AttackSpec.other`, `reference`) too. The first attack runs on
+            every sample whose clean answer is right; its images are kept, and give S_c of attacked inputs.
         curve: the attack for robust accuracy over eps; None leaves out the curve.
         transferred: adversarial images of other models for the same samples, by name and row. They join the suite, and
             are tried on every sample whose clean answer is right.
@@ -85,19 +87,27 @@ def measure(
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()
-    if left_out := [spec.key for spec in suite if spec.attacks_guard and not pipeline.guarded]:
-        measured.record["left_out"] = dict.fromkeys(left_out, "the model has no guard")
+    left_out = {spec.key: "the model has no guard" for spec in suite if spec.attacks_guard and not pipeline.guarded}
+    left_out |= {spec.key: "no sample has such an answer" for spec in suite if not runner.aims(spec)}
+    if left_out:
+        measured.record["left_out"] = left_out
     suite = [spec for spec in suite if spec.key not in left_out]
     moved = []  # what `recall` ranks: also samples that were wrong before, whose ranks can still fall
+    worst = Worst() if any(spec.again for spec in suite) else None
     for i, spec in enumerate(suite):
         if ranks(runner.task):
             whole = runner.attack(spec, threat, range(len(standing)), keep=True)
             moved.append((whole, whole.images))
             attacked = whole.among(measured.clean.right)
         else:
-            attacked = runner.attack(spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0)
+            attacked = runner.attack(
+                spec, threat, np.flatnonzero(standing).tolist(), keep=i == 0 or worst is not None,
+                starts=worst if spec.again else None,
+            )  # fmt: skip
         measured.attacked[spec.key] = attacked
         standing[attacked.rows] = ~_settled(pipeline, attacked)
+        if worst is not None:
+            worst.see(attacked.rows, _scores(runner, attacked), attacked.images, spec)
     for name, images in (transferred or {}).items():
         measured.attacked[name] = runner.transfer(images, threat, name=name)
         moved.append((measured.attacked[name], images))
@@ -111,6 +121,11 @@ def measure(
     if pipeline.scores:
         _add_consistency(measured)
     return measured
+
+
+def _scores(runner: Runner, attacked: Attacked) -> list[float]:
+    pairs = zip(attacked.rows, attacked.predictions, strict=True)
+    return [runner.task.score(text, runner.samples[row]) for row, text in pairs]
 
 
 def _settled(pipeline: Pipeline, attacked: Attacked) -> np.ndarray:
@@ -144,7 +159,9 @@ def _add_accuracy(measured: Measured, specs: Mapping[str, AttackSpec]) -> None:
 def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any]:
     """`attacked` is the number of samples that the attack ran on, `broken` the number it made wrong, `asr` their ratio.
 
-    The caller adds `acc_robust` and `acc_robust_8bit`, which are cumulative over this attack and those before it.
+    `per_sample`: the mean number of passes of the whole model that an attacked sample was in. For a targeted attack,
+    `reached` samples gave the target, and `asr_target` is their share. The caller adds `acc_robust` and
+    `acc_robust_8bit`, which are cumulative over this attack and those before it.
     """
     count, broken = len(attacked.rows), int((~attacked.right).sum())
     record: dict[str, Any] = {
@@ -156,6 +173,13 @@ def _attack_record(attacked: Attacked, spec: AttackSpec | None) -> dict[str, Any
     if spec is not None:
         record |= spec.to_dict() | {"label": spec.label}
         record["passes"] = {"forward": attacked.passes.full_forward, "backward": attacked.passes.full_backward}
+        if count:
+            record["per_sample"] = {
+                "forward": float(attacked.forwards.mean()), "backward": float(attacked.backwards.mean())
+            }  # fmt: skip
+        if spec.target is not None:
+            reached = sum(reaches(spec, text) for text in attacked.predictions)
+            record |= {"reached": reached, "asr_target": reached / count if count else None}
         record["nonfinite_gradients"] = int(attacked.nonfinite.sum())
         record["zero_gradients"] = int(attacked.zero_gradients.sum())
     return record

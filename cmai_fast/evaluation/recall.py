@@ -8,8 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from cmai_fast.data.choices import ChoiceCollator
+from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.parts import Parts
-from cmai_fast.evaluation.runner import Attacked, Runner
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.surface import shown
 from cmai_fast.metrics.exact_match import folded
 from cmai_fast.metrics.retrieval import DIRECTIONS, recall_at

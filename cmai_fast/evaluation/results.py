@@ -40,6 +40,14 @@ class AttackResults(TypedDict, total=False):
     label: str  # as the literature writes it
     steps: int
     restarts: int
+    settings: dict[str, Any]
+    target: str  # the aim of an attack, as in `AttackSpec`
+    other: int
+    reference: int
+    again: bool
+    reached: int  # samples that gave the target
+    asr_target: float | None
+    per_sample: dict[str, float]  # mean passes of an attacked sample
     acc_robust: float
     acc_robust_8bit: float
     asr: float | None  # None: no sample was right before the attack

@@ -10,7 +10,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from cmai_fast.attacks.deployed import Deployed
 from cmai_fast.attacks.state import random_start
 from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
+from cmai_fast.evaluation.answers import Answers, Attacked
+from cmai_fast.evaluation.goals import Starts, aim, check_target, goal, texts_of
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
@@ -31,61 +32,6 @@ from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import levels, round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
 from cmai_fast.threat import Surface, ThreatModel
-
-
-@dataclass
-class Answers:
-    """The model's answers to images of some samples.
-
-    rows: indices of the samples (M of N). predictions: generated texts. right: (M,) bool, by the task. scores: S_c (M,)
-    of image, prompt and that answer; None without heads.
-    """
-
-    rows: list[int]
-    predictions: list[str]
-    right: np.ndarray
-    scores: np.ndarray | None
-
-
-@dataclass
-class Attacked(Answers):
-    """The result of an attack on the samples that it ran on; verdicts are those of `Answers`.
-
-    right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
-    fast verdict (exact match under teacher forcing). nonfinite, zero_gradients: (M,) as in `AttackResult`. images: of
-    each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them.
-    """
-
-    predictions_8bit: list[str]
-    right_8bit: np.ndarray
-    fooled: np.ndarray
-    passes: Passes
-    seconds: float
-    nonfinite: np.ndarray
-    zero_gradients: np.ndarray
-    images: Mapping[int, Tensor] = field(repr=False)
-
-    def among(self, mask: np.ndarray) -> Attacked:
-        """Only of the samples in `mask` (N,) bool; passes and seconds stay those of all."""
-        keep = mask[self.rows]
-        places = np.flatnonzero(keep).tolist()
-        return replace(
-            self,
-            rows=[self.rows[k] for k in places],
-            predictions=[self.predictions[k] for k in places],
-            predictions_8bit=[self.predictions_8bit[k] for k in places],
-            scores=None if self.scores is None else self.scores[keep],
-            **{
-                name: getattr(self, name)[keep]
-                for name in ("right", "right_8bit", "fooled", "nonfinite", "zero_gradients")
-            },
-        )
-
-    def over(self, count: int, values: np.ndarray, rest: bool = True) -> np.ndarray:
-        """`values` (M,) at the attacked rows of all `count` samples, `rest` at the others."""
-        whole = np.full(count, rest)
-        whole[self.rows] = values
-        return whole
 
 
 class Runner:
@@ -167,21 +113,26 @@ class Runner:
         stage: str | None = None,
         keep: bool = False,
         brief: bool = False,
+        starts: Starts | None = None,
     ) -> Attacked:
         """One attack on the samples at `rows`; None: all whose clean answer is right.
 
-        The attack moves away from the model's clean answer if that is right, else from the first reference. Where it
-        stopped at a changed token and the text is still right by the task, it runs again without such stops.
+        The attack moves away from the model's clean answer if that is right, else from the first reference, or where
+        `spec` says; samples without such an answer are left out. Where it stopped at a changed token and the text is
+        still right by the task, it runs again without such stops.
 
         Args:
             stage: its name in the state; None: attack and radius. A name must always mean the same attack.
             keep: keep the attacked images.
             brief: leave out the 8-bit images; the 8-bit fields then repeat the others.
+            starts: for a `spec` that continues (`again`).
         """
         spec.check(threat.norm)
+        check_target(spec, texts_of(self.pipeline))
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
+        rows = [i for i in rows if self._goal(spec, i, starts) is not None]
         stage = stage or f"{spec.key} at {eps_text(threat)}"
-        journal = self._stage(stage, rows, lambda part: self._attacked(spec, threat, part, keep, brief))
+        journal = self._stage(stage, rows, lambda part: self._attacked(spec, threat, part, keep, brief, starts))
         attacked = self._collected(journal)
         zero = int((attacked.zero_gradients > 0).sum())
         if zero:
@@ -194,11 +145,19 @@ class Runner:
         return attacked
 
     def _attacked(
-        self, spec: AttackSpec, threat: ThreatModel, rows: list[int], keep: bool, brief: bool
+        self,
+        spec: AttackSpec,
+        threat: ThreatModel,
+        rows: list[int],
+        keep: bool,
+        brief: bool,
+        starts: Starts | None = None,
     ) -> tuple[dict[str, Any], dict[int, Tensor] | None]:
         start = time.perf_counter()
         # R@5 of an image that is not R@1 can be attacked too, so where texts are ranked nothing stops early.
-        victim, clean, result = self._run(spec, threat, rows, exact=not ranks(self.task))
+        exact = spec.target is not None or not ranks(self.task)
+        victim, clean, result = self._run(spec, threat, rows, exact, starts)
+        forwards, backwards = victim.forwards.cpu(), victim.backwards.cpu()
         first = _apart(victim, result.adv)
         # A blank ball is not around the sample's picture, and the clean answers are not those at its centre.
         own = None if self.surface.name == "blank" else _apart(victim, clean)
@@ -214,6 +173,8 @@ class Runner:
             passes, attacked = passes + again.passes, victim.join(adv).to(clean)
             result.nonfinite[left] += again.nonfinite
             result.zero_gradients[left] += again.zero_gradients
+            forwards[left] += other.forwards.cpu()
+            backwards[left] += other.backwards.cpu()
             entry = self._judged(rows, adv, own, (first, entry))
         if not brief:
             rounded = _apart(victim, round_to_8bit(attacked, clean, threat))
@@ -222,6 +183,8 @@ class Runner:
         entry |= {
             "fooled": result.fooled.tolist(),
             "passes": vars(passes),
+            "forwards": forwards.tolist(),
+            "backwards": backwards.tolist(),
             "nonfinite": result.nonfinite.tolist(),
             "zero_gradients": result.zero_gradients.tolist(),
             "seconds": time.perf_counter() - start,
@@ -231,17 +194,44 @@ class Runner:
         kept = [levels(image) for image in adv] if self.surface.uploads else adv
         return entry, dict(zip(rows, kept, strict=True))
 
+    def _said(self, row: int) -> str | None:
+        clean = self.clean()
+        return clean.predictions[row] if clean.right[row] else None
+
+    def aims(self, spec: AttackSpec) -> bool:
+        """Whether an attack has something to aim at for any sample that is right."""
+        right = np.flatnonzero(self.clean().right).tolist()
+        return spec.again or not right or any(self._goal(spec, i) is not None for i in right)
+
+    def _goal(self, spec: AttackSpec, row: int, starts: Starts | None = None) -> Sample | None:
+        reference = None
+        if starts is not None:
+            if row not in starts:
+                return None
+            reference = starts[row][1]
+        return goal(spec, self.samples[row], self._said(row), texts_of(self.pipeline), reference)
+
     def _run(
-        self, spec: AttackSpec, threat: ThreatModel, rows: list[int], exact: bool = True
+        self,
+        spec: AttackSpec,
+        threat: ThreatModel,
+        rows: list[int],
+        exact: bool = True,
+        starts: Starts | None = None,
     ) -> tuple[Victim, Tensor, AttackResult]:
         """The attack on the samples at `rows`; `exact`: as of `Victim`."""
-        targets = [self._target(i) for i in rows]
-        batch = self.pipeline.collate(targets)
-        victim = victim_of(self.pipeline, batch, targets, self.surface)
-        victim.exact = exact
+        samples, said = [self.samples[i] for i in rows], [self._said(i) for i in rows]
+        goals = [found for i in rows if (found := self._goal(spec, i, starts)) is not None]
+        assert len(goals) == len(rows), "rows without a goal are left out before"
+        batch = self.pipeline.collate(goals)
+        victim = victim_of(self.pipeline, batch, goals, self.surface)
+        victim.exact = exact and spec.reference is None and not spec.again
+        aim(victim, spec, self.pipeline, samples, said)
         if self.pipeline.guarded:
-            victim.deployed = Deployed(self.pipeline, targets)
+            victim.deployed = Deployed(self.pipeline, goals)
         clean = victim.pixels()
+        if starts is not None:
+            victim.origin = victim.join([starts[i][0] for i in rows]).to(clean)
         result: AttackResult = ATTACKS[spec.name](
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
             sample_ids=batch["sample_ids"], **spec.settings,
@@ -249,20 +239,6 @@ class Runner:
         if self.surface.uploads:  # what is uploaded is a file
             result.adv = round_to_8bit(result.adv, clean, threat)
         return victim, clean, result
-
-    def _target(self, row: int) -> Sample:
-        """The sample with the answer that an attack moves away from.
-
-        If several answers are right, the early stop of an attack, which knows only one, would otherwise take the
-        model's own right answer for a wrong one and stop at once.
-        """
-        sample, clean = self.samples[row], self.clean()
-        said = clean.predictions[row]
-        if not clean.right[row] or said == sample.answer:
-            return sample
-        # Of ranked texts all are moved away from: the attack knows them, and R@K asks for any.
-        others = tuple(r for r in sample.references if r != said) if ranks(self.task) else ()
-        return replace(sample, references=(said, *others))
 
     def transfer(
         self, images: Mapping[int, Tensor], threat: ThreatModel, rows: Sequence[int] | None = None, name="transfer"
@@ -284,6 +260,8 @@ class Runner:
         return entry | {
             "fooled": (~self.right(rows, entry["predictions"])).tolist(),
             "passes": vars(Passes()),
+            "forwards": still,
+            "backwards": still,
             "nonfinite": still,
             "zero_gradients": still,
             "seconds": time.perf_counter() - start,
@@ -379,6 +357,8 @@ class Runner:
             fooled=np.array(_joined(journal, "fooled"), dtype=bool),
             passes=sum((Passes(**entry["passes"]) for entry in journal.entries), Passes()),
             seconds=sum(entry["seconds"] for entry in journal.entries),
+            forwards=np.array(_joined(journal, "forwards"), dtype=int),
+            backwards=np.array(_joined(journal, "backwards"), dtype=int),
             nonfinite=np.array(_joined(journal, "nonfinite"), dtype=int),
             zero_gradients=np.array(_joined(journal, "zero_gradients"), dtype=int),
             images=journal,

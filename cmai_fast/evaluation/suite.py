@@ -18,13 +18,30 @@ class AttackSpec:
         name: as in `ATTACKS`.
         steps: None: the attack's default.
         restarts: independent restarts.
-        settings: the attack's own keyword settings.
+        settings: the attack's own keyword settings, and `loss` and `gradient` by name.
+        target: the text that the model has to give; None: any wrong answer will do. For a dual encoder, one of the
+            texts that it chooses from.
+        other: moves to one other answer of the sample's choices (or texts of a dual encoder), by its rank at the clean
+            image, 0 being the likeliest; any wrong answer will do. Needs the loss `margin` or `dlr`.
+        reference: moves away from one reference, by its frequency, 0 being the most frequent, in place of the model's
+            own right answer. Takes all steps, since that is not what the model says.
+        again: starts from the sample's worst image of the attacks before, and moves away from the reference that gave
+            it.
+
+    Samples for which there is no such answer are not attacked.
+
+    Raises:
+        ValueError: an unknown attack, a bad budget or setting, or an aim that the attack does not take.
     """
 
     name: str
     steps: int | None = None
     restarts: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    target: str | None = None
+    other: int | None = None
+    reference: int | None = None
+    again: bool = False
 
     def __post_init__(self) -> None:
         attack = ATTACKS[self.name]
@@ -32,6 +49,27 @@ class AttackSpec:
             object.__setattr__(self, "steps", attack.steps)
         self.check(attack.threats[0])
         object.__setattr__(self, "settings", attack.read(self.settings))
+        self._check_aim()
+
+    def _check_aim(self) -> None:
+        aims = self._aims()
+        if not aims:
+            return
+        if not ATTACKS[self.name].losses:
+            raise ValueError(f"{self.name} does not take {next(iter(aims))}: it has no loss that would be aimed")
+        if len(aims) > 1:
+            raise ValueError(f"{self.name}: {' and '.join(aims)} are given; expected one of them")
+        if self.target is not None and not self.target.strip():
+            raise ValueError("target is empty; expected the text that the model has to give")
+        if self.other is not None and self.settings.get("loss") not in ("margin", "dlr"):
+            raise ValueError(
+                f"{self.name}: other is {self.other}, and the loss {self.settings.get('loss', 'cross-entropy')} knows "
+                "no other answers; set the loss to margin or dlr"
+            )
+
+    def _aims(self) -> dict[str, Any]:
+        named = {"target": self.target, "other": self.other, "reference": self.reference, "again": self.again or None}
+        return {name: value for name, value in named.items() if value is not None}
 
     @classmethod
     def parse(cls, text: str) -> AttackSpec:
@@ -62,19 +100,20 @@ class AttackSpec:
     @property
     def stops(self) -> bool:
         """Whether the attack stops at a sample whose answer has changed, and would go on if it had not."""
-        return not (self.attacks_guard or ATTACKS[self.name].single)
+        return not (self.attacks_guard or ATTACKS[self.name].single or self.target is not None)
 
     def check(self, norm: str) -> None:
         """Raises ValueError if the attack does not support this norm."""
         ATTACKS[self.name].check(norm, int(self.steps or 0), self.restarts)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "steps": self.steps, "restarts": self.restarts, "settings": dict(self.settings)}
+        budget = {"name": self.name, "steps": self.steps, "restarts": self.restarts}
+        return budget | {"settings": dict(self.settings)} | self._aims()
 
     @property
     def key(self) -> str:
-        """Its name in results: `pgd-50x2`, with its own settings if any."""
-        own = ",".join(f"{k}={v}" for k, v in self.settings.items())
+        """Its name in results: `pgd-50x2`, with its own settings and its aim if any."""
+        own = ",".join(f"{k}={v}" for k, v in {**self.settings, **self._aims()}.items())
         return f"{self.name}-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + (own and f"[{own}]")
 
     @property

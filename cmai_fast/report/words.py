@@ -99,15 +99,25 @@ def threat_text(settings: Mapping[str, Any]) -> str:
 
 
 def attack_text(key: str, attack: AttackResults, *, with_restarts: bool = True) -> str:
-    """An attack as the literature names it: "PGD-50 (2 restarts)"."""
+    """An attack as the literature names it: "PGD-50 (2 restarts)", "APGD-100 [margin, other 1]"."""
     written = str(attack.get("name") or key)
     base = re.sub(r"-\d+(x\d+)?$", "", written).lower()
     label = attack.get("label") or _ATTACKS.get(base)
     if not label:
         return written
     steps, restarts = attack.get("steps"), attack.get("restarts")
-    name = str(label) + (f"-{steps}" if is_number(steps) and base != "fgsm" else "")
+    name = str(label) + (f"-{steps}" if is_number(steps) and base != "fgsm" else "") + _aim(attack)
     return name + (f" ({restarts} restarts)" if with_restarts and is_number(restarts) and restarts > 1 else "")
+
+
+def _aim(attack: AttackResults) -> str:
+    """What an attack of a standard set maximises and aims at, if that is not the usual."""
+    parts = [str(loss)] if (loss := (attack.get("settings") or {}).get("loss")) else []
+    if attack.get("target") is not None:
+        parts.append(f"target {attack['target']!r}")
+    parts += [f"{name} {int(k) + 1}" for name in ("other", "reference") if is_number(k := attack.get(name))]
+    parts += ["from the worst image"] if attack.get("again") else []
+    return f" [{', '.join(parts)}]" if parts else ""
 
 
 def worst_attack(attacks: Mapping[str, AttackResults] | None) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import protocol
+from cmai_fast.evaluation.goals import reaches
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import Measured
 from cmai_fast.evaluation.results import write_results
@@ -31,6 +32,10 @@ from cmai_fast.workflows.folder import check_empty
 from cmai_fast.workflows.samples import asked
 
 STANDARD_OUTPUT = Path("-")
+# What a record of one attack takes from that of its suite.
+_OWN = (
+    "attacked", "broken", "reached", "asr_target", "seconds", "nonfinite_gradients", "zero_gradients",
+)  # fmt: skip
 
 
 def attack(
@@ -42,6 +47,7 @@ def attack(
     steps: int | None = None,
     restarts: int = 1,
     settings: Mapping[str, Any] | None = None,
+    target: str | None = None,
     task: str = "vqa",
     metrics: Sequence[str] = (),
     limit: int = 500,
@@ -60,7 +66,8 @@ def attack(
     """One attack on the test split; writes one JSON file with totals and a verdict per sample.
 
     Args:
-        attack, steps, restarts, settings: see `AttackSpec`.
+        attack, steps, restarts, settings, target: see `AttackSpec`. With a target, samples whose answer it is are not
+            attacked, and the record says beside what broke how many samples give the target.
         out: the file; `Path("-")` is standard output.
         save_images: a folder, new or empty, for the attacked images as 8-bit PNGs and a `manifest.jsonl`, one line per
             attacked sample. Samples whose clean answer is wrong are not attacked.
@@ -70,13 +77,13 @@ def attack(
     Raises:
         ValueError: an unknown name, a bad setting, or `out` or `save_images` exists already; both are then unchanged.
     """
-    out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}))
+    out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}), target)
     spec.check(threat.norm)
     check_names(model, task=task, metrics=metrics)
     asked_for = {
         "model": model, **data_settings(data), "attack": attack, "eps": threat.eps, "norm": threat.norm,
         "threat": str(threat.surface), "steps": spec.steps, "restarts": restarts,
-        "attack_settings": dict(spec.settings),
+        "attack_settings": dict(spec.settings), "target": target,
         "task": task, "metrics": list(metrics), "limit": limit, "seed": seed, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
         "save_images": save_images and str(save_images),
@@ -126,29 +133,34 @@ def _check_out(
 
 def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> dict[str, Any]:
     runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
-    said = dict(zip(attacked.rows, zip(attacked.predictions, attacked.predictions_8bit, strict=True), strict=True))
+    places = {row: k for k, row in enumerate(attacked.rows)}
     right, right_8bit = (attacked.over(len(clean.right), values) for values in (attacked.right, attacked.right_8bit))
     per_sample = []
     for row, sample in enumerate(runner.samples):
-        adversarial, rounded = said.get(row, (None, None))
+        k = places.get(row)
+        adversarial = None if k is None else attacked.predictions[k]
+        found: dict[str, Any] = {} if spec.target is None else {"reached": reaches(spec, adversarial or "")}
         per_sample.append(
             {
                 "sample_id": sample.id,
                 "question": sample.prompt,
                 "answer": sample.answer,
-                "attacked": row in said,
+                "attacked": k is not None,
                 "right_clean": bool(clean.right[row]),
                 "right_adv": bool(clean.right[row] and right[row]),
                 "right_adv_8bit": bool(clean.right[row] and right_8bit[row]),
                 "prediction_clean": clean.predictions[row],
                 "prediction_adv": adversarial,
-                "prediction_adv_8bit": rounded,
+                "prediction_adv_8bit": None if k is None else attacked.predictions_8bit[k],
+                "forward": 0 if k is None else int(attacked.forwards[k]),
+                "backward": 0 if k is None else int(attacked.backwards[k]),
             }
+            | found
         )
     own = measured.record["attacks"][spec.key]
     return {
         **{k: v for k, v in measured.record.items() if k not in ("attacks", "s_c", "detection")},
-        **{k: own[k] for k in ("attacked", "broken", "seconds", "nonfinite_gradients", "zero_gradients")},
+        **{k: own[k] for k in _OWN if k in own},
         "passes": vars(attacked.passes),
         "settings": settings,
         "seed": runner.seed,
@@ -188,6 +200,7 @@ def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: Thr
                 "adversarial_prediction": attacked.predictions_8bit[place],
                 "broken": not attacked.right_8bit[place],
                 "attack": spec.key,
+                **({} if spec.target is None else {"target": spec.target}),
                 "threat": str(threat.surface),
                 "norm": threat.norm,
                 "eps": threat.eps,

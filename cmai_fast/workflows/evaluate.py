@@ -14,6 +14,7 @@ from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.state import running
 from cmai_fast.evaluation.suite import AttackSpec, check_suite, curve_attack, headline_suite
+from cmai_fast.evaluation.suites import suite as named_suite
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.metrics import METRICS
 from cmai_fast.models import resolve
@@ -34,6 +35,7 @@ def evaluate(
     *,
     against: Sequence[str] = (),
     attacks: Sequence[AttackSpec] | None = None,
+    suite: str | None = None,
     also: Sequence[AttackSpec] = (),
     out: Path,
     limit: int = 500,
@@ -58,6 +60,7 @@ def evaluate(
         against: models to compare with. The first is the undefended one, whose adversarial images are also tried
             on the others.
         attacks: the suite; None: PGD of `steps` and `restarts`, and APGD-CE of twice the steps.
+        suite: the name of a standard set (`evaluation.suites`) in place of these.
         also: attacks that join the suite after these. `adaptive` runs on models with a guard alone.
         out: a folder that is new or empty, or with `resume` that of the same command, finished or not.
         limit: maximum number of samples, drawn with `seed`.
@@ -75,19 +78,23 @@ def evaluate(
             "use it with cmai-fast attack"
         )
     out, names = Path(out), [*against, model]
-    suite = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
-    for spec in suite:
+    if suite is not None and attacks is not None:
+        raise ValueError(f"the suite {suite!r} and attacks are given; expected one of the two (and `also` for more)")
+    if suite is not None:
+        attacks = named_suite(suite, task)
+    specs = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
+    for spec in specs:
         spec.check(threat.norm)
-    check_suite(suite)
+    check_suite(specs)
     for name in names:
         check_names(name, task=task, metrics=metrics)
         if names.count(name) > 1:
             raise ValueError(f"the model {name} is named twice; expected each once")
     settings = {
         "model": model, "against": list(against), **data_settings(data), "limit": limit,
-        "eps": threat.eps, "norm": threat.norm, "threat": str(threat.surface),
-        "attacks": [spec.to_dict() for spec in suite], "task": task,
-        "metrics": list(metrics), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
+        "eps": threat.eps, "norm": threat.norm, "threat": str(threat.surface), "suite": suite,
+        "attacks": [spec.to_dict() for spec in specs], "task": task, "metrics": list(metrics),
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
         "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
     }  # fmt: skip
     if (finished := check_folder(out, settings, resume)) is not None:
@@ -95,14 +102,14 @@ def evaluate(
     samples = asked(data, "test", task, limit, seed)
     how = {"device": device, "dtype": dtype, "attention": attention}
     entries = _entries(names, max_new_tokens, how)
-    stages = comparison.stages(entries, len(samples), threat, suite)
+    stages = comparison.stages(entries, len(samples), threat, specs)
     with running(out / STATE, settings, out) as state, Overall(stages, progress) as overall:
         if not (out / RESULTS).is_file():  # interrupted before the report
             results = comparison.compare(
-                entries, samples, threat, suite, task=task, metrics=metrics, batch_size=batch_size, seed=seed,
+                entries, samples, threat, specs, task=task, metrics=metrics, batch_size=batch_size, seed=seed,
                 state=state, progress=overall,
             )  # fmt: skip
-            results["settings"] = settings | {"command": command, "curve_attack": curve_attack(suite).key}
+            results["settings"] = settings | {"command": command, "curve_attack": curve_attack(specs).key}
             results |= {"schema": SCHEMA, "seed": seed, "versions": versions()}
             results["sample_ids"] = [s.id for s in samples]
             write_results(results, out / RESULTS)

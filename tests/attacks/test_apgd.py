@@ -66,7 +66,7 @@ class Scripted:
         self.losses = change.double().cumsum(0).round(decimals=1)  # rounded, so that ties happen
         self.grads = torch.randn(looks, rows, 3, 1, 1, generator=generator, dtype=torch.float64)
         self.space, self.passes, self.attack_mode = PixelSpace([0.0] * 3, [1.0] * 3), Passes(), contextlib.nullcontext
-        self.layout = None
+        self.layout = self.origin = None
         self.asked: list[torch.Tensor] = []
 
     def __len__(self) -> int:

@@ -79,7 +79,7 @@ def test_a_margin_over_one_answer_is_refused(case64):
         logits, targets = torch.zeros(2, 1, 1), torch.zeros(2, 1, dtype=torch.int64)
 
     with pytest.raises(ValueError, match="there is only one to choose from"):
-        LOSSES["margin"](torch.zeros(2, 1, 4), One(), None, None)  # type: ignore[arg-type]
+        LOSSES["margin"](torch.zeros(2, 1, 4), One(), case64.victim(), None)  # type: ignore[arg-type]
 
 
 def test_consistency_of_either_sign(case64, heads):

@@ -18,7 +18,7 @@ from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.settings import ImmunizeSettings
 
 COMMANDS = ("demo", "immunize", "attack", "evaluate", "calibrate", "guard", "report", "info")
-ATTACKED = {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75}
+ATTACKED = {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75, "asr_target": 0.625}
 MODEL = "easyvqa-llava"
 
 
@@ -96,21 +96,22 @@ def test_attack_hands_on_every_option(run, replace_workflow, mine):
     called = replace_workflow("attack", ATTACKED)
     typed = (
         "attack --model easyvqa-llava --data my.jsonl --map question=text --split-seed 3 --task vqa "
-        "--metric exact-match --attack apgd --set early_stop=no --set decay=0.5 --eps 0.03 --norm linf --steps 7 "
-        "--restarts 3 --limit 9 --batch-size 5 --max-new-tokens 6 --seed 4 --out a.json --save-images pngs --resume "
-        "--no-progress --device cpu --dtype float16 --attention flash_attention_2"
+        "--metric exact-match --attack apgd --set early_stop=no --set decay=0.5 --target red --eps 0.03 --norm linf "
+        "--steps 7 --restarts 3 --limit 9 --batch-size 5 --max-new-tokens 6 --seed 4 --out a.json --save-images pngs "
+        "--resume --no-progress --device cpu --dtype float16 --attention flash_attention_2"
     )
     done = run(*typed.split())
     assert done.exit_code == 0, done.output
     assert called.args == (MODEL, DataSource(mine, {"question": "text"}, 3), "apgd", ThreatModel("linf", 0.03))
     assert called.kwargs == {
-        "steps": 7, "restarts": 3, "settings": {"early_stop": "no", "decay": "0.5"}, "task": "vqa",
-        "metrics": ["exact-match"], "limit": 9, "seed": 4, "batch_size": 5, "max_new_tokens": 6, "out": Path("a.json"),
-        "save_images": Path("pngs"), "resume": True, "progress": False, "device": "cpu", "dtype": "float16",
-        "attention": "flash_attention_2", "command": f"cmai-fast {typed}",
+        "steps": 7, "restarts": 3, "settings": {"early_stop": "no", "decay": "0.5"}, "target": "red",
+        "task": "vqa", "metrics": ["exact-match"], "limit": 9, "seed": 4, "batch_size": 5, "max_new_tokens": 6,
+        "out": Path("a.json"), "save_images": Path("pngs"), "resume": True, "progress": False,
+        "device": "cpu", "dtype": "float16", "attention": "flash_attention_2", "command": f"cmai-fast {typed}",
     }  # fmt: skip
     said = as_one_line(done.stdout)
-    assert "9 samples: clean accuracy 100.0%, robust accuracy 25.0%, attack success 75.0%." in said
+    assert "9 samples: clean accuracy 100.0%, robust accuracy 25.0%, attack success 75.0%. The target was" in said
+    assert "given by 62.5% of those attacked." in said
     assert said.endswith("Results: a.json Images: pngs")
 
 
@@ -140,9 +141,9 @@ def test_evaluate_hands_on_every_option(run, replace_workflow, results, mine):
     assert called.args == (MODEL, DataSource(mine, {"question": "text", "id": "id"}), ThreatModel("l2", 1.5))
     assert called.kwargs == {
         "also": [AttackSpec("adaptive", 5, 2), AttackSpec("apgd")], "against": ["easyvqa-llava-immune", "a/b"],
-        "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4, "task": "vqa",
-        "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True, "progress": False, "device": "cpu",
-        "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
+        "suite": None, "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4,
+        "task": "vqa", "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True, "progress": False,
+        "device": "cpu", "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip
 
 
@@ -171,6 +172,19 @@ def test_evaluate_of_one_model(run, replace_workflow, results):
     done = run("evaluate", "--model", MODEL, "--out", "e")
     assert called.kwargs["against"] == ()
     assert "immunised" in done.stdout and "undefended" not in done.stdout
+
+
+def test_evaluate_takes_a_standard_set_of_attacks_without_a_budget(run, replace_workflow, results):
+    called = replace_workflow("evaluate", results)
+    assert run("evaluate", "--model", MODEL, "--suite", "autoattack", "--out", "e").exit_code == 0
+    assert called.kwargs["suite"] == "autoattack"
+    for typed, said in (
+        ("--suite quik", "unknown suite 'quik'; did you mean quick"),
+        ("--suite quick --steps 50", "--suite quick has budgets of its own; leave --steps out"),
+    ):
+        done = run("evaluate", "--model", MODEL, "--out", "f", *typed.split())
+        assert done.exit_code != 0 and said in as_one_line(done.stderr)
+    assert len(called.calls) == 1
 
 
 def test_evaluate_prints_the_results_alone(run, monkeypatch, results):

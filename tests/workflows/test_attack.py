@@ -59,6 +59,19 @@ def test_one_file_and_the_attacked_images(few, fitted_folder, tmp_path):
     assert any(m["broken"] for m in manifest)
 
 
+def test_a_target_is_recorded_beside_what_broke(few, fitted_folder, tmp_path):
+    record = go(fitted_folder, tmp_path / "a.json", target="red", steps=8, save_images=tmp_path / "png")
+    rows = record["per_sample"]
+    assert record["settings"]["target"] == "red" and record["attacked"] == 5 == sum(r["attacked"] for r in rows)
+    assert [r["attacked"] for r in rows] == [r["answer"] != "red" for r in rows]
+    assert [r["reached"] for r in rows] == [r["prediction_adv"] == "red" for r in rows]
+    assert record["reached"] == sum(r["reached"] for r in rows) > 0
+    assert record["asr_target"] == record["reached"] / 5 and record["acc_robust"] <= 1 - record["reached"] / 6
+    assert all(2 <= r["forward"] <= 10 and r["backward"] < r["forward"] for r in rows if r["attacked"])
+    lines = (tmp_path / "png" / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["target"] for line in lines] == ["red"] * 5
+
+
 def test_what_is_wrong_when_untouched_is_not_attacked(model_folder, tmp_path):
     record = go(model_folder, tmp_path / "a.json", save_images=tmp_path / "png")
     wrong = [r for r in record["per_sample"] if not r["right_clean"]]
@@ -90,6 +103,7 @@ def test_refused(model_folder, tmp_path):
         ({"model": "no-such"}, "unknown model 'no-such'"),
         ({"task": "vqaa"}, "unknown task 'vqaa'"),
         ({"steps": -1}, "steps is -1"),
+        ({"target": ""}, "target is empty"),
         ({"restarts": -1}, "restarts is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"save_images": tmp_path / "full"}, "full exists and is not empty; name a new folder with --save-images"),

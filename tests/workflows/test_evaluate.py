@@ -55,9 +55,13 @@ def test_three_models_side_by_side(few, folders, tmp_path, monkeypatch):
 
 
 def test_one_model(few, folders, tmp_path):
-    results = evaluate(folders[0], DATA, THREAT, attacks=SUITE[:1], out=tmp_path / "out", progress=False)
+    results = evaluate(folders[0], DATA, THREAT, suite="quick", out=tmp_path / "out", progress=False)
     (model,) = results["models"]
-    assert model["role"] == "immunised" and "transfer" not in model["attacks"]
+    assert model["role"] == "immunised" and list(model["attacks"]) == ["pgd-10", "fgsm-1"]
+    assert results["settings"]["suite"] == "quick"
+    with pytest.raises(ValueError, match="the suite 'quick' and attacks are given; expected one of the two"):
+        evaluate(folders[0], DATA, THREAT, suite="quick", attacks=SUITE, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     assert "the undefended model breaks" not in {c["check"] for c in model["sanity"]}
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, overload
+from typing import Any
 
 from cmai_fast.data.formats.format import data_format
 from cmai_fast.data.records import PICTURES, check_unique, sample_of
-from cmai_fast.data.sample import Sample
+from cmai_fast.data.sample import Sample, SampleList
 
 
 def check(place: str) -> None:
@@ -52,7 +52,7 @@ def _load(place: str, split: str) -> Any:
         raise ValueError(f"hf:{place} cannot be read: {error}") from error
 
 
-class HubSamples(Sequence[Sample]):
+class HubSamples(SampleList):
     """The rows of a `datasets.Dataset`; pictures stay encoded until a sample is accessed.
 
     Everything but the pictures (questions, answers, ids) is checked at once.
@@ -100,12 +100,5 @@ class HubSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._data)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def at(self, place: int) -> Sample:
         return sample_of(self._named(self._data[place]), self._where(place), place, None, self._fields)

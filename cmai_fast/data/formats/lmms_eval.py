@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from cmai_fast.data.formats.format import data_format
 from cmai_fast.data.records import ANSWERS, check_unique, sample_of
-from cmai_fast.data.sample import Sample
+from cmai_fast.data.sample import Sample, SampleList
 
 
 def check(place: str) -> None:
@@ -75,7 +75,7 @@ def _task(place: str) -> Any:
             raise ValueError(f"lmms-eval:{place} cannot be read: {_line(error.__cause__ or error)}") from error
 
 
-class Documents(Sequence[Sample]):
+class Documents(SampleList):
     """The documents of a task in lmms-eval's order; pictures are decoded when a sample is accessed.
 
     Args:
@@ -107,14 +107,7 @@ class Documents(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._docs)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def at(self, place: int) -> Sample:
         where = self._where(place)
         doc = _called("the data set", self._docs.__getitem__, place, where)  # decodes its pictures
         shown = _called("doc_to_visual", self._task.doc_to_visual, doc, where)
