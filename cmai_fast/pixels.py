@@ -104,6 +104,11 @@ def check_pixels(
         )
 
 
+def levels(pixels: torch.Tensor) -> torch.Tensor:
+    """The nearest 8-bit levels of pixels in [0, 1], uint8."""
+    return torch.round(pixels.detach() * 255).to(torch.uint8)
+
+
 def round_to_8bit(adv: torch.Tensor, clean: torch.Tensor, threat: ThreatModel) -> torch.Tensor:
     """The 8-bit image a user would receive: `adv` on the k/255 grid, still inside the ball and the box.
 
@@ -114,17 +119,17 @@ def round_to_8bit(adv: torch.Tensor, clean: torch.Tensor, threat: ThreatModel) -
     Raises:
         ValueError: `clean` is not an 8-bit image.
     """
-    levels = torch.round(clean.double() * 255)
-    if not torch.allclose(levels / 255, clean.double(), atol=1e-4, rtol=0):
+    own = torch.round(clean.double() * 255)
+    if not torch.allclose(own / 255, clean.double(), atol=1e-4, rtol=0):
         raise ValueError("the clean image is not on the 8-bit grid k/255, so the ball may contain no 8-bit image")
-    steps = (adv.double() - levels / 255) * 255
+    steps = (adv.double() - own / 255) * 255
     if threat.norm == "linf":
         # 8/255 is not exact in binary: the slack makes it eight whole levels.
         most = int(threat.eps * 255 + 1e-6)
         steps = steps.round().clamp(-most, most)
     else:
         steps = _round_in_l2_ball(steps.flatten(1), threat.eps * 255).view_as(steps)
-    return ((levels + steps).clamp(0, 255) / 255).to(adv.dtype)
+    return ((own + steps).clamp(0, 255) / 255).to(adv.dtype)
 
 
 def _round_in_l2_ball(steps: torch.Tensor, radius: float) -> torch.Tensor:

@@ -35,8 +35,14 @@ def parse_eps(value: str | float, norm: str = "linf", name: str = "eps") -> floa
     return eps
 
 
-# What an attacker may change, and the radius of an `linf` ball there unless another is given.
-SURFACES = {"input": 8 / 255, "upload": 8 / 255, "patch": 1.0, "blank": 128 / 255}
+# What an attacker may change.
+SURFACES = {
+    "input": "the pixels that the processor has made: resized, in tiles or patches",
+    "upload": "the 8-bit picture that a person uploads, of any size, before the processor",
+    "patch": "a square of the uploaded picture",
+    "blank": "a grey picture in the place of the uploaded one",
+}
+_EPS = {"input": 8 / 255, "upload": 8 / 255, "patch": 1.0, "blank": 128 / 255}  # of an `linf` ball
 _OPTIONS = {"upload": ("jpeg",), "patch": ("size", "x", "y", "jpeg"), "blank": ("jpeg",)}
 
 
@@ -100,6 +106,12 @@ class Surface:
         own = [f"{k}={getattr(self, k):g}" for k in keys if getattr(self, k) != getattr(default, k)]
         return ":".join([self.name, *([",".join(own)] if own else [])])
 
+    def described(self) -> tuple[str, str, str]:
+        """What is changed, the options with their defaults, and the default radius of an `linf` ball, as text."""
+        options = [f"{key}={getattr(self, key)}" for key in _OPTIONS.get(self.name, ())]
+        eps = _EPS[self.name]
+        return SURFACES[self.name], ", ".join(options), "1" if eps == 1 else f"{round(255 * eps)}/255"
+
     @property
     def uploads(self) -> bool:
         """Whether the attacker's picture is one that a person uploads."""
@@ -132,7 +144,7 @@ class ThreatModel:
     def parse(
         cls, norm: Literal["linf", "l2"], eps: str | float | None = None, surface: Surface | None = None
     ) -> ThreatModel:
-        """From a norm and a radius as text or number; by default that of `SURFACES` for `linf`.
+        """From a norm and a radius as text or number; by default, for `linf`, the one of its surface.
 
         Raises:
             ValueError: `l2` without a radius. A visible change depends on the image size, so there is no good default:
@@ -144,7 +156,7 @@ class ThreatModel:
                 "0.5 for 32 x 32 pixels, 1 for 64 x 64 and 3 for 224 x 224"
             )
         surface = surface or Surface()
-        return cls(norm, parse_eps(SURFACES[surface.name] if eps is None else eps, norm), surface)
+        return cls(norm, parse_eps(_EPS[surface.name] if eps is None else eps, norm), surface)
 
     def distance(self, delta: Tensor) -> Tensor:
         """The norm of each row of `delta` (N, ...), shape (N,)."""

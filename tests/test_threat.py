@@ -1,5 +1,6 @@
 import io
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cmai_fast.pixels import PixelSpace, check_pixels, round_to_8bit
-from cmai_fast.threat import ThreatModel, parse_eps
+from cmai_fast.threat import SURFACES, Surface, ThreatModel, parse_eps
 
 SPACE = PixelSpace([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
 
@@ -181,3 +182,38 @@ def test_rounded_image_survives_a_png():
 def test_rounding_around_what_is_no_8_bit_image_is_refused():
     with pytest.raises(ValueError, match="8-bit grid"):
         round_to_8bit(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), 0.501), ThreatModel())
+
+
+@pytest.mark.parametrize("text", ["input", "upload", "upload:jpeg=75", "patch:size=0.2,x=0,y=1", "patch", "blank"])
+def test_a_threat_is_read_and_written_as_the_same_text(text):
+    surface = Surface.parse(text)
+    assert str(surface) == text and Surface.parse(str(surface)) == surface and surface.uploads == (text != "input")
+    assert Surface.parse("patch: size = 0.2 , y=1") == Surface("patch", size=0.2, y=1.0)
+    eps = {"patch": 1.0, "blank": 128 / 255}
+    assert ThreatModel.parse("linf", None, surface).eps == eps.get(surface.name, 8 / 255)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("uplaod", "the threat is 'uplaod'; expected one of input, upload, patch, blank"),
+        ("upload:size=0.2", "cannot read 'size=0.2'; upload takes jpeg=NUMBER"),
+        ("input:jpeg=75", "cannot read 'jpeg=75'; input has no options"),
+        ("upload:jpeg=7.5", "cannot read 'jpeg=7.5'"),
+        ("upload:jpeg=100", "jpeg is 100 in the threat upload; expected 1 to 95"),
+        ("patch:size=0", "the patch has size 0.0; expected a share"),
+        ("patch:x=2", "the patch is at x=2.0, y=0.5; expected 0"),
+    ],
+)
+def test_a_threat_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Surface.parse(text)
+
+
+def test_the_docs_name_every_threat():
+    table = (Path(__file__).parents[1] / "docs" / "attacks.md").read_text()
+    for name in SURFACES:
+        what, options, eps = Surface(name).described()
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` | {what}")]
+        assert row.endswith(f" {eps} |")
+        assert all(f"`{option.partition('=')[0]}`" in row for option in filter(None, options.split(", ")))

@@ -60,11 +60,6 @@ class Attack:
     run: Callable[..., AttackResult]
 
     @property
-    def gradients(self) -> bool:
-        """Whether it follows gradients."""
-        return "gradient" in self.named
-
-    @property
     def losses(self) -> bool:
         """Whether it maximises a loss that can be chosen."""
         return "loss" in self.named

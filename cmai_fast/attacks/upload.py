@@ -21,7 +21,7 @@ from cmai_fast.data import Sample
 from cmai_fast.data.collators import Collator
 from cmai_fast.data.pictures import read_picture
 from cmai_fast.layout import Layout
-from cmai_fast.pixels import PixelSpace
+from cmai_fast.pixels import PixelSpace, levels
 from cmai_fast.preprocessing.differentiable import Route, by_route
 from cmai_fast.preprocessing.jpeg import jpeg, through_jpeg
 from cmai_fast.preprocessing.resampling import to_levels
@@ -206,9 +206,8 @@ def read(sample: Sample) -> list[np.ndarray]:
 
 def made(image: Tensor, own: Sequence[np.ndarray], surface: Surface) -> list[np.ndarray]:
     """Pictures (K, 3, H, W) of an attack, in [0, 1] and padded, at the places of the surface in the sample's own."""
-    levels = torch.round(image.detach() * 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
     pictures = [_around(picture, surface) for picture in own]
-    for picture, cut in zip(pictures, levels, strict=False):
+    for picture, cut in zip(pictures, levels(image).cpu().permute(0, 2, 3, 1).numpy(), strict=False):
         down, across = _place(picture, surface)
         picture[down, across] = cut[: down.stop - down.start, : across.stop - across.start]
     return pictures

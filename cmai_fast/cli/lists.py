@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cmai_fast.threat import SURFACES, Surface
+
 
 def attacks() -> None:
     from cmai_fast.attacks import ATTACKS
@@ -19,6 +21,8 @@ def attacks() -> None:
         for name, a in ATTACKS.items()
     ]
     _show("attack", ("", "norms", "steps", "settings (--set)"), rows)
+    threats = [(name, *Surface(name).described()) for name in SURFACES]
+    _show("threat", ("what is changed", "options (patch:size=0.2,x=1)", "eps"), threats)
 
 
 def evaluation() -> None:

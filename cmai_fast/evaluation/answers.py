@@ -33,8 +33,8 @@ class Attacked(Answers):
     right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
     fast verdict (exact match under teacher forcing). forwards, backwards: (M,) passes of the whole model that each
     sample was in, those that judge the result not counted. nonfinite, zero_gradients: (M,) as in `AttackResult`.
-    images: of each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them.
-    prompts: (M,) what the attack put in place of prompts, or lists of captions; None if it does not change them.
+    images: of each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them. prompts: (M,) what
+    the attack put in place of prompts, or lists of captions; None if it does not change them.
     """
 
     predictions_8bit: list[str]

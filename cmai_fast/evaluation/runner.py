@@ -30,7 +30,7 @@ from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.surface import images_of, shown, victim_of
 from cmai_fast.evaluation.texts import Texts, typed
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.pixels import round_to_8bit
+from cmai_fast.pixels import levels, round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
 from cmai_fast.threat import Surface, ThreatModel
 
@@ -195,7 +195,10 @@ class Runner:
             "zero_gradients": result.zero_gradients.tolist(),
             "seconds": time.perf_counter() - start,
         }
-        return entry, dict(zip(rows, adv, strict=True)) if keep else None
+        if not keep:
+            return entry, None
+        kept = [levels(image) for image in adv] if self.surface.uploads else adv
+        return entry, dict(zip(rows, kept, strict=True))
 
     def _said(self, row: int) -> str | None:
         clean = self.clean()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -77,7 +78,8 @@ class Journal(Mapping[int, Tensor]):
         return [row for entry in self.entries for row in entry["rows"]]
 
     def append(self, entry: dict[str, Any], images: Mapping[int, Tensor] | None = None) -> None:
-        """Adds a finished batch; `entry["rows"]` are the indices of its samples, `images` those to keep, by row."""
+        """Adds a finished batch; `entry["rows"]` are the indices of its samples, `images` those to keep, by row: pixels
+        in [0, 1], or 8-bit levels, which are read as such pixels."""
         entry = {**entry, "images": images is not None}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,8 @@ class Journal(Mapping[int, Tensor]):
 
     def __getitem__(self, row: int) -> Tensor:
         with safe_open(self._images(self._place[row]), "pt") as file:
-            return file.get_tensor(str(row))
+            image = file.get_tensor(str(row))
+            return image.float() / 255 if image.dtype == torch.uint8 else image
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._place)

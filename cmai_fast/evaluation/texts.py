@@ -71,8 +71,8 @@ class Texts:
     def answers(
         self, places: Sequence[int], pipeline: Pipeline, samples: Sequence[Sample], images: Sequence[Tensor] | None
     ) -> list[str]:
-        """The model's answers to these samples (already with their prompts) at these places, with these images (None:
-        their own)."""
+        """The model's answers to these samples (already with their prompts) at these places, with these images; None:
+        their own."""
         if self.captions is not None:
             return _nearest(pipeline, samples, images, [self.captions[k] for k in places])
         if self.words is None:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cmai_fast.pixels import levels
+
 
 def save_options(quality: int) -> dict[str, Any]:
     """Of `PIL.Image.save`, for a file that holds what `jpeg` returns."""
@@ -27,6 +29,6 @@ def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
 def through_jpeg(pixels: Tensor, quality: int) -> Tensor:
     """8-bit pictures (n, 3, H, W) in [0, 1] after a round of JPEG; the gradient passes as if there were none (BPDA,
     Athalye et al., 2018)."""
-    levels = torch.round(pixels.detach() * 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
-    real = torch.from_numpy(np.stack([jpeg(picture, quality) for picture in levels])).permute(0, 3, 1, 2)
+    pictures = levels(pixels).cpu().permute(0, 2, 3, 1).numpy()
+    real = torch.from_numpy(np.stack([jpeg(picture, quality) for picture in pictures])).permute(0, 3, 1, 2)
     return pixels + (real.to(pixels) / 255 - pixels.detach())

@@ -136,14 +136,13 @@ def _check_out(
 def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> dict[str, Any]:
     runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
     places = {row: k for k, row in enumerate(attacked.rows)}
+    prompts = None if attacked.prompts is None else dict(zip(attacked.rows, attacked.prompts, strict=True))
     right, right_8bit = (attacked.over(len(clean.right), values) for values in (attacked.right, attacked.right_8bit))
     per_sample = []
     for row, sample in enumerate(runner.samples):
         k = places.get(row)
         adversarial = None if k is None else attacked.predictions[k]
         found: dict[str, Any] = {} if spec.target is None else {"reached": reaches(spec, adversarial or "")}
-        if attacked.prompts is not None:
-            found[f"{_changed(attacked)}_adv"] = None if k is None else attacked.prompts[k]
         per_sample.append(
             {
                 "sample_id": sample.id,
@@ -160,6 +159,7 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
                 "backward": 0 if k is None else int(attacked.backwards[k]),
             }
             | found
+            | ({} if prompts is None else {f"{_changed(attacked)}_adv": prompts.get(row)})
         )
     own = measured.record["attacks"][spec.key]
     return {

@@ -10,6 +10,7 @@ from cmai_fast.attacks.adaptive import Evading
 from cmai_fast.attacks.deployed import Deployed
 from cmai_fast.attacks.gradients import Course
 from cmai_fast.attacks.losses import cross_entropy
+from cmai_fast.attacks.upload import UploadVictim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import Threshold
 from cmai_fast.cmcv.alternatives import Alternatives
@@ -105,6 +106,23 @@ def test_the_orthogonal_step_leaves_the_other_term_alone(samples):
     dot = lambda a, b: torch.cosine_similarity(a.flatten(1), b.flatten(1))  # noqa: E731
     assert dot(grad, other).abs().max() < 1e-4 and (dot(grad, wanted) > 0.05).all()
     torch.testing.assert_close(at.loss, torch.minimum(lead, excess).detach())
+
+
+def test_the_gradient_of_an_uploaded_picture_is_that_of_the_models_input(samples):
+    """Pictures of the model's size are not resized: the two differ by the normalisation alone. The tower sees both."""
+    pipeline = guarded("tower")
+    plain = victim_of(pipeline, samples)
+    upload = UploadVictim(pipeline.bridge, pipeline.space, pipeline.collate, samples)
+    aim = plain.deployed.aim([w[0] for w in plain.deployed.wrong()])
+    found = []
+    for victim in (plain, upload):
+        x = victim.space.to_model(victim.pixels())
+        with victim.attack_mode(), plain.deployed.frozen():
+            gradient = Evading(aim, "lagrangian", torch.ones(len(samples)))
+            course = Course(victim, cross_entropy, victim.pixels(), torch.arange(len(samples)), 1)
+            grad, at = gradient.start(course)(x, None, 0)
+        found.append((grad / victim.space.std[:, None, None], at.loss))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("fault", [False, True])

@@ -122,6 +122,16 @@ def test_an_attack_stays_in_the_ball_in_8_bits_and_does_not_depend_on_the_batch(
     assert (alone.pictures(own.adv)[0][0] != whole.pictures(result.adv)[1][0]).mean() < 0.01
 
 
+def test_an_l2_ball_is_that_of_the_picture_whatever_its_size():
+    attacked, threat = victim("LLaVA-NeXT"), ThreatModel("l2", 4.0, Surface("upload"))
+    clean, attacked.exact = attacked.pixels(), False
+    result = ATTACKS["apgd"](attacked, clean, threat, steps=3)
+    rounded = round_to_8bit(result.adv, clean, threat)
+    for adv, own in zip(attacked.split(rounded), attacked.split(clean), strict=True):
+        assert (adv - own).norm() <= 4.0 + 1e-5
+    assert (threat.distance(rounded - clean) > 3.5).any()
+
+
 def test_several_pictures_of_different_sizes_in_a_sample():
     bridge, space, collate, samples = parts("Idefics3")
     two = replace(samples[0], images=(picture(4, 30, 44), picture(5, 50, 28)))

@@ -300,7 +300,7 @@ def test_every_command_is_tested(run):
 @pytest.mark.parametrize(
     "command, expected",
     [
-        ("attack", ["pgd", "apgd", "mi-fgsm", "linf, l2", "step_size=None"]),
+        ("attack", ["pgd", "apgd", "mi-fgsm", "linf, l2", "step_size=None", "upload"]),
         ("evaluate", ["vqa", "Question answering", "jsonl:FILE", "easyvqa", "exact-match"]),
         ("guard", ["reject", "Withhold the answer"]),
     ],

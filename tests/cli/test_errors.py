@@ -162,6 +162,7 @@ BAD_NAMES = [
     ("attack --model easyvqa-llava --data bad.jsonl --out x", "bad.jsonl line 1"),
     ("attack --model easyvqa-llava --map question --out x", "--map question: expected NAME=VALUE"),
     ("attack --model easyvqa-llava --set steps --out x", "--set steps: expected NAME=VALUE"),
+    ("attack --model easyvqa-llava --threat png --out x", "the threat is 'png'; expected one of input, upload"),
     ("attack --model easyvqa-llava --norm l2 --out x", "--eps is missing: an l2 ball needs its radius"),
     ("evaluate --model easyvqa-llava --against nope --out x", "unknown model 'nope'"),
     ("evaluate --model easyvqa-llava --task vqq --out x", "unknown task 'vqq'; did you mean vqa"),
