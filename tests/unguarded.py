@@ -1,6 +1,6 @@
-"""The attacks that work on any victim. Those on a guard, and those on what users typed, have tests of their own
-(attacks/test_adaptive.py, attacks/test_substitution.py, attacks/test_embedding_pgd.py)."""
+"""The attacks that maximise any loss on any victim. Those on a guard, on text or with a loss of their own have tests of
+their own (attacks/test_adaptive.py, test_substitution.py, test_embedding_pgd.py, test_joint.py, test_crossfire.py)."""
 
 from cmai_fast.attacks import ATTACKS
 
-UNGUARDED = sorted(name for name, attack in ATTACKS.items() if not (attack.guard or attack.text))
+UNGUARDED = sorted(name for name, a in ATTACKS.items() if "loss" in a.named and not (a.guard or a.text))

@@ -194,6 +194,11 @@ def test_results_hold_the_captions(samples, tmp_path):
 
 
 def test_refused(pipeline, samples, make_tiny):
+    for name in (*JOINT, "gcg"):
+        aimed = victim(pipeline, samples)
+        aimed.targeted = True
+        with pytest.raises(ValueError, match="changes captions, and cannot aim at one"):
+            ATTACKS[name](aimed, aimed.pixels(), LINF)
     for name in JOINT:
         made = generative(fitted(make_tiny), colours()[:2])
         with pytest.raises(ValueError, match="LlavaForConditionalGeneration: the attack changes captions"):

@@ -118,6 +118,13 @@ def test_budget_words_and_template_are_kept(name, edits, pipeline, samples):
     assert torch.equal(result.adv, victim(pipeline, samples).pixels()) and not result.zero_gradients.any()
 
 
+def test_passes_are_counted_for_each_sample(pipeline, samples):
+    made = victim(pipeline, samples, exact=False)
+    result = ATTACKS["hotflip"](made, made.pixels(), STILL, steps=3, candidates=2)
+    assert made.forwards.tolist() == [1 + 3 * (1 + 2)] * 4 and made.backwards.tolist() == [3] * 4
+    assert (result.passes.full_forward, result.passes.full_backward) == (1 + 3 * (1 + 2), 3)
+
+
 def test_more_steps_and_edits_find_more(pipeline, samples):
     found = [
         run("gcg", pipeline, samples, steps=steps, edits=edits, candidates=8).loss.mean()
