@@ -6,16 +6,15 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 
+import colour_clip
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.data import Sample, load_dataset
+from cmai_fast.data import Sample
 from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.data.easyvqa import COLORS
 from cmai_fast.data.sources import DataSource
@@ -26,78 +25,31 @@ from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, posed
 from cmai_fast.threat import ThreatModel
 
-WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "shape", *COLORS)
 
-
-def processor() -> Any:
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    size = {"height": 64, "width": 64}
-    return tf.CLIPProcessor(
-        image_processor=tf.CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
-        tokenizer=tf.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        ),
-    )
-
-
-def model() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = tf.CLIPConfig(
-        text_config={**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 2},
-        vision_config={**sizes, "image_size": 64, "patch_size": 16},
-        projection_dim=16,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tf.CLIPModel(config).eval()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def samples() -> list[Sample]:
-    """Sixteen pictures whose texts name a colour."""
-    data, found = load_dataset("easyvqa", "test"), {}
-    for sample in (data[i] for i in range(len(data))):
-        if sample.prompt.startswith("what color") and sample.images[0].tobytes() not in found:
-            found[sample.images[0].tobytes()] = replace(
-                sample,
-                prompt="",
-                references=(f"a {sample.answer} shape",),
-                choices=tuple(f"a {c} shape" for c in COLORS),
-            )
-        if len(found) == 16:
-            return list(found.values())
-    raise AssertionError("too few pictures")
+    return colour_clip.samples()
 
 
-@pytest.fixture(scope="module")
-def pipeline(samples) -> Pipeline:
-    """Fitted to the samples for a few seconds, so that there is something to break."""
-    made = Pipeline("clip", model(), processor())
-    made.choose_from(samples)
-    batch = made.collate(samples)
-    optimizer = torch.optim.AdamW(made.model.parameters(), 2e-3, weight_decay=0.0)
-    for _ in range(80):
-        _, text = made.bridge.inputs(batch)
-        loss = made.bridge.losses(made.bridge.encode_image(batch["pixel_values"]), **text)[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return made
+@pytest.fixture
+def pipeline() -> Pipeline:
+    """Texts may be chosen anew, so each test has its own."""
+    return copy.copy(colour_clip.pipeline())
 
 
 def test_texts_are_choices_or_else_captions(samples):
     captions = [replace(s, choices=(), references=(f"caption {i}", "another")) for i, s in enumerate(samples)]
     assert choices_of(samples) == tuple(f"a {c} shape" for c in COLORS)
     assert choices_of(captions[:3]) == ("caption 0", "caption 1", "caption 2")
-    collate = ChoiceCollator(processor(), ("Red", "blue", "red"))
+    collate = ChoiceCollator(colour_clip.processor(), ("Red", "blue", "red"))
     asked = [replace(samples[0], references=r) for r in (("RED",), ("red",), ("scarlet", "Blue"))]
     assert collate(asked)["labels"].tolist() == [0, 2, 1]
     with pytest.raises(ValueError, match=r"'a pink shape' of sample 7 is not among the 8 texts"):
-        ChoiceCollator(processor(), choices_of(samples))([replace(samples[0], id=7, references=("a pink shape",))])
+        ChoiceCollator(colour_clip.processor(), choices_of(samples))(
+            [replace(samples[0], id=7, references=("a pink shape",))]
+        )
     with pytest.raises(ValueError, match="sample 7 has 2 images"):
-        ChoiceCollator(processor())([replace(samples[0], id=7, images=samples[0].images * 2)])
+        ChoiceCollator(colour_clip.processor())([replace(samples[0], id=7, images=samples[0].images * 2)])
 
 
 def test_the_answer_is_that_of_the_models_own_forward(pipeline, samples):
@@ -113,7 +65,7 @@ def test_the_answer_is_that_of_the_models_own_forward(pipeline, samples):
 
 def test_it_needs_to_know_the_texts(samples):
     with pytest.raises(ValueError, match=r"call choose_from"):
-        Pipeline("clip", model(), processor()).generate(samples)
+        Pipeline("clip", colour_clip.model(), colour_clip.processor()).generate(samples)
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr"])
@@ -158,7 +110,7 @@ def test_retrieval_ranks_all_captions_clean_and_attacked(pipeline, samples):
     scored = ranked.similarities(captions)
     assert scored.shape == (16, len(ranked.collate.texts))
     with pytest.raises(ValueError, match="call choose_from"):
-        Pipeline("clip", model(), processor()).similarities(captions)
+        Pipeline("clip", colour_clip.model(), colour_clip.processor()).similarities(captions)
 
 
 def test_an_attack_moves_an_image_from_all_its_own_captions(pipeline, samples):

@@ -1,5 +1,6 @@
-"""The attacks on a model without a guard; those on a guard have tests of their own (attacks/test_adaptive.py)."""
+"""The attacks that work on any victim. Those on a guard, and those on what users typed, have tests of their own
+(attacks/test_adaptive.py, attacks/test_substitution.py, attacks/test_embedding_pgd.py)."""
 
 from cmai_fast.attacks import ATTACKS
 
-UNGUARDED = sorted(name for name, attack in ATTACKS.items() if not attack.guard)
+UNGUARDED = sorted(name for name, attack in ATTACKS.items() if not (attack.guard or attack.text))

@@ -39,6 +39,7 @@ class Attack:
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
         named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
+        text: it changes prompts, and needs the victim's.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
@@ -54,13 +55,9 @@ class Attack:
     settings: Mapping[str, Any]
     kinds: Mapping[str, tuple[type, ...]]
     named: tuple[str, ...]
+    text: bool
     refuse: Callable[..., None] | None
     run: Callable[..., AttackResult]
-
-    @property
-    def gradients(self) -> bool:
-        """Whether it follows gradients."""
-        return "gradient" in self.named
 
     @property
     def losses(self) -> bool:
@@ -105,6 +102,11 @@ class Attack:
             {**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})}
         )
         return self.run(victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it follows gradients of the image, and so takes every loss and gradient."""
+        return self.named == _BY_NAME
 
     def check(self, norm: str, steps: int, restarts: int) -> None:
         """Raises ValueError for a budget or norm that the attack does not take; needs no model."""
@@ -161,20 +163,8 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     "cmai_fast.attacks",
     frozenset(
-        {
-            "ascent",
-            "attack",
-            "canvas",
-            "deployed",
-            "gradients",
-            "losses",
-            "others",
-            "restarts",
-            "state",
-            "upload",
-            "victim",
-            "words",
-        }
+        "ascent attack canvas captions deployed gradients joint losses others prompts restarts state substitution "
+        "upload victim words".split()
     ),
 )
 
@@ -188,6 +178,7 @@ def attack(
     least: int = 1,
     single: bool = False,
     guard: bool = False,
+    text: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
     refuse: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
@@ -195,8 +186,9 @@ def attack(
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
     `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
-    `loss` alone. `refuse` gets the
-    settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
+    `loss` alone. `text`: it changes prompts and needs `Victim.prompts`; its result holds `prompts` or `words`.
+    `refuse` gets the settings that are given, by keyword, and raises ValueError for bad values: before a model is
+    loaded.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:
@@ -219,6 +211,7 @@ def attack(
             settings={p.name: p.default for p in own},
             kinds={p.name: kinds_of(p.annotation, function.__globals__, "an attack") for p in own},
             named=tuple(key for key in _BY_NAME if key in taken),
+            text=text,
             refuse=refuse,
             run=function,
         )

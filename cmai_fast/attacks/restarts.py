@@ -69,7 +69,7 @@ def restarted(
         with victim.attack_mode():
             clean, eps, sample_ids = prepare(victim, clean, threat, sample_ids)
             model_input = victim.space.to_model(clean)
-            best, tally = Best(clean, model_input), Tally(victim, clean)
+            best, tally = Best(clean, model_input, victim.words), Tally(victim, clean)
             rows = torch.arange(len(clean), device=clean.device)
             if early_stop and len(rows):
                 with torch.no_grad():

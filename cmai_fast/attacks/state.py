@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmai_fast import ops
 from cmai_fast.attacks.victim import Evaluation, Passes, Victim
+from cmai_fast.attacks.words import Words
 from cmai_fast.pixels import check_pixels
 from cmai_fast.threat import ThreatModel
 
@@ -29,6 +30,11 @@ class AttackResult:
         direction. A defence that rounds its input looks robust for this reason. A single one may be legitimate (a
         loss of exactly 0); if all are 0, the attack says nothing about the model.
     model_input: `adv` in the model's input space, as the step computed it; None if the attack did not keep it.
+    prompts: N texts in place of those that were typed; None if the attack does not change them.
+    captions: N lists of texts in place of the texts that are right for each sample, in the order of its references; of
+        dual encoders. None if the attack does not change them.
+    words: N tensors (l, text_dim), what is added to the embeddings of each prompt's l tokens, template and image
+        tokens included; None if the attack does not change them.
     """
 
     adv: Tensor
@@ -38,6 +44,9 @@ class AttackResult:
     nonfinite: Tensor
     zero_gradients: Tensor
     model_input: Tensor | None = None
+    prompts: list[str] | None = None
+    captions: list[list[str]] | None = None
+    words: list[Tensor] | None = None
 
 
 class Tally:
@@ -66,8 +75,9 @@ class Tally:
 class Best:
     """Keeps the best adversarial image per row: one that fools before one that does not, then the highest loss."""
 
-    def __init__(self, clean: Tensor, model_input: Tensor) -> None:
-        """`model_input`: `clean` in the model's input space."""
+    def __init__(self, clean: Tensor, model_input: Tensor, words: Words | None = None) -> None:
+        """`model_input`: `clean` in the model's input space. `words`: those under attack, kept with the images."""
+        self._words = words
         self.adv, self.model_input = clean.clone(), model_input.clone()
         self.fooled = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.loss = torch.full((len(clean),), float("-inf"), dtype=clean.dtype, device=clean.device)
@@ -81,6 +91,8 @@ class Best:
         self.adv[won], self.model_input[won] = adv[better], model_input[better]
         self.fooled[won] = fooled[better]
         self.loss[won] = loss[better]
+        if self._words is not None:
+            self._words.note(won)
 
     def result(self, passes: Passes, tally: Tally) -> AttackResult:
         return AttackResult(

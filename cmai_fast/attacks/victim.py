@@ -25,9 +25,11 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.pixels import PixelSpace
 
 if TYPE_CHECKING:
+    from cmai_fast.attacks.captions import Captions
     from cmai_fast.attacks.deployed import Deployed
     from cmai_fast.attacks.losses import Loss
     from cmai_fast.attacks.others import OtherAnswers
+    from cmai_fast.attacks.prompts import Prompts
     from cmai_fast.attacks.words import Words
 
 
@@ -44,6 +46,7 @@ class Passes:
     vision_forward: int = 0
     vision_backward: int = 0
     text_forward: int = 0
+    text_backward: int = 0
 
     def __add__(self, other: Passes) -> Passes:
         return Passes(**{k: v + getattr(other, k) for k, v in vars(self).items()})
@@ -77,6 +80,7 @@ class Victim(BatchImages):
     Attributes:
         deployed: the guard around the model, for the adaptive attack; None: there is none.
         words: the prompts, if they are under attack too (`Words`).
+        prompts: what users typed, for attacks that change it (`Prompts`, of a dual encoder `Captions`); None: unknown.
         exact: whether a text counts as wrong as soon as a token differs from the label. If not, no sample counts as
             fooled, so that attacks take all their steps and return the image with the highest loss.
         targeted: the labels are the answers that the attacker wants. Losses of the response then have the other sign,
@@ -105,6 +109,7 @@ class Victim(BatchImages):
         self.passes = Passes()
         self.deployed: Deployed | None = None
         self.words: Words | None = None
+        self.prompts: Prompts | Captions | None = None
         self.exact, self.targeted = True, False
         self.others: OtherAnswers | None = None
         self.origin: Tensor | None = None

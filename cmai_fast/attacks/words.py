@@ -6,7 +6,7 @@ one radius fit embeddings of any size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from cmai_fast.bridge import Bridge, ModelBridge
+from cmai_fast.bridge.backward import differentiate
 from cmai_fast.bridge.labels import IGNORE
 from cmai_fast.threat import WordBall
+
+NO_WORDS = "the loss does not depend on the words of the prompt, which are under attack; choose another loss"
 
 
 class Words:
@@ -30,24 +33,30 @@ class Words:
         bridge: of a model that reads prompt and response as one sequence.
         texts: inputs of `Bridge.fuse`.
         ball: of each word.
+        place: (N, L) bool, the tokens under attack; None: those of the prompts.
 
     Attributes:
         delta: (N, L, text_dim) float32, 0 at image tokens, responses and padding.
+        best: like `delta`, what was there when a row last was the best (`note`).
 
     Raises:
         ValueError: a dual encoder or an encoder-decoder.
     """
 
-    def __init__(self, bridge: ModelBridge, texts: Mapping[str, Tensor], ball: WordBall) -> None:
+    def __init__(
+        self, bridge: ModelBridge, texts: Mapping[str, Tensor], ball: WordBall, place: Tensor | None = None
+    ) -> None:
         check_words(bridge)
         self.bridge, self.texts, self.ball = bridge, dict(texts), ball
         ids, image = texts["input_ids"], texts["input_ids"] == bridge.model.config.image_token_id
         prompt = (texts["labels"] == IGNORE) & texts["attention_mask"].bool() & ~image
+        if place is not None:
+            prompt = prompt & place.to(prompt.device)
         with torch.no_grad():
             own = bridge.model.get_input_embeddings()(ids.masked_fill(image, 0)).detach().float()
             length = own.norm(dim=-1, keepdim=True) * prompt[..., None]
             self._radius = ball.eps * (length if ball.norm == "l2" else length / own.shape[-1] ** 0.5)
-        self.delta = torch.zeros_like(own)
+        self.delta, self.best = torch.zeros_like(own), torch.zeros_like(own)
         self._slope, self._fresh = torch.zeros_like(own), prompt.new_zeros(len(ids))
         self._moved = False
         self._leaf: Tensor | None = None
@@ -61,6 +70,15 @@ class Words:
         """Puts the words of `rows` back."""
         self.delta[rows] = 0.0
         self._fresh.zero_()
+
+    def note(self, rows: Tensor) -> None:
+        """Keeps the words of `rows` (n,) as their best."""
+        self.best[rows] = self.delta[rows]
+
+    def flat(self, rows: Tensor) -> Tensor:
+        """(n,) bool: whether the words of `rows` have a new gradient that is 0 everywhere."""
+        slope = self._slope[rows] * (self._radius[rows] > 0)
+        return self._fresh[rows] & ~slope.flatten(1).any(1)
 
     @contextmanager
     def said(self, rows: Tensor | None = None, *, alone: bool = False) -> Iterator[None]:
@@ -93,9 +111,15 @@ class Words:
             handle.remove()
 
     def slope_of(self, losses: Tensor) -> None:
-        """Leaves the gradients of losses (n,) that were computed inside `said(alone=True)`."""
-        assert self._leaf is not None
-        torch.autograd.grad(losses.sum(), self._leaf)
+        """Leaves the gradients of losses (n,) that were computed inside `said(alone=True)`, or of fixed images.
+
+        Raises:
+            ValueError: the losses do not depend on the words.
+        """
+        leaf, self._leaf = self._leaf, None
+        if leaf is None or not losses.requires_grad:
+            raise ValueError(NO_WORDS)
+        differentiate(self.bridge.model, losses, leaf)
 
     def _keep(self, gradient: Tensor, place: slice | Tensor) -> None:
         # In float16 a loss is differentiated several times, scaled less and less: the first finite gradient counts.
@@ -125,6 +149,46 @@ class Words:
         self._moved = True
 
 
+@contextmanager
+def at_words(embedding: nn.Module, shape: torch.Size) -> Iterator[list[Tensor]]:
+    """Inside, what `embedding` gives for ids of this shape (n, L) is a leaf; the leaves come in the list."""
+    leaves: list[Tensor] = []
+
+    def leaf(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if output.shape[:-1] != shape:
+            return output
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = embedding.register_forward_hook(leaf)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def spoken(bridge: ModelBridge, deltas: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the next pass of the language model reads prompts, padded on the left, with `deltas` added: of each row
+    (l, text_dim), for its last l words. For `generate`."""
+    left = [tuple(deltas)]
+
+    def perturbed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not left:
+            return None
+        words = kwargs["inputs_embeds"].clone()
+        for row, delta in zip(words, left.pop(), strict=True):
+            if len(delta):
+                row[-len(delta) :] += delta.to(row)
+        return args, {**kwargs, "inputs_embeds": words}
+
+    handle = bridge.model.get_decoder().register_forward_pre_hook(perturbed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def said(words: Words | None) -> AbstractContextManager[None]:
     """`words.said()`, if there are any."""
     return nullcontext() if words is None else words.said()
@@ -135,5 +199,5 @@ def check_words(bridge: ModelBridge) -> None:
     if not isinstance(bridge, Bridge):
         raise ValueError(
             f"{type(bridge.model).__name__} has no prompt and response in one sequence, which attacks on words need; "
-            "set modality to 'image'"
+            "attack the image alone (in training, set modality to 'image')"
         )

@@ -45,7 +45,7 @@ class ChoiceCollator:
         # SigLIP was trained on texts of full length, padding included, and has no attention mask.
         fixed = "attention_mask" not in getattr(processor.tokenizer, "model_input_names", ("attention_mask",))
         self._padding = "max_length" if fixed else True
-        self._tokens = None if self.texts is None else self._read(self.texts)
+        self._tokens = None if self.texts is None else self.read(self.texts)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
         asked = [Sample.of(s, i) for i, s in enumerate(samples)]
@@ -68,7 +68,7 @@ class ChoiceCollator:
             pictures.append(read_picture(s.images[0], f"the image of sample {s.id!r}"))
         return {
             **dict(self.processor.image_processor(images=pictures, return_tensors="pt")),
-            **(self._tokens if self._tokens is not None else self._read(texts)),
+            **(self._tokens if self._tokens is not None else self.read(texts)),
             "labels": torch.tensor(labels),
             **({"relevant": relevant} if self.texts is not None and bool((relevant.sum(1) > 1).any()) else {}),
             "sample_ids": torch.tensor([numeric_id(s.id) for s in asked]),
@@ -81,6 +81,7 @@ class ChoiceCollator:
         other.processor.image_processor = image_processor
         return other
 
-    def _read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Texts as the text side takes them: `input_ids` (K, L) and, where the family has it, `attention_mask`."""
         made = self.processor.tokenizer(list(texts), padding=self._padding, truncation=True, return_tensors="pt")
         return {k: made[k] for k in ("input_ids", "attention_mask") if k in made}

@@ -14,6 +14,7 @@ from cmai_fast.data.prompt import PromptForm, check_text
 from cmai_fast.data.remembered import RememberedPictures
 from cmai_fast.data.sample import Sample, numeric_id
 from cmai_fast.data.statements import Told, told
+from cmai_fast.data.user_tokens import UserTokens, user_tokens
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _NEGATIVE = ("input_ids", "attention_mask", "labels")
@@ -97,6 +98,16 @@ class VQACollator:
         """The batch with prompts only, without labels, for `generate`."""
         _, rows, batch = self._encode(checked_samples(samples))
         return {**self._padded(rows), **batch}
+
+    def user_tokens(self, samples: Sequence[Sample]) -> list[UserTokens]:
+        """Where the prompt of each sample, the user's own text, lies among the tokens of `prompts`."""
+        return [user_tokens(self._form, s.prompt, len(s.images)) for s in samples]
+
+    def read(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of whole prompts, template included, as `UserTokens.whole`."""
+        return self._form.control.tokenizer()(list(prompts), add_special_tokens=self._form.add_special_tokens)[
+            "input_ids"
+        ]
 
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[str], list[Row], dict[str, torch.Tensor]]:
         """Prompts as texts and as tokens, and the other inputs of the family's forward."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -32,7 +33,8 @@ class Attacked(Answers):
     right_8bit, predictions_8bit: for the images rounded to 8 bits inside the ball. fooled: (M,) bool, the attack's own
     fast verdict (exact match under teacher forcing). forwards, backwards: (M,) passes of the whole model that each
     sample was in, those that judge the result not counted. nonfinite, zero_gradients: (M,) as in `AttackResult`.
-    images: of each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them.
+    images: of each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them. prompts: (M,) what
+    the attack put in place of prompts, or lists of captions; None if it does not change them.
     """
 
     predictions_8bit: list[str]
@@ -45,6 +47,7 @@ class Attacked(Answers):
     nonfinite: np.ndarray
     zero_gradients: np.ndarray
     images: Mapping[int, Tensor] = field(repr=False)
+    prompts: list[Any] | None = None
 
     def among(self, mask: np.ndarray) -> Attacked:
         """Only of the samples in `mask` (N,) bool; passes and seconds stay those of all."""
@@ -56,6 +59,7 @@ class Attacked(Answers):
             predictions=[self.predictions[k] for k in places],
             predictions_8bit=[self.predictions_8bit[k] for k in places],
             scores=None if self.scores is None else self.scores[keep],
+            prompts=None if self.prompts is None else [self.prompts[k] for k in places],
             **{
                 name: getattr(self, name)[keep]
                 for name in ("right", "right_8bit", "fooled", "forwards", "backwards", "nonfinite", "zero_gradients")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cmai_fast.attacks import ATTACKS
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.answers import Answers, Attacked
 from cmai_fast.evaluation.goals import Worst, reaches
@@ -97,7 +98,8 @@ def measure(
     for i, spec in enumerate(suite):
         if ranks(runner.task):
             whole = runner.attack(spec, threat, range(len(standing)), keep=True)
-            moved.append((whole, whole.images))
+            if not ATTACKS[spec.name].text:  # with its own captions changed, an image has another gallery
+                moved.append((whole, whole.images))
             attacked = whole.among(measured.clean.right)
         else:
             attacked = runner.attack(
@@ -115,7 +117,8 @@ def measure(
     measured.record["metrics"] = _corpus_metrics(measured, metrics)
     if ranks(runner.task):
         for kind, found in recall(runner, moved, batch_size).items():
-            measured.record["metrics"][kind] |= found
+            if kind == "clean" or moved or not suite:
+                measured.record["metrics"][kind] |= found
     if curve is not None:
         measured.record["curve"] = _curve(runner, curve, threat)
     if pipeline.scores:

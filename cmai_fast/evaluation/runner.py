@@ -29,10 +29,13 @@ from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.surface import images_of, shown, victim_of
+from cmai_fast.evaluation.texts import Texts, typed
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import levels, round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
 from cmai_fast.threat import Surface, ThreatModel
+
+_PLAIN = Texts()
 
 
 class Runner:
@@ -161,10 +164,10 @@ class Runner:
         exact = spec.target is not None or not ranks(self.task)
         victim, clean, result = self._run(spec, threat, rows, exact, starts)
         forwards, backwards = victim.forwards.cpu(), victim.backwards.cpu()
-        first = _apart(victim, result.adv)
+        first, texts = _apart(victim, result.adv), Texts.of(result)
         # The clean answers are not those at the centre of the ball if that is a blank picture.
         own = None if self.surface.name == "blank" else _apart(victim, clean)
-        entry, adv = self._judged(rows, first, own), list(first)
+        entry, adv = self._judged(rows, first, own, texts=texts), list(first)
         passes, attacked = result.passes, result.adv
         # Another token, at which an attack stops, is no proof: the text may say the same, or be right as well.
         right = self.right(rows, entry["predictions"])
@@ -173,17 +176,20 @@ class Runner:
             other, _, again = self._run(spec, threat, [rows[k] for k in left], exact=False)
             for k, image in zip(left, _apart(other, again.adv), strict=True):
                 adv[k] = image
+            before, texts = texts, texts.put(left, Texts.of(again))
             passes, attacked = passes + again.passes, victim.join(adv).to(clean)
             result.nonfinite[left] += again.nonfinite
             result.zero_gradients[left] += again.zero_gradients
             forwards[left] += other.forwards.cpu()
             backwards[left] += other.backwards.cpu()
-            entry = self._judged(rows, adv, own, (first, entry))
+            entry = self._judged(rows, adv, own, (first, before, entry), texts=texts)
         if not brief:
             rounded = _apart(victim, round_to_8bit(attacked, clean, threat))
             known = {k: entry[k] for k in ("predictions", "scores")}
-            entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+            judged = self._judged(rows, rounded, own, (adv, texts, known), scored=False, texts=texts)
+            entry["predictions_8bit"] = judged["predictions"]
         entry |= {
+            "prompts": texts.prompts if texts.captions is None else texts.captions,
             "fooled": result.fooled.tolist(),
             "passes": vars(passes),
             "forwards": forwards.tolist(),
@@ -230,6 +236,8 @@ class Runner:
         victim = victim_of(self.pipeline, batch, goals, self.surface)
         victim.exact = exact and spec.reference is None and not spec.again
         aim(victim, spec, self.pipeline, samples, said)
+        if ATTACKS[spec.name].text:
+            victim.prompts = typed(self.pipeline, goals, samples)
         if self.pipeline.guarded:
             victim.deployed = Deployed(self.pipeline, goals)
         clean = victim.pixels()
@@ -258,7 +266,7 @@ class Runner:
         adv, rounded = _apart(batch, joined), _apart(batch, round_to_8bit(joined, clean, threat))
         entry = self._judged(rows, adv, own)
         known = {k: entry[k] for k in ("predictions", "scores")}
-        entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, known), scored=False)["predictions"]
+        entry["predictions_8bit"] = self._judged(rows, rounded, own, (adv, _PLAIN, known), scored=False)["predictions"]
         still = [0] * len(rows)
         return entry | {
             "fooled": (~self.right(rows, entry["predictions"])).tolist(),
@@ -290,37 +298,38 @@ class Runner:
         rows: list[int],
         images: Sequence[Tensor],
         own: Sequence[Tensor] | None = None,
-        known: tuple[Sequence[Tensor], dict[str, Any]] | None = None,
+        known: tuple[Sequence[Tensor], Texts, dict[str, Any]] | None = None,
         *,
         scored: bool = True,
+        texts: Texts = _PLAIN,
         surface: Surface | None = None,
     ) -> dict[str, Any]:
-        """Predictions for these images of the samples at `rows`, and S_c with them.
+        """Predictions for these images and texts of the samples at `rows`, and S_c with them.
 
         Args:
-            own: the samples' own images; if an image is unchanged, the clean answer is reused.
-            known: other images of these samples with their results, which are reused for equal images.
+            own: the samples' own images; if image and text are unchanged, the clean answer is reused.
+            known: other images and texts of these samples with their results, which are reused if both are equal.
             surface: of which these are the images; None: the runner's own.
         """
         scored = scored and self.pipeline.scores
         found: dict[str, Any] = {"predictions": [""] * len(rows), "scores": [0.0] * len(rows) if scored else None}
         left = []
         for k, (row, image) in enumerate(zip(rows, images, strict=True)):
-            if known is not None and torch.equal(image, known[0][k]):
-                found["predictions"][k] = known[1]["predictions"][k]
-            elif own is not None and torch.equal(image, own[k]):
+            if known is not None and torch.equal(image, known[0][k]) and texts.same(k, known[1]):
+                found["predictions"][k] = known[2]["predictions"][k]
+            elif own is not None and torch.equal(image, own[k]) and texts.plain(k, self.samples[row]):
                 clean = self.clean()
                 found["predictions"][k] = clean.predictions[row]
                 if scored:
                     found["scores"][k] = float(clean.scores[row])  # type: ignore[index]
             else:
                 left.append(k)
-        asked = [self.samples[rows[k]] for k in left]
+        asked = [texts.sample(k, self.samples[rows[k]]) for k in left]
         samples, moved = shown(asked, [images[k] for k in left], surface or self.surface)
-        texts = self.pipeline.generate(samples, moved)
-        scores = self.pipeline.score(samples, texts, moved).double().tolist() if scored and left else []
+        said = texts.answers(left, self.pipeline, samples, moved)
+        scores = self.pipeline.score(samples, said, moved).double().tolist() if scored and left else []
         for place, k in enumerate(left):
-            found["predictions"][k] = texts[place]
+            found["predictions"][k] = said[place]
             if scored:
                 found["scores"][k] = scores[place]
         return found
@@ -367,6 +376,7 @@ class Runner:
             nonfinite=np.array(_joined(journal, "nonfinite"), dtype=int),
             zero_gradients=np.array(_joined(journal, "zero_gradients"), dtype=int),
             images=journal,
+            prompts=_joined(journal, "prompts") if rows and journal.entries[0].get("prompts") else None,
         )
 
 

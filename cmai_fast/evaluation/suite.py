@@ -134,6 +134,16 @@ def check_suite(suite: Sequence[AttackSpec]) -> None:
         raise ValueError(f"the suite has {twice[0]} twice; expected each attack once")
 
 
+def check_first(suite: Sequence[AttackSpec]) -> None:
+    """Raises ValueError if the first attack of the suite changes prompts: its images are shown, and tried on other
+    models."""
+    if suite and ATTACKS[suite[0].name].text:
+        raise ValueError(
+            f"the suite begins with {suite[0].key}, which changes prompts; expected an attack on the image first, "
+            "whose images are shown and tried on the other models"
+        )
+
+
 def curve_attack(suite: Sequence[AttackSpec]) -> AttackSpec:
     """PGD with fewer steps than the headline, since the curve over eps has many points. Results name it."""
     return AttackSpec("pgd", min(20, *(int(spec.steps or 1) for spec in suite[:1])) if suite else 20)

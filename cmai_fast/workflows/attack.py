@@ -14,6 +14,7 @@ from PIL import Image
 
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import protocol
+from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.goals import reaches
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import Measured
@@ -70,7 +71,8 @@ def attack(
             attacked, and the record says beside what broke how many samples give the target.
         out: the file; `Path("-")` is standard output.
         save_images: a folder, new or empty, for the attacked images as 8-bit PNGs and a `manifest.jsonl`, one line per
-            attacked sample. Samples whose clean answer is wrong are not attacked.
+            attacked sample, with its adversarial question if the attack changes questions. Samples whose clean answer
+            is wrong are not attacked.
         resume: continue an interrupted run from its state in the folder `<out>.state`.
         others: as for `evaluate`.
 
@@ -134,6 +136,7 @@ def _check_out(
 def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> dict[str, Any]:
     runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
     places = {row: k for k, row in enumerate(attacked.rows)}
+    prompts = None if attacked.prompts is None else dict(zip(attacked.rows, attacked.prompts, strict=True))
     right, right_8bit = (attacked.over(len(clean.right), values) for values in (attacked.right, attacked.right_8bit))
     per_sample = []
     for row, sample in enumerate(runner.samples):
@@ -156,6 +159,7 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
                 "backward": 0 if k is None else int(attacked.backwards[k]),
             }
             | found
+            | ({} if prompts is None else {f"{_changed(attacked)}_adv": prompts.get(row)})
         )
     own = measured.record["attacks"][spec.key]
     return {
@@ -167,6 +171,11 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
         "versions": versions(),
         "per_sample": per_sample,
     }
+
+
+def _changed(attacked: Attacked) -> str:
+    """What an attack on text changes."""
+    return "question" if all(isinstance(text, str) for text in attacked.prompts or ()) else "captions"
 
 
 def _saved(folder: Path) -> bool:
@@ -205,6 +214,7 @@ def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: Thr
                 "norm": threat.norm,
                 "eps": threat.eps,
             }
+            | ({} if attacked.prompts is None else {f"adversarial_{_changed(attacked)}": attacked.prompts[place]})
         )
     text = "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
     (folder / "manifest.jsonl").write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from cmai_fast.evaluation.comparison import BASELINE, IMMUNISED, UNDEFENDED, Ent
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.state import running
-from cmai_fast.evaluation.suite import AttackSpec, check_suite, curve_attack, headline_suite
+from cmai_fast.evaluation.suite import AttackSpec, check_first, check_suite, curve_attack, headline_suite
 from cmai_fast.evaluation.suites import suite as named_suite
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.metrics import METRICS
@@ -86,6 +86,7 @@ def evaluate(
     for spec in specs:
         spec.check(threat.norm)
     check_suite(specs)
+    check_first(specs)
     for name in names:
         check_names(name, task=task, metrics=metrics)
         if names.count(name) > 1:
