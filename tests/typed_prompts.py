@@ -10,7 +10,7 @@ import torch
 from cmai_fast.attacks import Victim
 from cmai_fast.attacks.prompts import Prompts
 from cmai_fast.data import Sample
-from cmai_fast.evaluation.runner import victim_of
+from cmai_fast.evaluation.surface import victim_of
 from cmai_fast.pipeline import Pipeline
 
 

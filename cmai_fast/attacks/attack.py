@@ -39,7 +39,7 @@ class Attack:
         settings: its own settings, with their defaults.
         kinds: the types that each of these takes.
         named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
-        text: it changes prompts, and needs the victim's.
+        text: it changes prompts or captions, and needs the victim's.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
@@ -102,11 +102,6 @@ class Attack:
             {**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})}
         )
         return self.run(victim, clean, threat, steps=steps, restarts=restarts, seed=seed, sample_ids=sample_ids, **own)
-
-    @property
-    def gradients(self) -> bool:
-        """Whether it follows gradients of the image, and so takes every loss and gradient."""
-        return self.named == _BY_NAME
 
     def check(self, norm: str, steps: int, restarts: int) -> None:
         """Raises ValueError for a budget or norm that the attack does not take; needs no model."""
@@ -186,9 +181,8 @@ def attack(
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
     `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
-    `loss` alone. `text`: it changes prompts and needs `Victim.prompts`; its result holds `prompts` or `words`.
-    `refuse` gets the settings that are given, by keyword, and raises ValueError for bad values: before a model is
-    loaded.
+    `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `refuse`
+    gets the settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:

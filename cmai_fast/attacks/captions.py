@@ -58,6 +58,11 @@ class Captions:
         self.captions = [text for _, text in pairs]
         self.owner = torch.tensor([i for i, _ in pairs], dtype=torch.int64, device=pipeline.model.device)
 
+    def check(self, victim: Victim) -> None:
+        """Raises ValueError for an attack that wants a text: a changed caption stands for what is right."""
+        if victim.targeted:
+            raise ValueError("the attack changes captions, and cannot aim at one; leave the target out")
+
     @cached_property
     def own(self) -> Tensor:
         """(N, K) bool: the texts to choose from that are right for each sample."""

@@ -84,7 +84,7 @@ def _reworded(run: Restart, words: Words, steps: int) -> None:
             losses = run.loss(features, outputs, victim, rows)
             if k < steps:
                 words.slope_of(losses)
-                victim.passes.full_backward += 1
+                victim.ran(rows, backward=True)
         found = Evaluation(losses.detach(), outputs.right)
         run.best.offer(run.clean[rows], at[rows], found, rows)
         rows, features = rows[found.right], features[found.right]

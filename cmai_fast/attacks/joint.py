@@ -53,6 +53,7 @@ class Joint:
     """
 
     def __init__(self, victim: Victim, captions: Captions, rules: Rules, seed: int) -> None:
+        captions.check(victim)
         self.victim, self.captions, self._rules, self._seed = victim, captions, rules, seed
 
     @contextmanager
@@ -96,7 +97,7 @@ class Joint:
             return losses, torch.ones_like(rows, dtype=torch.bool)
 
         ids = self.captions.ids(self.sample_ids)
-        search = Search(self.victim, self._texts, judge, ids, self._rules, "text")
+        search = Search(self.victim, self._texts, judge, ids, self._rules, whole=False)
         search.run(self._rules.edits, steepest, self._seed)
         self._spelled = search.best()
         self._tokens = torch.stack([self._texts.ids(line.row, line.best) for line in search.lines])

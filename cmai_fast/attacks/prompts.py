@@ -39,6 +39,7 @@ class Prompts:
         check_words(pipeline.bridge)
         assert isinstance(pipeline.collate, VQACollator)
         self.pipeline, self.collate, self.samples = pipeline, pipeline.collate, list(samples)
+        self.vocabulary = Vocabulary.of(pipeline.processor.tokenizer)
 
     def read(self, texts: Sequence[str] | None = None) -> Texts:
         """The prompts with these texts (None: those that were typed), followed by the samples' answers."""
@@ -52,15 +53,14 @@ class Prompts:
         ):
             prompt = (mask.bool() & (labels == IGNORE)).nonzero().squeeze(1)
             columns.append([int(prompt[c]) for c in tokens.columns(ids[prompt].tolist())])
-        vocabulary = Vocabulary.of(self.pipeline.processor.tokenizer)
-        return Texts(inputs, own, columns, vocabulary, bridge.model.get_input_embeddings(), self.collate.read)
+        return Texts(inputs, own, columns, self.vocabulary, bridge.model.get_input_embeddings(), self.collate.read)
 
     def judge(self, victim: Victim, features: Tensor, texts: Texts, loss: Loss) -> Judge:
         """By the response to images with features (N, T, D), as `Victim` judges."""
 
         def judged(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             own = {**victim.rows(texts.inputs, rows), "input_ids": ids}
-            outputs = Outputs(victim, features[rows], None, own)
+            outputs = Outputs(victim, features[rows], rows, own, chosen=True)
             return loss(features[rows], outputs, victim, rows), outputs.right
 
         return judged

@@ -45,8 +45,8 @@ class Rules:
 def check_rules(name: str, edits: int = 1, candidates: int = 1, **others: object) -> None:
     """Raises ValueError for settings that mean nothing."""
     for key, value in (("edits", edits), ("candidates", candidates), *others.items()):
-        if isinstance(value, int) and not isinstance(value, bool) and value < (key != "suffix"):
-            raise ValueError(f"{name}: {key} is {value}; expected at least {int(key != 'suffix')}")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name}: {key} is {value}; expected at least 1")
 
 
 def rules(edits: int, readable: bool, keep: str, candidates: int) -> Rules:
@@ -97,27 +97,37 @@ class Search:
         texts: those to start from.
         judge: of the loss, which is maximised.
         sample_ids: (N,) of each text, for random draws.
-        side: what a pass of `judge` runs, `full` or `text`, for the count of backward passes.
+        whole: whether `judge` runs the whole model, or its text side alone; for the count of backward passes.
+        last: how many tokens at the end of each text may be replaced, all of them and no others; 0: what `rules` say.
     """
 
     def __init__(
-        self, victim: Victim, texts: Texts, judge: Judge, sample_ids: Sequence[int], rules: Rules, side: str = "full"
+        self,
+        victim: Victim,
+        texts: Texts,
+        judge: Judge,
+        sample_ids: Sequence[int],
+        rules: Rules,
+        whole: bool = True,
+        last: int = 0,
     ) -> None:
-        self.victim, self.texts, self.judge, self.rules, self._side = victim, texts, judge, rules, side
+        self.victim, self.texts, self.judge, self.rules, self._whole = victim, texts, judge, rules, whole
         vocabulary, known = texts.vocabulary, len(texts.embedding.weight)  # type: ignore[arg-type]
         self.candidates = [v for v in vocabulary.allowed(rules.readable, rules.kept) if v < known]
         self._capital = torch.tensor([vocabulary.spelled[v][0].isupper() for v in self.candidates], dtype=torch.bool)
         self._table = self._embed(self.candidates)
         self.zero = torch.zeros(len(texts.own), dtype=torch.int64, device=self._table.device)
-        self.lines = [Line(i, s, self._open(i), rules.edits, {}, {}) for i, s in enumerate(sample_ids)]
+        self.lines = [Line(i, s, self._open(i, last), last or rules.edits, {}, {}) for i, s in enumerate(sample_ids)]
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         ids = self.texts.inputs["input_ids"]
         with torch.no_grad():
             return self.texts.embedding(torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).detach()
 
-    def _open(self, row: int) -> list[int]:
+    def _open(self, row: int, last: int) -> list[int]:
         own, rules, found = self.texts.own[row], self.rules, []
+        if last:
+            return list(range(len(own.spans)))[-last:]
         for k, (start, end) in enumerate(own.spans):
             word = own.text[start:end]
             around = own.text[max(start - 1, 0) : start] + own.text[end : end + 1]
@@ -183,8 +193,10 @@ class Search:
             if not leaf or not losses.requires_grad:
                 raise ValueError(NO_WORDS)
             slope = differentiate(self.victim.bridge.model, losses, leaf[0])
-        counted = f"{self._side}_backward"
-        setattr(self.victim.passes, counted, getattr(self.victim.passes, counted) + 1)
+        if self._whole:
+            self.victim.ran(rows, backward=True)
+        else:
+            self.victim.passes.text_backward += 1
         slope, at = slope.float(), leaf[0].detach().float()
         found = []
         for n, line in enumerate(lines):
@@ -280,7 +292,8 @@ def substituted(
             texts = prompts.read()
             judge = prompts.judge(victim, features, texts, loss_of(loss))
             if isinstance(prompts, Captions):
-                search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, "text")
+                prompts.check(victim)
+                search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, whole=False)
                 search.run(steps, propose, seed, restarts)
                 wrong, losses = [line.fooled for line in search.lines], [line.loss for line in search.lines]
                 return prompts.result(victim, search.best(), wrong, losses, clean, model_input)

@@ -217,16 +217,22 @@ class Outputs:
     """
 
     def __init__(
-        self, victim: Victim, features: Tensor, rows: Tensor | None, texts: Mapping[str, Tensor] | None = None
+        self,
+        victim: Victim,
+        features: Tensor,
+        rows: Tensor | None,
+        texts: Mapping[str, Tensor] | None = None,
+        chosen: bool = False,
     ) -> None:
-        """`texts`: inputs of `Bridge.fuse` in place of the victim's own."""
-        self._victim, self._features, self._rows = victim, features, rows
+        """`texts`: inputs of `Bridge.fuse` in place of the victim's own, of the whole batch or, if `chosen`, of `rows`,
+        in which a row may then stand several times."""
+        self._victim, self._features, self._rows, self._chosen = victim, features, rows, chosen
         self._batch = victim.batch if texts is None else texts
         self._losses: tuple[Tensor, Tensor] | None = None
         self._logits: tuple[Tensor, Tensor] | None = None
 
     def _texts(self) -> Mapping[str, Tensor]:
-        return self._victim.rows(self._batch, self._rows)
+        return self._batch if self._chosen else self._victim.rows(self._batch, self._rows)
 
     def _said(self) -> AbstractContextManager[None]:
         words = self._victim.words

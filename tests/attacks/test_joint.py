@@ -19,8 +19,9 @@ from cmai_fast.attacks.co_attack import divergence
 from cmai_fast.attacks.gradients import Course
 from cmai_fast.attacks.sga import SCALES, OverScales, resized
 from cmai_fast.data.sources import DataSource
-from cmai_fast.evaluation.runner import Runner, victim_of
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.surface import victim_of
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.attack import attack
