@@ -10,6 +10,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,10 @@ class Runner:
         return self._clean
 
     def _untouched(self, rows: list[int]) -> tuple[dict[str, Any], None]:
-        images = self.images(rows)
-        return self._judged(rows, images), None
+        # An attack on a blank picture starts from it, but the clean answer is that to the sample's own.
+        surface = replace(self.surface, name="upload") if self.surface.name == "blank" else self.surface
+        own = images_of(self.pipeline, [self.samples[i] for i in rows], surface)
+        return self._judged(rows, _apart(own, own.pixels()), surface=surface), None
 
     def images(self, rows: Sequence[int]) -> list[Tensor]:
         """The samples' own images in [0, 1], one tensor each, as `BatchImages.split` returns them, on the CPU."""
@@ -162,7 +165,7 @@ class Runner:
         victim, clean, result = self._run(spec, threat, rows, exact, starts)
         forwards, backwards = victim.forwards.cpu(), victim.backwards.cpu()
         first, texts = _apart(victim, result.adv), Texts.of(result)
-        # A blank ball is not around the sample's picture, and the clean answers are not those at its centre.
+        # The clean answers are not those at the centre of the ball if that is a blank picture.
         own = None if self.surface.name == "blank" else _apart(victim, clean)
         entry, adv = self._judged(rows, first, own, texts=texts), list(first)
         passes, attacked = result.passes, result.adv
@@ -299,12 +302,14 @@ class Runner:
         *,
         scored: bool = True,
         texts: Texts = _PLAIN,
+        surface: Surface | None = None,
     ) -> dict[str, Any]:
         """Predictions for these images and texts of the samples at `rows`, and S_c with them.
 
         Args:
             own: the samples' own images; if image and text are unchanged, the clean answer is reused.
             known: other images and texts of these samples with their results, which are reused if both are equal.
+            surface: of which these are the images; None: the runner's own.
         """
         scored = scored and self.pipeline.scores
         found: dict[str, Any] = {"predictions": [""] * len(rows), "scores": [0.0] * len(rows) if scored else None}
@@ -320,7 +325,7 @@ class Runner:
             else:
                 left.append(k)
         asked = [texts.sample(k, self.samples[rows[k]]) for k in left]
-        samples, moved = shown(asked, [images[k] for k in left], self.surface)
+        samples, moved = shown(asked, [images[k] for k in left], surface or self.surface)
         said = texts.answers(left, self.pipeline, samples, moved)
         scores = self.pipeline.score(samples, said, moved).double().tolist() if scored and left else []
         for place, k in enumerate(left):

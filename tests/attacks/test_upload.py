@@ -23,10 +23,12 @@ from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.data.collators import collator_of
 from cmai_fast.data.pictures import read_picture
 from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.models import resolve
+from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import PixelSpace, round_to_8bit
 from cmai_fast.preprocessing.jpeg import jpeg
-from cmai_fast.threat import Surface, ThreatModel
+from cmai_fast.threat import SURFACES, Surface, ThreatModel
 from cmai_fast.workflows.attack import attack
 from families import FAMILIES, picture
 from processors import SAMPLES, processor_of, tokenizer
@@ -170,6 +172,24 @@ def test_a_blank_picture_starts_grey_and_may_become_anything():
     result = ATTACKS["pgd"](blank, blank.pixels(), threat, steps=3, early_stop=False)
     (one,), *_ = blank.pictures(result.adv)
     assert one.min() == 0 and one.max() == 255 and one.shape == (*SIZES[0], 3)
+
+
+def test_clean_answers_are_those_to_the_samples_own_pictures():
+    family = by_name["LLaVA"]
+    subject, samples = Pipeline("LLaVA", family.model(), processor_of(family)), parts("LLaVA")[3]
+    said = {name: Runner(subject, samples, surface=Surface(name)).clean().predictions for name in SURFACES}
+    assert said["input"] == said["upload"] == said["patch"] == said["blank"]
+    grey = [replace(s, images=(np.full_like(s.images[0], 128),)) for s in samples]
+    assert subject.generate(grey) != said["blank"], "the model sees the difference"
+
+
+def test_square_draws_into_pictures_of_different_sizes():
+    attacked = victim("LLaVA")
+    attacked.exact = False
+    clean = attacked.pixels()
+    result = ATTACKS["square"](attacked, clean, EPS, steps=6, seed=1)
+    assert 0 < (result.adv - clean).abs().max() <= EPS.eps + 1e-6
+    assert not result.adv[~attacked._mask.unsqueeze(2).expand_as(clean)].any(), "no padding"
 
 
 def test_jpeg_is_in_the_loop():
