@@ -26,7 +26,7 @@ from cmai_fast.threat import ThreatModel
 from families import FAMILIES
 
 LINF = ThreatModel("linf", 1.5 / 255)
-NAMES = [name for name, attack in ATTACKS.items() if attack.gradients]
+NAMES = [n for n, a in ATTACKS.items() if "gradient" in a.named and a.losses and not a.text]
 
 
 def shifted(pixels, noise):
