@@ -63,6 +63,11 @@ class Attack:
         return "gradient" in self.named
 
     @property
+    def queries(self) -> bool:
+        """Whether it maximises a loss without gradients, by queries alone."""
+        return self.named == ("loss",)
+
+    @property
     def losses(self) -> bool:
         """Whether it maximises a loss that can be chosen."""
         return "loss" in self.named

@@ -141,9 +141,9 @@ def test_evaluate_hands_on_every_option(run, replace_workflow, results, mine):
     assert called.args == (MODEL, DataSource(mine, {"question": "text", "id": "id"}), ThreatModel("l2", 1.5))
     assert called.kwargs == {
         "also": [AttackSpec("adaptive", 5, 2), AttackSpec("apgd")], "against": ["easyvqa-llava-immune", "a/b"],
-        "suite": None, "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4, "task": "vqa",
-        "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True, "progress": False, "device": "cpu",
-        "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
+        "suite": None, "out": Path("runs/e"), "limit": 9, "steps": 7, "restarts": 3, "batch_size": 5, "seed": 4,
+        "task": "vqa", "metrics": ["exact-match"], "max_new_tokens": 6, "resume": True, "progress": False,
+        "device": "cpu", "dtype": "float32", "attention": "sdpa", "command": f"cmai-fast {typed}",
     }  # fmt: skip
 
 
