@@ -10,8 +10,9 @@ import torch
 
 from cmai_fast.attacks import ATTACKS
 from cmai_fast.evaluation.protocol import Measured
-from cmai_fast.evaluation.runner import Runner, victim_of
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.surface import victim_of
 from cmai_fast.threat import ThreatModel
 
 Check = dict[str, Any]
