@@ -1,44 +1,57 @@
-"""Starts runs of `mbat/one_of_several.py`, in one process or several."""
+"""Starts runs of `one_of_several.py`, in one process or several."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import selectors
-import subprocess
-import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parent / "mbat" / "one_of_several.py"
+import one_of_several
+
 PATIENCE = 300.0  # seconds
 
 
 class Launcher:
-    """A process that has imported what a run needs, and forks for each run."""
+    """A fork of this process, which has imported what a run needs, that forks for each run."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
+        gc.collect()
+        gc.freeze()  # collections in the forks then do not look at what is imported here, and copy none of its memory
+        self._process = os.fork()
+        if not self._process:
+            try:
+                os.setsid()
+                os.close(self._orders)  # so that the end of this process ends that one too
+                os.close(self._answers)
+                with open(orders) as read, open(answers, "w") as write:
+                    one_of_several.serve(read, write)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(orders)
+        os.close(answers)
 
     def run(self, folder: Path, name: str, settings: dict[str, Any], processes: int = 1, kill: str = "") -> list[int]:
         """The exit codes of its processes, negative for a signal. What they print is in `folder/name.log`."""
         order = {"folder": str(folder), "name": name, "settings": settings, "processes": processes, "kill": kill}
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        os.write(self._orders, f"{json.dumps(order)}\n".encode())
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
+            selector.register(self._answers, selectors.EVENT_READ)
             assert selector.select(PATIENCE), f"{name} did not end in {PATIENCE:.0f} s:\n{said(folder, name)}"
-        return json.loads(self._process.stdout.readline())
+        return json.loads(os.read(self._answers, 10_000))
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, 9)  # with runs that hang
-        self._process.communicate()
+        os.killpg(self._process, 9)  # with runs that hang
+        os.waitpid(self._process, 0)
+        os.close(self._orders)
+        os.close(self._answers)
 
 
 def said(folder: Path, name: str) -> str:

@@ -12,8 +12,8 @@ from cmai_fast.attacks import ATTACKS
 from cmai_fast.data import load_dataset
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.protocol import measure
-from cmai_fast.evaluation.runner import victim_of
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.surface import victim_of
 from cmai_fast.models import BUNDLED, resolve
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel

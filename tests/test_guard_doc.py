@@ -13,6 +13,7 @@ from cmai_fast.arm.policies import POLICIES
 from cmai_fast.cli import app
 from cmai_fast.data import load_dataset
 from cmai_fast.workflows import calibrate
+from shortened import shorten_training_data
 
 DOC = Path(__file__).parents[1] / "docs" / "guard.md"
 
@@ -22,6 +23,7 @@ def test_commands_and_programs_of_the_page_run(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibrate, "VERIFIER_STEPS", 2)
+    shorten_training_data(monkeypatch)
     for name in ("OMP_WAIT_POLICY", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "error")  # the command sets what is not set
     sample = load_dataset("easyvqa", "test", limit=1)[0]

@@ -5,36 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from cmai_fast.attacks import ATTACKS
+from cmai_fast.cli import app
 from cmai_fast.data import load_dataset
+from cmai_fast.registry import load_plugins
+from cmai_fast.workflows import training
+from forked import in_a_fork
+from shortened import shorten_checks
 
 TESTS = Path(__file__).parent
 ADDED = {
     "attack": "grey-out", "evaluate": "first-letter", "immunize": "all-adversarial", "guard": "shrug",
 }  # fmt: skip
-
-# In one process, which imports PyTorch once: lists, then a run of each, with what no option sets shorter.
-_SCRIPT = """
-import json, sys
-import pytest
-from typer.testing import CliRunner
-from cmai_fast.cli import app
-from cmai_fast.workflows import training
-from shortened import shorten_checks
-
-shorten_checks(pytest.MonkeyPatch())
-training.HEAD_STEPS = 30
-for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(app, arguments)
-    print(json.dumps([result.exit_code, result.output]))
-"""
 
 
 @pytest.fixture
@@ -51,14 +42,24 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def start_with(folder: Path) -> None:
+    """As a process that starts in the folder, with the plugin installed and none loaded yet."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    load_plugins.cache_clear()
+
+
 def run(folder: Path, *commands: list[str]) -> list[list[Any]]:
-    paths = [str(folder), str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps(commands)],
-        capture_output=True, text=True, cwd=folder, check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    """The exit code and the output of each, one after the other, with what no option sets shorter."""
+
+    def work() -> list[list[Any]]:
+        start_with(folder)
+        shorten_checks(pytest.MonkeyPatch())
+        training.HEAD_STEPS = 30
+        results = [CliRunner(env={"COLUMNS": "200"}).invoke(app, command) for command in commands]
+        return [[result.exit_code, result.output] for result in results]
+
+    return in_a_fork(work)
 
 
 def test_each_is_one_file_and_is_found_in_lists_and_in_runs(installed: Path):
@@ -97,10 +98,14 @@ def test_each_is_one_file_and_is_found_in_lists_and_in_runs(installed: Path):
 
 def test_a_broken_plugin_is_named_and_left_out(installed: Path):
     (installed / "made_up" / "metric.py").write_text("import no_such_module\n")
-    done = subprocess.run(
-        [sys.executable, "-c", "from cmai_fast.attacks import ATTACKS; print(ATTACKS.names())"],
-        capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(TESTS.parent)])},
-    )  # fmt: skip
-    assert "plugin metric (made_up.metric) cannot be loaded: No module named 'no_such_module'" in done.stderr
-    assert "grey-out" in done.stdout
+
+    def work() -> list[list[str]]:
+        start_with(installed)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            names = ATTACKS.names()
+        return [[str(warning.message) for warning in found], names]
+
+    said, names = in_a_fork(work)
+    assert "plugin metric (made_up.metric) cannot be loaded: No module named 'no_such_module'" in said
+    assert "grey-out" in names

@@ -60,6 +60,11 @@ class Attack:
     run: Callable[..., AttackResult]
 
     @property
+    def queries(self) -> bool:
+        """Whether it searches images by queries alone, for the highest loss."""
+        return self.named == ("loss",) and not self.text
+
+    @property
     def losses(self) -> bool:
         """Whether it maximises a loss that can be chosen."""
         return "loss" in self.named

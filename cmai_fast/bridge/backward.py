@@ -12,7 +12,16 @@ def differentiate(model: nn.Module, losses: Tensor, leaf: Tensor) -> Tensor:
     Unscaled, in float16, 39% of the pixels of `easyvqa-llava` would have no gradient (62% with the immunised model),
     since it underflows (6e-8), the more so the surer the model is. So each loss is scaled up as far as the row's
     gradient stays finite.
+
+    Raises:
+        ValueError: the losses do not depend on `leaf` through anything differentiable.
     """
+    if not losses.requires_grad:
+        raise ValueError(
+            f"no gradient of the loss reaches the image: {type(model).__name__} detaches it on the way (detach, "
+            "no_grad, a copy to NumPy). An attack along gradients says nothing about such a model; use square, which "
+            "needs none"
+        )
     if all(p.dtype != torch.float16 for p in model.parameters()):
         return torch.autograd.grad(losses.sum(), leaf)[0]
     surety = torch.exp2(torch.log2(losses.detach().abs().clamp(2.0**-24, 1.0)).floor())

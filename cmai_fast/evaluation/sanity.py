@@ -6,10 +6,13 @@ import itertools
 from typing import Any
 
 import numpy as np
+import torch
 
+from cmai_fast.attacks import ATTACKS
 from cmai_fast.evaluation.protocol import Measured
 from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.surface import victim_of
 from cmai_fast.threat import ThreatModel
 
 Check = dict[str, Any]
@@ -18,6 +21,8 @@ _LARGE_EPS = 128 / 255  # every image can be made plain grey
 # point, gets lost in a large ball (robust accuracy of an immunised model: 16%, under APGD-CE-100 2%).
 _LARGE = (AttackSpec("pgd", 50), AttackSpec("apgd", 100))
 _SMALL = AttackSpec("pgd", 5)
+_BY_QUERIES = 0.02  # more of the samples than this broken by queries alone: gradients are hidden
+_SAME = 1e-3  # of the features of an image, from one pass to the next
 _WITHOUT_GRADIENT = 0.1  # from this share of steps with zero gradients on, an attack counts as blind to a sample
 
 
@@ -35,6 +40,7 @@ def sanity_checks(measured: Measured, threat: ThreatModel, *, must_break: bool, 
     if _can_be_grey(threat):
         checks.append(_large_eps(runner, few))
     checks += [_finite_gradients(record), _gradients_exist(measured), _noise(measured, threat), _rounding(record)]
+    checks += [*_queries(record), _same_features(runner, few[:8])]
     if "transfer" in record["attacks"] and len(record["attacks"]) > 1:
         checks.append(_white_box(measured))
     checks.append(_batch_size(runner, few[:24], threat))
@@ -108,11 +114,40 @@ def _gradients_exist(measured: Measured) -> Check:
     for key, attacked in measured.attacked.items():
         entry = measured.record["attacks"][key]
         if steps := entry.get("steps", 0) * entry.get("restarts", 1):
-            standing[attacked.rows] &= attacked.right
+            standing[attacked.rows] &= attacked.right | _rejected(measured, key)
             blind[attacked.rows] |= attacked.zero_gradients >= max(1, _WITHOUT_GRADIENT * steps)
     count, of = int((blind & standing).sum()), int(standing.sum())
     detail = f"{count} of {of} samples that stand under them had gradients of exactly 0"
     return _check("gradients are not zero", count == 0, detail=detail)
+
+
+def _rejected(measured: Measured, key: str) -> np.ndarray:
+    """(M,) bool: inputs of an attack on the guard that it rejects, which stand as right answers do."""
+    attacked, threshold = measured.attacked[key], measured.runner.pipeline.threshold
+    if threshold is None or attacked.scores is None or not ATTACKS[measured.record["attacks"][key]["name"]].guard:
+        return np.zeros(len(attacked.rows), dtype=bool)
+    return attacked.scores < threshold.tau
+
+
+def _queries(record: dict[str, Any]) -> list[Check]:
+    """An attack without gradients is weaker. It runs on what gradients have left, so what it breaks, they missed."""
+    found = [a for a in record["attacks"].values() if a.get("name") in ATTACKS and ATTACKS[a["name"]].queries]
+    if not found or len(found) == len(record["attacks"]):
+        return []
+    broken, of = sum(a["broken"] for a in found), record["n"]
+    detail = f"{broken} of {of} samples broke by queries alone, after the attacks along gradients"
+    return [_check("gradients find what queries find", broken <= _BY_QUERIES * of, detail=detail)]
+
+
+def _same_features(runner: Runner, few: list[int]) -> Check:
+    """Two passes over the same images. A model that changes its input at random needs attacks over its mean."""
+    victim = victim_of(runner.pipeline, runner.pipeline.collate([runner.samples[i] for i in few]))
+    with victim.attack_mode(), torch.no_grad():
+        model_input = victim.space.to_model(victim.pixels())
+        one, two = (victim.encode(model_input).float() for _ in range(2))
+    far = float((one - two).norm() / one.norm().clamp_min(torch.finfo(one.dtype).tiny))
+    detail = f"{far:.1e} apart" + ("" if far <= _SAME else "; attack the mean over its randomness (MeanOverTransforms)")
+    return _check("the same image gives the same features", far <= _SAME, detail=detail)
 
 
 def _noise(measured: Measured, threat: ThreatModel) -> Check:

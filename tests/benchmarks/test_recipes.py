@@ -14,7 +14,7 @@ from cmai_fast.pipeline import Pipeline
 def recipes(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "recipes"))
     yield
-    for name in ("harden_vision", "full_strength", "build_easyvqa_llava", "at_size", "sized_models", "on_gpu"):
+    for name in ("harden_vision", "full_strength", "build_easyvqa_llava", "at_size", "sized_models", "on_gpu", "peers"):
         sys.modules.pop(name, None)
 
 
@@ -199,3 +199,23 @@ def test_runs_on_a_gpu_add_up_and_a_failure_is_recorded(recipes, tmp_path, monke
     monkeypatch.setattr(on_gpu, "versions", lambda: {"commit": "another"})
     on_gpu.main()
     assert list(json.loads((tmp_path / "gpu.json").read_text())["runs"]) == ["clip-l-336"]
+
+
+def test_a_classifier_is_attacked_by_a_suite_as_by_its_peers(recipes):
+    import peers
+
+    from cmai_fast.evaluation.suite import AttackSpec
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6)).requires_grad_(False)
+    x = torch.rand(12, 3, 4, 4)
+    y = model(x).argmax(1)
+    toward = [AttackSpec("apgd", 5, settings={"loss": "margin"}, other=k) for k in range(7)]
+    plan = [AttackSpec("apgd", 5), *toward, AttackSpec("square", 20)]
+    found = {eps: peers.robust(model, plan, x, y, eps, batch=5) for eps in (1e-6, 0.05, 0.5)}
+    shares = [found[eps]["final"] for eps in found]
+    assert shares[0] == 1.0 > shares[1] > shares[2] == 0.0
+    assert list(found[0.05]["robust"].values()) == sorted(found[0.05]["robust"].values(), reverse=True)
+    # APGD: the clean image, its start and five steps; towards each of five classes also their order; then 20 queries.
+    assert found[1e-6]["forward_per_image"] == 7 + 5 * 8 + 21 and found[0.5]["forward_per_image"] <= 14
+    assert peers.installed("torch") and not peers.installed("no-such-peer")

@@ -13,6 +13,7 @@ from PIL import Image
 from cmai_fast.arm import Decision, Guard
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
 from cmai_fast.data import load_dataset
+from shortened import shorten_training_data
 
 QUESTION = "what color is the shape?"
 
@@ -100,7 +101,8 @@ def test_a_case_that_fails_leaves_no_file(run, folder, cases, tmp_path):
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d*"))
 
 
-def test_guard_uses_what_calibrate_wrote(run, folder, tmp_path):
+def test_guard_uses_what_calibrate_wrote(run, folder, tmp_path, monkeypatch):
+    shorten_training_data(monkeypatch)
     done = run(
         "calibrate", "--model", folder, "--limit", 20, "--false-rejection-rate", 0.25, "--max-new-tokens", 3,
         "--verifier-steps", 3, "--no-progress", "--out", "cmcv",

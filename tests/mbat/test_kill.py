@@ -34,7 +34,7 @@ def folder(make_tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path, launcher: Launcher) -> Callable[..., int]:
     def run(name: str, kill: str = "", **changes: Any) -> int:
-        """The exit code of a run; `kill` is where it kills itself, as `one_of_several.kill_at` reads it."""
+        """The exit code of a run; `kill` is where it kills itself, as `kill_at` of one_of_several.py reads it."""
         (code,) = launcher.run(folder, name, SETTINGS | changes, kill=kill)
         assert code in (0, -signal.SIGKILL), said(folder, name)
         return code

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cmai_fast.cmcv.verifier import Verifier
 from fitted import ACCEPTS_ALL, colours, fitted, make_heads, save
-from shortened import shorten
+from shortened import shorten, shorten_training_data
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_to_train_on() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_training_data(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

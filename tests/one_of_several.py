@@ -9,12 +9,15 @@ import socket
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -170,14 +173,16 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
         dist.barrier()  # the first still writes, and talks to the others for as long as it lives
 
 
-def serve() -> None:
-    """Runs of standard input, a JSON object per line; answers with the exit codes of each one's processes.
+def serve(orders: Iterable[str], answers: IO[str]) -> None:
+    """Runs of `orders`, a JSON object per line; answers with the exit codes of each one's processes.
 
-    Every process is a fork of this one, which has imported everything and done nothing: an import takes longer than
-    most runs do.
+    Every process is a fork of this one, which has imported everything: an import takes longer than most runs do.
     """
-    for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), flush=True)
+    # Trainers of other tests, in the process that this one is a fork of, have set these up for one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for line in orders:
+        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
 
 
 def run(folder: str, name: str, settings: dict, processes: int, kill: str) -> list[int]:
@@ -197,13 +202,13 @@ def run(folder: str, name: str, settings: dict, processes: int, kill: str) -> li
                 log = os.open(Path(folder) / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
+                sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)  # pytest has put its own in place of these
                 os.environ |= environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if environment else {})
                 main(Path(folder), name, settings, kill)
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stderr.flush()
                 # An interpreter that shuts down in the usual way aborts now and then ("terminate called without an
                 # active exception"): a thread of gloo's is still there.
                 os._exit(code)
@@ -215,7 +220,3 @@ def run(folder: str, name: str, settings: dict, processes: int, kill: str) -> li
             for other in set(children) - set(codes):
                 os.kill(other, signal.SIGKILL)
     return [codes[child] for child in children]
-
-
-if __name__ == "__main__":
-    serve()
