@@ -14,7 +14,7 @@ from cmai_fast.attacks import ATTACKS, GRADIENTS, LOSSES, attack, weighted
 from cmai_fast.attacks.attack import Attack
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.suites import SUITES
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import SURFACES, ThreatModel
 from unguarded import UNGUARDED
 
 PAGE = Path(__file__).parents[2] / "docs" / "attacks.md"
@@ -187,7 +187,7 @@ def test_the_page_lists_every_attack_loss_and_gradient_as_it_is():
         budget = "1, fixed" if found.single else str(found.steps)
         own = ", ".join(f"`{key}` ({said})" for key, said in found.describe().items()) or "none"
         assert listed[name] == [found.label, ", ".join(found.threats), budget, own], name
-    assert set(listed) == {*ATTACKS, *LOSSES, *GRADIENTS, *SUITES}
+    assert set(listed) == {*ATTACKS, *LOSSES, *GRADIENTS, *SUITES, *SURFACES}
     assert not re.search(r"[^\x00-\x7f]", text)
 
 
