@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cmai_fast.pipeline import Pipeline
 
@@ -14,7 +16,16 @@ from cmai_fast.pipeline import Pipeline
 def recipes(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "recipes"))
     yield
-    for name in ("harden_vision", "full_strength", "build_easyvqa_llava", "at_size", "sized_models", "on_gpu", "peers"):
+    for name in (
+        "harden_vision",
+        "full_strength",
+        "build_easyvqa_llava",
+        "at_size",
+        "sized_models",
+        "on_gpu",
+        "peers",
+        "scenes",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -219,3 +230,40 @@ def test_a_classifier_is_attacked_by_a_suite_as_by_its_peers(recipes):
     # APGD: the clean image, its start and five steps; towards each of five classes also their order; then 20 queries.
     assert found[1e-6]["forward_per_image"] == 7 + 5 * 8 + 21 and found[0.5]["forward_per_image"] <= 14
     assert peers.installed("torch") and not peers.installed("no-such-peer")
+
+
+def test_scenes_are_cut_outs_on_photos_and_resume_as_they_were(recipes, tmp_path, monkeypatch):
+    import scenes
+
+    share, out = tmp_path / "share", tmp_path / "scenes"
+    for folder, name, said in (
+        ("animals/birds", "duck", "A duck."), ("food/fruit", "pear", "A pear (half)."), ("symbols", "x", "A cross."),
+        ("animals/cartoon", "cat", "A cat."), ("tools", "saw", "de.utf8=Eine Saege"),
+    ):  # fmt: skip
+        place = share / "tuxpaint" / "stamps" / folder
+        place.mkdir(parents=True)
+        stamp = Image.new("RGBA", (40, 20))
+        stamp.paste((255, 0, 0, 255), (10, 5, 30, 15))
+        stamp.save(place / f"{name}.png")
+        (place / f"{name}.txt").write_text(f"{said}\nfr.utf8=Un objet\n")
+    assert list(scenes.stamps(share).values()) == ["a duck", "a pear"], "no cartoon, symbol, or stamp without a name"
+    monkeypatch.setattr(sys, "argv", ["scenes.py", "--share", str(share), "--out", str(out), "--scenes", "4"])
+    with pytest.raises(SystemExit, match="has 2 stamps and 0 photos; expected"):
+        scenes.main()
+    (share / "backgrounds").mkdir()
+    Image.new("RGB", (300, 200), (0, 0, 200)).save(share / "backgrounds" / "sky.jpg")
+    monkeypatch.setattr(scenes, "stamps", lambda share: dict.fromkeys(share.rglob("duck.png"), "a duck"))
+    monkeypatch.setattr(scenes.random.Random, "choice", lambda self, values: values[0])
+    scenes.main()
+    records = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert records == [{"file_name": f"{i:05}.png", "caption": "a duck"} for i in range(4)]
+    pictures = [np.asarray(Image.open(out / r["file_name"])).astype(int) for r in records]
+    for picture in pictures:
+        assert picture.shape == (160, 160, 3)
+        red = (picture[..., 0] > 200) & (picture[..., 2] < 80)
+        assert 0.04 < red.mean() < 0.5 and picture[~red][:, 2].mean() > 90
+    assert not np.array_equal(pictures[0], pictures[1])
+    before = (out / "00002.png").read_bytes()
+    (out / "00002.png").unlink()
+    scenes.main()
+    assert (out / "00002.png").read_bytes() == before
