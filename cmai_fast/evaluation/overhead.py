@@ -19,6 +19,7 @@ from cmai_fast.pipeline import Pipeline
 
 # Settings that turn an MBAT step into the clean fine-tuning step it is compared with.
 CLEAN_STEP: dict[str, Any] = {
+    "objective": "task",  # first: the others would be refused
     "inner": "none",
     "gamma": 0.0,
     "beta": 0.0,

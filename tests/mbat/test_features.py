@@ -12,8 +12,10 @@ from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.data import VQACollator
 from cmai_fast.defences import DEFENCES
+from cmai_fast.evaluation.overhead import step_overhead
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.mbat.features import cosine_distance, squared_distance
+from cmai_fast.pipeline import Pipeline
 
 BARE = {"beta": 0.0, "gamma": 0.0, "lam": 1.0, "trainable": "vision", "inner": "pgd"}
 
@@ -127,3 +129,11 @@ def test_what_means_nothing_is_refused(feature_trainer, tmp_path):
     with pytest.raises(ValueError, match="objective was 'fare' when the trainer was made and is 'sim-clip' now"):
         trainer.train()
     assert DEFENCES["fare"].values["objective"] == "fare"
+
+
+def test_its_cost_is_that_over_a_clean_step_on_the_task(feature_trainer, make_tiny, batch):
+    model, processor = make_tiny()
+    args = feature_trainer("fare").args
+    inputs = {k: v for k, v in batch.items() if not k.startswith("negative_")}
+    found = step_overhead(Pipeline("tiny", model, processor), args, inputs, rounds=1)
+    assert args.objective == "fare" and found["time_ratio"] > 0 and found["mbat_saved_bytes"] > 0
