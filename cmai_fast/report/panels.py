@@ -198,16 +198,17 @@ def training(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
         return series(name, name, _TRAINED, scale) if values and max(values) - min(values) > 1e-6 * max(values) else []
 
     unit, scale = _eps_unit(results["settings"])
+    of_task = log.get("objective", "task") == "task"
     panels = (
         (
-            "Task loss",
-            "loss (nats)",
+            *(("Task loss", "loss (nats)") if of_task else ("Distance of image features", "distance (share)")),
             series("clean", "loss_clean", "clean") + series("adversarial", "loss_adv", _TRAINED),
         ),
         (
             "Total and contrastive loss",
             "loss (nats)",
-            series("total", "loss", "total") + series("contrastive", "loss_contrastive", "part-loss"),
+            (series("total", "loss", "total") if of_task else [])
+            + series("contrastive", "loss_contrastive", "part-loss"),
         ),
         (
             "S_c, and ARM's threshold of its mean" if any(log.get("tau_train") or []) else "S_c of training images",
@@ -235,9 +236,8 @@ def training(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
         cards.append({"title": title, "chart": chart})
     if not cards:
         return None
-    seconds = log.get("seconds")
     binned = -(-len(steps) // _DRAWN_POINTS) if len(steps) > _DRAWN_POINTS else None
-    return {"cards": cards, "took": duration(seconds) if is_number(seconds) else None, "binned": binned}
+    return {"cards": cards, "took": duration(s) if is_number(s := log.get("seconds")) else None, "binned": binned}
 
 
 def overhead(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None:

@@ -128,7 +128,12 @@ def train(
         threshold = _threshold(after, settings, progress)
         write_folder(out / "cmcv", lambda d: learned.save_pretrained(d, threshold))
     write_folder(out / "model", lambda d: (subject.model.save_pretrained(d), subject.processor.save_pretrained(d)))
-    return _curves(trainer) | {"seconds": seconds, "resumed": checkpoint is not None, "passes": vars(trainer.passes)}
+    return _curves(trainer) | {
+        "objective": args.objective,
+        "seconds": seconds,
+        "resumed": checkpoint is not None,
+        "passes": vars(trainer.passes),
+    }
 
 
 def _curves(trainer: MBATTrainer) -> dict[str, list[Any]]:
