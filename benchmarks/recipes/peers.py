@@ -133,6 +133,8 @@ def robust(model: nn.Module, plan: Sequence[AttackSpec], x: Tensor, y: Tensor, e
     forwards, backwards, start, after = torch.zeros(len(x)), torch.zeros(len(x)), time.perf_counter(), {}
     for spec in plan:
         for rows in torch.nonzero(standing).squeeze(1).split(batch):
+            if not len(rows):
+                continue
             victim = victim_of(model, y[rows], classes)
             if spec.other is not None:
                 with torch.no_grad():

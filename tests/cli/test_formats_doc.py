@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -75,6 +76,11 @@ def folders(tmp_path):
     (tmp_path / "pets.jsonl").write_text(
         '{"image": "cat.png", "question": "what is it?", "answer": "cat", "choices": ["cat", "dog"]}\n'
     )
+    scenes = [
+        official.picture(tmp_path / "runs" / "scenes" / f"{color}.png", color) for color in ("red", "blue", "green")
+    ]
+    lines = [json.dumps({"file_name": file.name, "caption": f"a {file.stem} shape"}) for file in scenes]
+    (scenes[0].parent / "metadata.jsonl").write_text("\n".join(lines))
 
 
 @pytest.mark.usefixtures("folders")

@@ -45,7 +45,8 @@ def test_heads_are_fitted_and_the_threshold_rejects_its_share(folder, tmp_path):
     samples = DATA.load("calibration", 24, 0)
     pipeline = Pipeline.load(str(folder), heads=tmp_path / "a")
     _, scores = pipeline.answer([samples[i] for i in range(24)])
-    assert sum(score < threshold.tau for score in scores) == 6 and pipeline.generation == Generation(3)
+    below = threshold.tau - 1e-6  # it is one of the scores, up to rounding
+    assert sum(score < below for score in scores) == 6 and pipeline.generation == Generation(3)
     assert record["wrong_answers"]["n"] == 24 and 0 <= record["wrong_answers"]["auroc"] <= 1
     assert json.loads((tmp_path / "a" / "calibration.json").read_text())["threshold"] == record["threshold"]
     assert [row["false_rejection_rate"] for row in record["thresholds"]] == [0.01, 0.05]

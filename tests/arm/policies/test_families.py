@@ -64,7 +64,7 @@ def test_all_policies_on_a_generative_family(family):
 
 def test_all_policies_on_a_dual_encoder():
     from cmai_fast.data import Sample, load_dataset
-    from test_dual_pipeline import WORDS, model, processor
+    from colour_clip import WORDS, model, processor
 
     pipeline = guarded("clip", model(), processor())
     data = load_dataset("easyvqa", "test", limit=3, seed=0)
