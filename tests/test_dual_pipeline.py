@@ -18,6 +18,9 @@ from cmai_fast.data import Sample
 from cmai_fast.data.choices import ChoiceCollator, choices_of
 from cmai_fast.data.easyvqa import COLORS
 from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation import comparison
+from cmai_fast.evaluation.comparison import IMMUNISED, Entry
+from cmai_fast.evaluation.pictures import Shown
 from cmai_fast.evaluation.protocol import measure
 from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
@@ -155,6 +158,20 @@ def test_recall_takes_transferred_images_and_captions_that_say_the_same(pipeline
     clean, robust = record["metrics"]["clean"], record["metrics"]["robust"]
     assert clean["image-to-text R@1"] == record["acc_clean"]
     assert robust["image-to-text R@1"] <= record["acc_robust"] < record["acc_clean"]
+
+
+def test_models_that_are_loaded_again_for_the_pictures_know_the_texts(pipeline, samples):
+    captions = [replace(s, choices=()) for s in samples]
+    ranked = copy.copy(pipeline)
+    ranked.choose_from(captions)
+    own = ranked.images(captions[:1])
+    (clean,) = own.split(own.pixels())
+    picture = Shown(captions[0], clean, clean, {"answers": {}})
+    fresh = lambda: Pipeline("clip", pipeline.model, pipeline.processor)  # noqa: E731
+    entries = [Entry(name, IMMUNISED, "clip", fresh) for name in ("a", "b")]
+    comparison._ask(entries, [picture], captions, None)
+    (said,) = ranked.generate(captions[:1])
+    assert picture.record["answers"] == {name: {"clean": said, "adversarial": said} for name in ("a", "b")}
 
 
 def test_zero_shot_asks_by_template(samples):

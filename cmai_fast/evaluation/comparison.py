@@ -71,14 +71,15 @@ def compare(
             if entry.role == UNDEFENDED:
                 kept = measured.attacked[first].images
         del measured
-    _ask(entries, pictures, pipeline)
+    _ask(entries, pictures, samples, pipeline)
     return {"models": models, "pictures": [p.record for p in pictures]}
 
 
-def _ask(entries: Sequence[Entry], pictures: Sequence[Shown], last: Pipeline | None) -> None:
+def _ask(entries: Sequence[Entry], pictures: Sequence[Shown], samples: Sequence[Sample], last: Pipeline | None) -> None:
     """Adds every model's answers to every picture. The last model is still loaded."""
     for entry in reversed(entries):
         pipeline, last = last or entry.load(), None
+        pipeline.choose_from(samples)
         for picture in pictures:
             picture.ask(entry.name, pipeline)
         del pipeline
