@@ -166,7 +166,7 @@ def test_models_that_are_loaded_again_for_the_pictures_know_the_texts(pipeline, 
     ranked.choose_from(captions)
     own = ranked.images(captions[:1])
     (clean,) = own.split(own.pixels())
-    picture = Shown(captions[0], clean, clean, {"answers": {}})
+    picture = Shown(captions[0], clean, clean, record={"answers": {}})
     fresh = lambda: Pipeline("clip", pipeline.model, pipeline.processor)  # noqa: E731
     entries = [Entry(name, IMMUNISED, "clip", fresh) for name in ("a", "b")]
     comparison._ask(entries, [picture], captions, None)
