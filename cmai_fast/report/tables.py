@@ -221,7 +221,8 @@ def _metrics(models: Sequence[Shown]) -> Table | None:
     if not names:
         return None
     rows: list[tuple[Shown | str, list[str]]] = []
-    for name, kind in sorted(names, key=lambda pair: (pair[0], pair[1] != "clean")):
+    order = list(dict.fromkeys(name for name, _ in names))  # R@10 stands after R@5, as the record has it
+    for name, kind in sorted(names, key=lambda pair: (order.index(pair[0]), pair[1] != "clean")):
         parts: list[Mapping[str, Any]] = [model.record.get("metrics") or {} for model in found]
         cells = [decimal((part.get(kind) or {}).get(name)) for part in parts]
         rows.append((f"{name}, {'clean' if kind == 'clean' else 'attacked'}", cells))

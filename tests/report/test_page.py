@@ -295,7 +295,7 @@ def test_metrics_of_the_task_and_the_task_are_shown() -> None:
     )
     page = render_report(results)
     text = visible(section(page, "accuracy"))
-    assert "bleu, attacked 0.250 cider, clean 1.234 cider, attacked 0.567" in text
+    assert "cider, clean 1.234 cider, attacked 0.567 bleu, attacked 0.250" in text, "in the order of the record"
     assert "task captioning" in visible(section(page, "protocol"))
 
 
