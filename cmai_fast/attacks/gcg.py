@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -13,10 +14,6 @@ from cmai_fast.attacks.state import AttackResult
 from cmai_fast.attacks.substitution import Propose, check_rules, rules, substituted
 from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
-
-
-def _refuse(**given: object) -> None:
-    check_rules("gcg", **given)  # type: ignore[arg-type]
 
 
 def drawn(top_k: int) -> Propose:
@@ -35,7 +32,7 @@ def drawn(top_k: int) -> Propose:
     return propose
 
 
-@attack("gcg", label="GCG", steps=10, text=True, refuse=_refuse)
+@attack("gcg", label="GCG", steps=10, text=True, refuse=partial(check_rules, "gcg"))
 def gcg(
     victim: Victim,
     clean: Tensor,

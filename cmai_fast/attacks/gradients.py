@@ -214,24 +214,29 @@ class MeanOverTransforms:
             ids = course.sample_ids if rows is None else course.sample_ids[rows]
             for draw in range(self.draws):
                 noise = _noise(model_input, ids, course.seed + 7_368_787 * (step * self.draws + draw + 1))
-                total += self._one(victim, model_input, noise, rows, loss)
+                moved = lambda pixels, noise=noise: self.transform(pixels, noise)  # noqa: E731
+                total += gradient_through(victim, model_input, moved, rows, loss)
             return total / self.draws, at
 
         return estimate
 
-    def _one(self, victim: Victim, model_input: Tensor, noise: Tensor, rows: Tensor | None, loss: Loss) -> Tensor:
-        with torch.enable_grad():
-            leaf = model_input.detach().clone().requires_grad_()
-            mean, std = victim.space.like(leaf)
-            features = victim.encode(victim.space.to_model(self.transform(leaf * std + mean, noise)), rows)
-            outputs, before = victim.outputs(features, rows), victim.passes.full_forward
-            grad = differentiate(victim.bridge.model, loss(features, outputs, victim, rows), leaf)
-        if victim.passes.full_forward > before:
-            victim.ran(rows, backward=True)
-        else:
-            victim.passes.vision_forward += 1
-            victim.passes.vision_backward += 1
-        return grad
+
+def gradient_through(
+    victim: Victim, model_input: Tensor, transform: Callable[[Tensor], Tensor], rows: Tensor | None, loss: Loss
+) -> Tensor:
+    """d loss / d model_input, like `model_input`, at the images after a differentiable change of their pixels."""
+    with torch.enable_grad():
+        leaf = model_input.detach().clone().requires_grad_()
+        mean, std = victim.space.like(leaf)
+        features = victim.encode(victim.space.to_model(transform(leaf * std + mean)), rows)
+        outputs, before = victim.outputs(features, rows), victim.passes.full_forward
+        grad = differentiate(victim.bridge.model, loss(features, outputs, victim, rows), leaf)
+    if victim.passes.full_forward > before:
+        victim.ran(rows, backward=True)
+    else:
+        victim.passes.vision_forward += 1
+        victim.passes.vision_backward += 1
+    return grad
 
 
 def _noise(like: Tensor, sample_ids: Tensor, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -23,11 +24,7 @@ def steepest(gain: Tensor, rng: np.random.Generator) -> Iterator[tuple[int, int]
         yield divmod(place, gain.shape[1])
 
 
-def _refuse(**given: object) -> None:
-    check_rules("hotflip", **given)  # type: ignore[arg-type]
-
-
-@attack("hotflip", label="HotFlip", steps=10, text=True, refuse=_refuse)
+@attack("hotflip", label="HotFlip", steps=10, text=True, refuse=partial(check_rules, "hotflip"))
 def hotflip(
     victim: Victim,
     clean: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,11 +23,7 @@ from cmai_fast.attacks.victim import Passes, Victim
 from cmai_fast.threat import ThreatModel
 
 
-def _refuse(**given: object) -> None:
-    check_rules("proeat", **given)  # type: ignore[arg-type]
-
-
-@attack("proeat", label="ProEAT", steps=10, text=True, refuse=_refuse)
+@attack("proeat", label="ProEAT", steps=10, text=True, refuse=partial(check_rules, "proeat"))
 def proeat(
     victim: Victim,
     clean: Tensor,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cmai_fast.attacks.attack import attack
-from cmai_fast.attacks.gradients import Course, Estimate, exact_gradient
+from cmai_fast.attacks.gradients import Course, Estimate, exact_gradient, gradient_through
 from cmai_fast.attacks.joint import Joint, captions_of, check_joint
 from cmai_fast.attacks.state import AttackResult
 from cmai_fast.attacks.substitution import rules
@@ -34,26 +34,14 @@ class OverScales:
 
         def estimate(model_input: Tensor, rows: Tensor | None, step: int) -> tuple[Tensor, Evaluation | None]:
             grad, found = exact_gradient(victim, model_input, rows, loss)
-            mean, std = victim.space.like(model_input)
             for scale in SCALES:
-                with torch.enable_grad():
-                    leaf = model_input.detach().clone().requires_grad_()
-                    pixels = resized(leaf * std + mean, scale)
-                    features = victim.encode(victim.space.to_model(pixels), rows)
-                    losses = loss(features, victim.outputs(features, rows), victim, rows)
-                    grad = grad + torch.autograd.grad(losses.sum(), leaf)[0]
-                victim.passes.vision_forward += 1
-                victim.passes.vision_backward += 1
+                grad = grad + gradient_through(victim, model_input, partial(resized, scale=scale), rows, loss)
             return grad, found
 
         return estimate
 
 
-def _refuse(**given: object) -> None:
-    check_joint("sga", **given)
-
-
-@attack("sga", label="SGA", steps=10, text=True, refuse=_refuse)
+@attack("sga", label="SGA", steps=10, text=True, refuse=partial(check_joint, "sga"))
 def sga(
     victim: Victim,
     clean: Tensor,

@@ -12,12 +12,19 @@ from cmai_fast.cmcv.verifier import Texts, Verifier
 from cmai_fast.data.collate import negative_texts
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.checkpoints import CheckpointedTrainer
+from cmai_fast.mbat.inner import InnerResult
 from cmai_fast.mbat.parts import Part, View
 from cmai_fast.mbat.verifier import INNER_STEPS, inconsistent
 from cmai_fast.pixels import PixelSpace
 from cmai_fast.threat import ThreatModel
 
 COUNTS = ("nonfinite_gradients", "zero_gradients")
+
+
+def bad_gradients(result: InnerResult) -> dict[str, Tensor]:
+    """The `COUNTS` of an attack on a batch, 0-d."""
+    counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
+    return dict(zip(COUNTS, counts, strict=True))
 
 
 class ConsistencyTrainer(CheckpointedTrainer):
@@ -33,6 +40,11 @@ class ConsistencyTrainer(CheckpointedTrainer):
         return 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # unset outside of train()
 
     @property
+    def _ball(self) -> ThreatModel:
+        """What the attack of this step may change: eps is ARM's, and rises in a warm-up."""
+        return ThreatModel(self.args.threat.norm, self.eps * self._eps_share())
+
+    @property
     def _of_consistency(self) -> bool:
         """Whether this step is of S_c alone."""
         return self.verifier is not None and self.state.global_step % (self.args.consistency_steps + 1) > 0
@@ -45,16 +57,21 @@ class ConsistencyTrainer(CheckpointedTrainer):
             return Part(text, [], None, None, {})
         assert self.verifier is not None
         victim = Victim(self.bridge, self.space, inputs)
-        ball = ThreatModel(self.args.threat.norm, self.eps * self._eps_share())
         result = inconsistent(
-            self.verifier, victim, stated, victim.pixels(), ball, INNER_STEPS, self._attack_seed, inputs["sample_ids"]
+            self.verifier,
+            victim,
+            stated,
+            victim.pixels(),
+            self._ball,
+            INNER_STEPS,
+            self._attack_seed,
+            inputs["sample_ids"],
         )
         self.passes = self.passes + result.passes
         self._count(vision_forward=1, vision_backward=1)
         model_input = result.model_input.to(self.bridge.model.dtype)
         view = View.of(lambda: victim.encode(model_input), self.args.device, keep=keep)
-        counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
-        return Part(text, [view], None, None, dict(zip(COUNTS, counts, strict=True)), stated)
+        return Part(text, [view], None, None, bad_gradients(result), stated)
 
     def _read_texts(self, inputs: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """h_t of the texts (N, text_dim) and of their wrong answers (N * K, text_dim); None if not needed.

@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmai_fast.attacks import Exact, Victim
-from cmai_fast.attacks.ascent import step_sizes
 from cmai_fast.attacks.victim import Outputs
 from cmai_fast.bridge import ModelBridge, frozen
-from cmai_fast.mbat.consistency import COUNTS, ConsistencyTrainer
-from cmai_fast.mbat.inner import FGSM_STEP, climbed
+from cmai_fast.mbat.consistency import ConsistencyTrainer, bad_gradients
+from cmai_fast.mbat.inner import climbed, inner_sizes
 from cmai_fast.mbat.parts import WEIGHTS, Part, View
-from cmai_fast.threat import ThreatModel
 
 
 def squared_distance(features: Tensor, target: Tensor) -> Tensor:
@@ -72,10 +70,8 @@ class FeatureTrainer(ConsistencyTrainer):
             self._count(vision_forward=1)
         target = self._target(inputs["pixel_values"], image, clean)
         victim = Victim(self.bridge, self.space, inputs)
-        ball = ThreatModel(args.threat.norm, self.eps * self._eps_share())
-        one = args.inner == "fgsm"
-        size = FGSM_STEP * ball.eps if one and args.inner_step_size is None else args.inner_step_size
-        sizes = step_sizes(ball.eps, 1 if one else args.inner_steps, size)
+        ball = self._ball
+        sizes = inner_sizes(args.inner, ball.eps, args.inner_steps, args.inner_step_size)
         drift, seed, ids = Drift(args.objective, target), self._attack_seed, inputs["sample_ids"]
         result = climbed(victim, victim.pixels(), ball, drift, Exact(judge=False), sizes, seed, ids)
         self.passes = self.passes + result.passes
@@ -83,9 +79,8 @@ class FeatureTrainer(ConsistencyTrainer):
         adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
         self._count(vision_forward=1, vision_backward=1 if clean is None else 2)
         sums = self._pulled_together(adversarial.leaf, clean, target, inputs[WEIGHTS])
-        counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
         views = [adversarial] if clean is None else [clean, adversarial]
-        return Part(text, views, None, None, sums | dict(zip(COUNTS, counts, strict=True)))
+        return Part(text, views, None, None, sums | bad_gradients(result))
 
     def _target(self, pixel_values: Tensor, image: dict[str, Tensor], clean: View | None) -> Tensor:
         """Where the features of these images belong, (N, T, D), no gradient."""

@@ -32,7 +32,7 @@ from cmai_fast.attacks.words import Words
 from cmai_fast.threat import ThreatModel
 
 SOLVERS = ("pgd", "bridge", "fgsm")
-FGSM_STEP = 1.25  # of `fgsm`, in units of eps (Wong et al. 2020)
+_FGSM_STEP = 1.25  # of `fgsm`, in units of eps (Wong et al. 2020)
 
 
 @dataclass
@@ -88,12 +88,17 @@ def maximise(
         raise ValueError(f"inner is {solver!r}; expected one of {', '.join(SOLVERS)}")
     if steps < 1:
         raise ValueError(f"inner steps is {steps}; expected at least 1")
-    if solver == "fgsm":
-        steps, step_size = 1, FGSM_STEP * threat.eps if step_size is None else step_size
     staleness: list[Tensor] = []
     gradient: Gradient = StaleBridge(refreshes, bridge_gradient, staleness) if solver == "bridge" else Exact()
-    loss, sizes = weighted(alpha, beta, balance=balance), step_sizes(threat.eps, steps, step_size)
+    loss, sizes = weighted(alpha, beta, balance=balance), inner_sizes(solver, threat.eps, steps, step_size)
     return climbed(victim, clean, threat, loss, gradient, sizes, seed, sample_ids, staleness)
+
+
+def inner_sizes(solver: str, eps: float, steps: int, step_size: float | None) -> list[float]:
+    """The size of each step of a solver, as of `maximise`."""
+    if solver == "fgsm":
+        steps, step_size = 1, _FGSM_STEP * eps if step_size is None else step_size
+    return step_sizes(eps, steps, step_size)
 
 
 def reworded(

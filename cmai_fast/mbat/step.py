@@ -17,12 +17,11 @@ from cmai_fast.cmcv.verifier import Texts
 from cmai_fast.data.statements import STATEMENT_IDS
 from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.batches import no_features, rows_with_images, without_images
-from cmai_fast.mbat.consistency import COUNTS
+from cmai_fast.mbat.consistency import COUNTS, bad_gradients
 from cmai_fast.mbat.features import FeatureTrainer
 from cmai_fast.mbat.inner import InnerResult, maximise, reworded
 from cmai_fast.mbat.loss import sample_weights, smoothed_losses, users_loss
 from cmai_fast.mbat.parts import WEIGHTS, Part, View, agreed, cut, take
-from cmai_fast.threat import ThreatModel
 
 T = TypeVar("T")
 
@@ -146,9 +145,8 @@ class StepTrainer(FeatureTrainer):
         model_input = result.model_input.to(clean.leaf.dtype)
         adversarial = View.of(lambda: victim.encode(model_input), args.device, keep=keep)
         part.views.append(adversarial)
-        counts = (result.nonfinite.sum().float(), result.zero_gradients.sum().float())
         part.sums |= self._adversarial_branch(adversarial.leaf, text, weights, words)
-        part.sums |= dict(zip(COUNTS, counts, strict=True))
+        part.sums |= bad_gradients(result)
         return part
 
     def _words(self, text: dict[str, Tensor]) -> Words | None:
@@ -251,7 +249,7 @@ class StepTrainer(FeatureTrainer):
             result = maximise(
                 victim,
                 victim.pixels(),
-                ThreatModel(args.threat.norm, self.eps * self._eps_share()),
+                self._ball,
                 args.inner,
                 alpha=args.alpha,
                 beta=self.beta,
