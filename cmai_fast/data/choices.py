@@ -23,6 +23,14 @@ def choices_of(samples: Sequence[Sample], every: bool = False) -> tuple[str, ...
     return tuple(dict.fromkeys(text for s in samples for text in (s.choices or own(s))))
 
 
+def places_of(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Where each text is among `texts`, by what it says: case, extra spaces and the mark at the end do not count."""
+    places: dict[str, list[int]] = {}
+    for k, text in enumerate(texts):
+        places.setdefault(folded(text), []).append(k)
+    return places
+
+
 class ChoiceCollator:
     """Collates samples of one picture each into a batch of a dual encoder.
 
@@ -50,9 +58,7 @@ class ChoiceCollator:
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
         asked = [Sample.of(s, i) for i, s in enumerate(samples)]
         texts = self.texts if self.texts is not None else choices_of(asked)
-        places: dict[str, list[int]] = {}
-        for i, text in enumerate(texts):
-            places.setdefault(folded(text), []).append(i)
+        places = places_of(texts)
         pictures, labels, relevant = [], [], torch.zeros(len(asked), len(texts), dtype=torch.bool)
         for i, s in enumerate(asked):
             if len(s.images) != 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmai_fast.attacks import OtherAnswers, Victim
 from cmai_fast.data import Sample
+from cmai_fast.data.choices import places_of
 from cmai_fast.data.sample import differing
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.metrics.exact_match import folded
@@ -174,9 +175,7 @@ def _chosen(
     victim: Victim, spec: AttackSpec, texts: Sequence[str], samples: Sequence[Sample], said: Sequence[str | None]
 ) -> OtherAnswers:
     found = OtherAnswers.classes(victim.batch["labels"], len(texts))
-    places: dict[str, list[int]] = {}
-    for k, text in enumerate(texts):
-        places.setdefault(folded(text), []).append(k)
+    places = places_of(texts)
     if spec.target is not None:
         own = [places[folded(a or s.answer)][0] for s, a in zip(samples, said, strict=True)]
         found.aim = torch.tensor(own, device=found.place.device)

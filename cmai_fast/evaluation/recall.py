@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from cmai_fast.data.choices import ChoiceCollator
+from cmai_fast.data.choices import ChoiceCollator, places_of
 from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.runner import Runner
@@ -25,10 +25,8 @@ def recall(
     of the last one. `attacks`: verdicts, and the images by row."""
     pipeline = runner.pipeline
     assert isinstance(pipeline.collate, ChoiceCollator), "checked by the runner"
-    places: dict[str, list[int]] = {}
     texts = pipeline.collate.texts or ()
-    for k, text in enumerate(texts):
-        places.setdefault(folded(text), []).append(k)
+    places = places_of(texts)
     relevant = np.zeros((len(runner.samples), len(texts)), dtype=bool)
     for i, sample in enumerate(runner.samples):
         relevant[i, [k for text in sample.references for k in places.get(folded(text), ())]] = True
