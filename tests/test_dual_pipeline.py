@@ -24,6 +24,7 @@ from cmai_fast.evaluation.pictures import Shown
 from cmai_fast.evaluation.protocol import measure
 from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.evaluation.texts import Texts
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, posed
 from cmai_fast.threat import ThreatModel
@@ -172,6 +173,20 @@ def test_models_that_are_loaded_again_for_the_pictures_know_the_texts(pipeline, 
     comparison._ask(entries, [picture], captions, None)
     (said,) = ranked.generate(captions[:1])
     assert picture.record["answers"] == {name: {"clean": said, "adversarial": said} for name in ("a", "b")}
+
+
+def test_a_sample_that_an_attack_does_not_run_on_again_keeps_its_score(pipeline, samples):
+    scored = copy.copy(pipeline)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        scored.heads = ConsistencyHeads(pipeline.bridge.image_dim, pipeline.bridge.text_dim, dim=8, hidden=16)
+    runner = Runner(scored, samples)
+    images = [image * 0.9 for image in runner.images([0, 1])]
+    first = runner._judged([0, 1], images)
+    assert all(abs(score) > 1e-3 for score in first["scores"])
+    moved = [images[0], images[1] * 0.5]
+    again = runner._judged([0, 1], moved, None, (images, Texts(), first))
+    assert again["scores"][0] == first["scores"][0] and again["scores"][1] != first["scores"][1]
 
 
 def test_zero_shot_asks_by_template(samples):

@@ -317,6 +317,8 @@ class Runner:
         for k, (row, image) in enumerate(zip(rows, images, strict=True)):
             if known is not None and torch.equal(image, known[0][k]) and texts.same(k, known[1]):
                 found["predictions"][k] = known[2]["predictions"][k]
+                if scored:
+                    found["scores"][k] = known[2]["scores"][k]
             elif own is not None and torch.equal(image, own[k]) and texts.plain(k, self.samples[row]):
                 clean = self.clean()
                 found["predictions"][k] = clean.predictions[row]
