@@ -77,6 +77,8 @@ def attack(
         seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images,
         resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
     )  # fmt: skip
+    if not options.is_first():
+        return
     shares = {name: percent(record[name]) for name in ("acc_clean", "acc_robust", "asr")}
     reached = "" if target is None else f" The target was given by {percent(record['asr_target'])} of those attacked."
     Console(highlight=False, stderr=options.is_stdout(out)).print(

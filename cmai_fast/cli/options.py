@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -180,6 +181,11 @@ def check(
         METRICS.check(metric)
     if data is not None:
         data.check(*splits, answers=answers, images="train" not in splits)
+
+
+def is_first() -> bool:
+    """Whether this process prints the results: alone, or the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_stdout(out: Path | None, folder: str = "") -> bool:

@@ -348,7 +348,7 @@ class Runner:
         if done != rows[: len(done)]:
             raise ValueError(f"{journal.folder} belongs to a run on other samples; delete it to run the stage again")
         self.progress.start(f"{self.pipeline.name}: {name}", len(rows), len(done))
-        for part, (entry, images) in self.parts.over(rows[len(done) :], work):
+        for part, (entry, images) in self.parts.together(rows[len(done) :], work, self.state.processes):
             journal.append({"rows": part, **entry}, images)
             self.progress.advance(len(part))
         return journal

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import protocol
 from cmai_fast.evaluation.answers import Attacked
 from cmai_fast.evaluation.goals import reaches
+from cmai_fast.evaluation.processes import joined
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import Measured
 from cmai_fast.evaluation.results import write_results
-from cmai_fast.evaluation.state import State, check_resumable, check_settings, running
+from cmai_fast.evaluation.state import State, check_resumable, check_settings, running, shared
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import plain, write_folder
@@ -91,26 +93,37 @@ def attack(
         "save_images": save_images and str(save_images),
     }  # fmt: skip
     folder = out.with_name(f"{out.name}.state")
-    if (finished := _check_out(out, folder, asked_for, save_images, resume)) is not None:
-        return finished
-    samples = asked(data, "test", task, limit, seed)
-    generation = None if max_new_tokens is None else Generation(max_new_tokens)
-    pipeline = Pipeline.load(model, device=device, dtype=dtype, attention=attention, generation=generation)
-    stages = protocol.stages(pipeline.name, len(samples), threat, [spec], None, False)
-    claimed = nullcontext(State.temporary()) if out == STANDARD_OUTPUT else running(folder, asked_for, out)
-    with claimed as state, Overall(stages, progress) as overall:
-        measured = protocol.measure(
-            pipeline, samples, threat, [spec], task=task, metrics=metrics, batch_size=batch_size, seed=seed,
-            state=state, progress=overall,
-        )  # fmt: skip
-        record = _record(measured, spec, asked_for | {"command": command})
-        if save_images is not None and not _saved(save_images):
-            write_folder(save_images, lambda staging: _save_images(staging, measured, spec, threat))
-        if out == STANDARD_OUTPUT:
-            print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
-        else:
-            write_results(record, out)
+    with joined() as processes:
+        begun = partial(_check_out, out, folder, asked_for, save_images, resume)
+        if (finished := processes.by_first(begun)) is not None:
+            return finished
+        samples = asked(data, "test", task, limit, seed)
+        generation = None if max_new_tokens is None else Generation(max_new_tokens)
+        pipeline = Pipeline.load(
+            model, device=processes.device(device), dtype=dtype, attention=attention, generation=generation
+        )
+        stages = protocol.stages(pipeline.name, len(samples), threat, [spec], None, False)
+        claimed = nullcontext(State.temporary()) if out == STANDARD_OUTPUT else running(folder, asked_for, out)
+        with shared(claimed, processes) as state, Overall(stages, progress and processes.first) as overall:
+            measured = protocol.measure(
+                pipeline, samples, threat, [spec], task=task, metrics=metrics, batch_size=batch_size, seed=seed,
+                state=state, progress=overall,
+            )  # fmt: skip
+            record = _record(measured, spec, asked_for | {"command": command})
+            if processes.first:
+                _write(record, measured, spec, threat, out, save_images)
     return record
+
+
+def _write(
+    record: dict[str, Any], measured: Measured, spec: AttackSpec, threat: ThreatModel, out: Path, images: Path | None
+) -> None:
+    if images is not None and not _saved(images):
+        write_folder(images, lambda staging: _save_images(staging, measured, spec, threat))
+    if out == STANDARD_OUTPUT:
+        print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
+    else:
+        write_results(record, out)
 
 
 def _check_out(
