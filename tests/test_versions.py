@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
-import transformers
 
 import cmai_fast.bridge
 from cmai_fast.versions import TESTED, warn_about_untested
@@ -33,7 +33,7 @@ def test_another_one_is_named_with_the_range_and_what_to_do(version):
 
 
 def test_importing_the_bridge_without_which_no_model_runs_warns_once(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "99.0.0")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "99.0.0")  # it replaces itself at import
     with pytest.warns(RuntimeWarning, match=r"transformers 99\.0\.0 is outside") as found:
         importlib.reload(cmai_fast.bridge)
     assert len(found) == 1
