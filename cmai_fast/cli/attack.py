@@ -37,7 +37,7 @@ def attack(
         str | None,
         typer.Option(help="A text that the model has to give, for a targeted attack.", show_default="any wrong answer"),
     ] = None,
-    threat: options.Threat = "input",
+    threat: options.Threat = None,
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="the attack's own")] = None,
@@ -67,6 +67,8 @@ def attack(
 
     ATTACKS.check(attack)
     options.check([model], source, task=task, metrics=metric)
+    if ATTACKS[attack].unbounded:
+        ball = options.read_threat(norm, eps or "1", threat or "upload")
 
     from cmai_fast.report.words import percent
     from cmai_fast.workflows import attack as workflow

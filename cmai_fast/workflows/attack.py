@@ -82,7 +82,7 @@ def attack(
         ValueError: an unknown name, a bad setting, or `out` or `save_images` exists already; both are then unchanged.
     """
     out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}), target)
-    spec.check(threat.norm)
+    spec.check(threat)
     check_names(model, task=task, metrics=metrics)
     asked_for = {
         "model": model, **data_settings(data), "attack": attack, "eps": threat.eps, "norm": threat.norm,
@@ -173,17 +173,25 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
             }
             | found
             | ({} if prompts is None else {f"{_changed(attacked)}_adv": prompts.get(row)})
+            | {name: None if k is None else values[k] for name, values in attacked.details.items()}
         )
     own = measured.record["attacks"][spec.key]
     return {
         **{k: v for k, v in measured.record.items() if k not in ("attacks", "s_c", "detection")},
         **{k: own[k] for k in _OWN if k in own},
+        **({"details": _means(attacked)} if attacked.details else {}),
         "passes": vars(attacked.passes),
         "settings": settings,
         "seed": runner.seed,
         "versions": versions(),
         "per_sample": per_sample,
     }
+
+
+def _means(attacked: Attacked) -> dict[str, float]:
+    """The means over samples of the numbers among what an attack says of them."""
+    numbers = {k: v for k, v in attacked.details.items() if all(isinstance(x, float) for x in v)}
+    return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
 def _changed(attacked: Attacked) -> str:
