@@ -53,7 +53,12 @@ def attack(
         Path, typer.Option(help="JSON file to write: totals, settings, a verdict per sample. - is standard output.")
     ],
     save_images: Annotated[
-        Path | None, typer.Option(help="New folder for the attacked images as PNGs, and a manifest.")
+        Path | None,
+        typer.Option(help="New folder for an adversarial set: attacked and clean images as PNGs, a manifest."),
+    ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOOL", help="Write the set for garak or pyrit too; may be given several times."),
     ] = None,
     resume: options.Resume = False,
     progress: options.Progress = True,
@@ -77,7 +82,8 @@ def attack(
         model, source, attack, ball,
         steps=steps, restarts=restarts, settings=own, target=target, task=task, metrics=metric or (), limit=limit,
         seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images,
-        resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
+        export=export or (), resume=resume, device=device, dtype=dtype, attention=attention, progress=progress,
+        command=ctx.obj,
     )  # fmt: skip
     if not options.is_first():
         return
