@@ -40,6 +40,7 @@ class Attack:
         kinds: the types that each of these takes.
         named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
         text: it changes prompts or captions, and needs the victim's.
+        unbounded: it changes the uploaded picture as it likes; the ball is the whole box.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         run: the function itself.
     """
@@ -56,13 +57,14 @@ class Attack:
     kinds: Mapping[str, tuple[type, ...]]
     named: tuple[str, ...]
     text: bool
+    unbounded: bool
     refuse: Callable[..., None] | None
     run: Callable[..., AttackResult]
 
     @property
     def queries(self) -> bool:
         """Whether it searches images by queries alone, for the highest loss."""
-        return self.named == ("loss",) and not self.text
+        return self.named == ("loss",) and not (self.text or self.unbounded)
 
     @property
     def losses(self) -> bool:
@@ -103,6 +105,7 @@ class Attack:
         steps = self.steps if steps is None else steps
         restarts = self.restarts if restarts is None else restarts
         self.check(threat.norm, steps, restarts)
+        self.check_surface(threat)
         own = self.read(
             {**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})}
         )
@@ -121,6 +124,14 @@ class Attack:
             raise ValueError(
                 f"{self.name}: steps is {steps} and restarts is {restarts}; expected at least {self.least} and at "
                 "least 1"
+            )
+
+    def check_surface(self, threat: ThreatModel) -> None:
+        """Raises ValueError if the attack has no bound and the threat model has one, or is not of uploads."""
+        if self.unbounded and not (threat.surface.name == "upload" and threat.norm == "linf" and threat.eps == 1):
+            raise ValueError(
+                f"{self.name} changes the uploaded picture without a bound, and the threat is {threat.surface} with "
+                f"{threat.norm} eps {threat.eps:.4g}; expected upload with linf eps 1 (--threat upload --eps 1)"
             )
 
     def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +175,7 @@ ATTACKS: Registry[Attack] = Registry(
     "cmai_fast.attacks",
     frozenset(
         "ascent attack canvas captions deployed gradients joint losses others prompts restarts state substitution "
-        "upload victim words".split()
+        "unbounded upload victim words".split()
     ),
 )
 
@@ -179,6 +190,7 @@ def attack(
     single: bool = False,
     guard: bool = False,
     text: bool = False,
+    unbounded: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
     refuse: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
@@ -186,8 +198,9 @@ def attack(
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
     `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
-    `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `refuse`
-    gets the settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
+    `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `unbounded`:
+    it changes uploaded pictures as it likes, and refuses a threat model with a bound. `refuse` gets the settings that
+    are given, by keyword, and raises ValueError for bad values: before a model is loaded.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:
@@ -211,6 +224,7 @@ def attack(
             kinds={p.name: kinds_of(p.annotation, function.__globals__, "an attack") for p in own},
             named=tuple(key for key in _BY_NAME if key in taken),
             text=text,
+            unbounded=unbounded,
             refuse=refuse,
             run=function,
         )

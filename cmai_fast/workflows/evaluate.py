@@ -85,7 +85,7 @@ def evaluate(
         attacks = named_suite(suite, task)
     specs = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
     for spec in specs:
-        spec.check(threat.norm)
+        spec.check(threat)
     check_suite(specs)
     check_first(specs)
     for name in names:
