@@ -62,6 +62,7 @@ ANSWERS = [
     Row("pgd", 50, threat="upload:jpeg=75"),
     Row("pgd", 50, threat="patch", note="a patch of 30%, any pixels"),
     Row("pgd", 50, threat="blank", target="yes", note="gives the target"),
+    Row("typographic", threat="upload", note="no bound"),
     Row("crossfire", 100, {"text": "red"}),
     Row("hotflip", 10, {"keep": KEEP}),
     Row("gcg", 10, {"keep": KEEP, "edits": 2}),
@@ -91,6 +92,7 @@ def runs(coco: Path | None, limit: int, photos: int) -> Iterator[tuple[str, Row,
         for row in PAIRS if pairs else ANSWERS:
             surface = Surface.parse(row.threat)
             eps = radius / 255 if surface.name in ("input", "upload") else None
+            eps = 1.0 if ATTACKS[row.name].unbounded else eps
             how: dict[str, Any] = {
                 "threat": ThreatModel.parse("linf", eps, surface),
                 "limit": photos if pairs else limit,
