@@ -6,7 +6,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,32 @@ ROUND_SECONDS = (
 @pytest.fixture(scope="module")
 def recipes() -> Any:
     """The recipes `at_size` and `sized_models`."""
-    sys.path.insert(0, str(Path(__file__).parent / "recipes"))
-    try:
+    with recipes_on_path():
         import at_size
         import sized_models
 
         yield at_size, sized_models
+
+
+@pytest.fixture(scope="module")
+def peers() -> Any:
+    """The recipe `peers`: other libraries' attacks, and classifiers that they take."""
+    with recipes_on_path():
+        import peers
+
+        yield peers
+
+
+@contextmanager
+def recipes_on_path() -> Iterator[None]:
+    folder = Path(__file__).parent / "recipes"
+    sys.path.insert(0, str(folder))
+    try:
+        yield
     finally:
-        sys.path.pop(0)
-        for name in ("at_size", "sized_models"):
-            sys.modules.pop(name, None)
+        sys.path.remove(str(folder))
+        for recipe in folder.glob("*.py"):
+            sys.modules.pop(recipe.stem, None)
 
 
 @pytest.fixture

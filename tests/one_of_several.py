@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -176,13 +178,29 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
 def serve(orders: Iterable[str], answers: IO[str]) -> None:
     """Runs of `orders`, a JSON object per line; answers with the exit codes of each one's processes.
 
-    Every process is a fork of this one, which has imported everything: an import takes longer than most runs do.
+    Every process is a fork of this one, which has imported and trained already: what a first run imports, compiles and
+    reads takes longer than most runs do.
     """
-    # Trainers of other tests, in the process that this one is a fork of, have set these up for one process.
+    warm = False
+    for line in orders:
+        order = json.loads(line)
+        if not warm:
+            with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere:
+                sys.stdout = sys.stderr = nowhere
+                Path(aside, "model").symlink_to(Path(order["folder"], "model").absolute())
+                _forget()  # trainers of other tests, in the process that this one is a fork of
+                main(Path(aside), "first", {"max_steps": 1, "save_strategy": "no", "inner_steps": 1, "gamma": 0.0})
+                _forget()
+            gc.collect()
+            gc.freeze()
+            warm = True
+        print(json.dumps(run(**order)), file=answers, flush=True)
+
+
+def _forget() -> None:
+    """What accelerate has set up for one process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    for line in orders:
-        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
 
 
 def run(folder: str, name: str, settings: dict, processes: int, kill: str) -> list[int]:

@@ -2,11 +2,12 @@
 
     pip install torchattacks==3.5.1 --no-deps; pip install foolbox==3.3.4 adversarial-robustness-toolbox==1.20.1
     git clone https://github.com/fra31/auto-attack
-    python benchmarks/recipes/peers.py --parts parity time compaction strength --autoattack auto-attack --out peers.json
+    python benchmarks/recipes/peers.py --parts parity strength --autoattack auto-attack --out peers.json
 
 The classifiers are a ViT with random weights, and the bundled models as classifiers: the question "what color is the
 shape?", and the logits of the eight colours where the answer begins. A peer that is not installed is left out, and the
-output says so. AutoAttack is run from its own repository, and is no part of this one.
+output says so; `benchmarks/test_peers.py` times them. AutoAttack is run from its own repository, and is no part of this
+one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -223,68 +223,6 @@ def pgd_of(peer: str, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> C
     raise ValueError(f"unknown peer {peer!r}; expected one of {', '.join(PEERS)}")
 
 
-def timed(rounds: int, batch: int) -> dict[str, Any]:
-    """Seconds of PGD-10, medians over alternating rounds, and our ratio to each peer (of the rounds, the median)."""
-    found: dict[str, Any] = {}
-    x, y = pictures(batch)
-    for name, model, classes in (("vit", vit(), 10), ("easyvqa-llava", Colours(Pipeline.load("easyvqa-llava")), 8)):
-        model.eval()
-        labels = model(x).argmax(1).detach() if name == "vit" else y
-
-        def ours(stop: bool, model: nn.Module = model, labels: Tensor = labels, classes: int = classes) -> Any:
-            victim = victim_of(model, labels, classes)
-            return ATTACKS["pgd"](
-                victim,
-                x,
-                ThreatModel("linf", 8 / 255),
-                steps=10,
-                step_size=2 / 255,
-                random_start=False,
-                early_stop=stop,
-            )
-
-        runs: dict[str, Callable[[], Any]] = {
-            "cmai_fast": lambda ours=ours: ours(False),
-            "cmai_fast, early stop": lambda ours=ours: ours(True),
-        }
-        runs |= {peer: pgd_of(peer, model, x, labels, classes) for peer in PEERS if installed(peer)}
-        seconds: dict[str, list[float]] = {peer: [] for peer in runs}
-        for k in range(rounds + 1):
-            for peer, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if k:  # the first warms up
-                    seconds[peer].append(time.perf_counter() - start)
-                model.zero_grad(set_to_none=True)
-        ratios = {
-            peer: statistics.median(a / b for a, b in zip(seconds["cmai_fast"], values, strict=True))
-            for peer, values in seconds.items()
-        }
-        found[name] = {
-            "seconds": {peer: statistics.median(values) for peer, values in seconds.items()},
-            "cmai_fast over": ratios,
-        }
-    return {"batch": batch, "rounds": rounds, "eps": "8/255", "alpha": "2/255", "steps": 10, "models": found}
-
-
-def compaction(count: int) -> dict[str, Any]:
-    """APGD-100 with and without leaving out fooled images: the same robust accuracy, and the time of each."""
-    found = {}
-    x, y = pictures(count)
-    for name, eps in (("easyvqa-llava", 16 / 255), ("easyvqa-llava-immune", 16 / 255)):
-        model = Colours(Pipeline.load(name)).eval()
-        both = [
-            robust(model, [AttackSpec("apgd", 100, settings={"early_stop": stop})], x, y, eps) for stop in (True, False)
-        ]
-        found[name] = {
-            "eps": eps,
-            "with": both[0],
-            "without": both[1],
-            "time with over without": both[0]["seconds"] / both[1]["seconds"],
-        }
-    return {"images": count, "attack": "apgd-100", "models": found}
-
-
 def strength(count: int, queries: int, autoattack: Path | None, eps: Mapping[str, float]) -> dict[str, Any]:
     """Robust accuracy under our suites, AutoAttack (standard, without a limit of ours), and torchattacks' APGD."""
     found = {}
@@ -366,11 +304,10 @@ def installed(peer: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=("parity", "time", "compaction", "strength"), required=True)
+    parser.add_argument("--parts", nargs="+", choices=("parity", "strength"), required=True)
     parser.add_argument("--autoattack", type=Path, help="a clone of github.com/fra31/auto-attack")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--queries", type=int, default=1000, help="of Square, ours and theirs")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eps", nargs="+", default=["easyvqa-llava=8/255", "easyvqa-llava-immune=16/255"])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -382,8 +319,6 @@ def main() -> None:
     known["threads"] = 1
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "parity": parity,
-        "time": lambda: timed(given.rounds, 32),
-        "compaction": lambda: compaction(given.images),
         "strength": lambda: strength(given.images, given.queries, given.autoattack, radii),
     }
     for part in given.parts:

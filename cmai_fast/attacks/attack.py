@@ -41,6 +41,7 @@ class Attack:
         named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
         text: it changes prompts or captions, and needs the victim's.
         aimed: it needs a target.
+        unbounded: it changes the uploaded picture as it likes; the ball is the whole box.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
         fit: finds what all images have in common (`Victim.common`), on other samples; None: it attacks each by itself.
         run: the function itself.
@@ -59,6 +60,7 @@ class Attack:
     named: tuple[str, ...]
     text: bool
     aimed: bool
+    unbounded: bool
     refuse: Callable[..., None] | None
     fit: Callable[..., Tensor] | None
     run: Callable[..., AttackResult]
@@ -66,7 +68,7 @@ class Attack:
     @property
     def queries(self) -> bool:
         """Whether it searches images by queries alone, for the highest loss."""
-        return self.named == ("loss",) and not self.text and self.fit is None
+        return self.named == ("loss",) and not (self.text or self.unbounded) and self.fit is None
 
     @property
     def losses(self) -> bool:
@@ -107,6 +109,7 @@ class Attack:
         steps = self.steps if steps is None else steps
         restarts = self.restarts if restarts is None else restarts
         self.check(threat.norm, steps, restarts)
+        self.check_surface(threat)
         own = self.read(
             {**settings, **({"loss": loss} if loss else {}), **({"gradient": gradient} if gradient else {})}
         )
@@ -130,6 +133,14 @@ class Attack:
             raise ValueError(
                 f"{self.name}: steps is {steps} and restarts is {restarts}; expected at least {self.least} and at "
                 "least 1"
+            )
+
+    def check_surface(self, threat: ThreatModel) -> None:
+        """Raises ValueError if the attack has no bound and the threat model has one, or is not of uploads."""
+        if self.unbounded and not (threat.surface.name == "upload" and threat.norm == "linf" and threat.eps == 1):
+            raise ValueError(
+                f"{self.name} changes the uploaded picture without a bound, and the threat is {threat.surface} with "
+                f"{threat.norm} eps {threat.eps:.4g}; expected upload with linf eps 1 (--threat upload --eps 1)"
             )
 
     def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +184,7 @@ ATTACKS: Registry[Attack] = Registry(
     "cmai_fast.attacks",
     frozenset(
         "ascent attack canvas captions deployed gradients joint losses others prompts restarts state substitution "
-        "upload victim words".split()
+        "unbounded upload victim words".split()
     ),
 )
 
@@ -189,6 +200,7 @@ def attack(
     guard: bool = False,
     text: bool = False,
     aimed: bool = False,
+    unbounded: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
     refuse: Callable[..., None] | None = None,
     fit: Callable[..., Tensor] | None = None,
@@ -197,10 +209,11 @@ def attack(
 
     Further keyword arguments are the attack's own settings: each has a default and an annotation of `bool`, `int`,
     `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
-    `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `refuse`
-    gets the settings that are given, by keyword, and raises ValueError for bad values: before a model is loaded.
-    `fit(batches, threat, *, steps, seed, ...)` makes it universal: with the same settings, on batches of other samples,
-    each a list of victims with the same images, it gives `Victim.common`. `aimed`: it needs a target.
+    `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `unbounded`:
+    it changes uploaded pictures as it likes, and refuses a threat model with a bound. `refuse` gets the settings that
+    are given, by keyword, and raises ValueError for bad values: before a model is loaded. `fit(batches, threat, *,
+    steps, seed, ...)` makes it universal: with the same settings, on batches of other samples, each a list of victims
+    with the same images, it gives `Victim.common`. `aimed`: it needs a target.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:
@@ -225,6 +238,7 @@ def attack(
             named=tuple(key for key in _BY_NAME if key in taken),
             text=text,
             aimed=aimed,
+            unbounded=unbounded,
             refuse=refuse,
             fit=fit,
             run=function,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class AttackResult:
         dual encoders. None if the attack does not change them.
     words: N tensors (l, text_dim), what is added to the embeddings of each prompt's l tokens, template and image
         tokens included; None if the attack does not change them.
+    details: what the attack says of each sample, N values by name, for the record.
     """
 
     adv: Tensor
@@ -47,6 +48,7 @@ class AttackResult:
     prompts: list[str] | None = None
     captions: list[list[str]] | None = None
     words: list[Tensor] | None = None
+    details: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class Tally:

@@ -20,6 +20,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.data import Sample
 from cmai_fast.data.collators import Collator
 from cmai_fast.data.pictures import read_picture
+from cmai_fast.data.sample import differing
 from cmai_fast.layout import Layout
 from cmai_fast.pixels import PixelSpace, levels
 from cmai_fast.preprocessing.differentiable import Route, by_route
@@ -90,15 +91,20 @@ class UploadVictim(Victim):
         return self.seen.rows(inputs, rows)
 
     def read(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
-        return self.seen.space.to_model(self._units(model_input, rows))
+        return self.seen.space.to_model(self.units(model_input, rows))
 
     def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
-        return self.seen.inputs(self._units(pixels))
+        return self.seen.inputs(self.units(pixels))
 
     def pictures(self, pixels: Tensor) -> list[list[np.ndarray]]:
         """Images in [0, 1] as the uploaded 8-bit pictures (H, W, 3), by sample."""
         images = pixels if pixels.dim() == 5 else pixels.unsqueeze(1)
         return [made(several, own, self.surface) for several, own in zip(images, self._own, strict=True)]
+
+    def other_texts(self, row: int) -> tuple[str, ...]:
+        """The other answers that a sample may give: its choices or, for a dual encoder, the texts to choose from."""
+        sample, texts = self.samples[row], getattr(self._collate, "texts", None)
+        return differing(texts or sample.choices, sample.references)
 
     def from_pictures(self, pictures: Sequence[Sequence[np.ndarray]]) -> Tensor:
         return self._padded(pictures)[0]
@@ -117,7 +123,7 @@ class UploadVictim(Victim):
         device = self.seen.batch["labels"].device
         return values.to(device), mask.to(device)
 
-    def _units(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
+    def units(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
         """Images of `rows` as attacks take them, to those that the processor makes of them, in [0, 1]."""
         batch = list(range(len(self))) if rows is None else rows.tolist()
         images = to_levels(pixels if pixels.dim() == 5 else pixels.unsqueeze(1))

@@ -37,7 +37,7 @@ def attack(
         str | None,
         typer.Option(help="A text that the model has to give, for a targeted attack.", show_default="any wrong answer"),
     ] = None,
-    threat: options.Threat = "input",
+    threat: options.Threat = None,
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="the attack's own")] = None,
@@ -53,7 +53,12 @@ def attack(
         Path, typer.Option(help="JSON file to write: totals, settings, a verdict per sample. - is standard output.")
     ],
     save_images: Annotated[
-        Path | None, typer.Option(help="New folder for the attacked images as PNGs, and a manifest.")
+        Path | None,
+        typer.Option(help="New folder for an adversarial set: attacked and clean images as PNGs, a manifest."),
+    ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOOL", help="Write the set for garak or pyrit too; may be given several times."),
     ] = None,
     resume: options.Resume = False,
     progress: options.Progress = True,
@@ -67,6 +72,8 @@ def attack(
 
     ATTACKS.check(attack)
     options.check([model], source, task=task, metrics=metric)
+    if ATTACKS[attack].unbounded:
+        ball = options.read_threat(norm, eps or "1", threat or "upload")
 
     from cmai_fast.report.words import percent
     from cmai_fast.workflows import attack as workflow
@@ -75,8 +82,11 @@ def attack(
         model, source, attack, ball,
         steps=steps, restarts=restarts, settings=own, target=target, task=task, metrics=metric or (), limit=limit,
         seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, save_images=save_images,
-        resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
+        export=export or (), resume=resume, device=device, dtype=dtype, attention=attention, progress=progress,
+        command=ctx.obj,
     )  # fmt: skip
+    if not options.is_first():
+        return
     shares = {name: percent(record[name]) for name in ("acc_clean", "acc_robust", "asr")}
     reached = "" if target is None else f" The target was given by {percent(record['asr_target'])} of those attacked."
     Console(highlight=False, stderr=options.is_stdout(out)).print(

@@ -90,9 +90,9 @@ def evaluate(
             batch_size=batch_size, seed=seed, task=task, metrics=metric or (), max_new_tokens=max_new_tokens,
             resume=resume, device=device, dtype=dtype, attention=attention, progress=progress, command=ctx.obj,
         )  # fmt: skip
-        if printed:
+        if printed and options.is_first():
             typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
-    if not printed:
+    if not printed and options.is_first():
         print_summary(results, out)
 
 

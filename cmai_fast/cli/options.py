@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -52,11 +53,11 @@ Eps = Annotated[
     typer.Option(
         help="Radius of the ball, for pixels in [0, 1]: 8/255, 0.03. With --norm l2, the Euclidean norm over all "
         "pixels and channels; required then, such as 1 for 64 x 64 pixels.",
-        show_default="8/255 for linf; with --threat patch 1, blank 128/255",
+        show_default="8/255 for linf; with --threat patch 1, blank 128/255; 1 for attacks without a bound",
     ),
 ]
 Threat = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="NAME[:KEY=VALUE,...]",
         help="What the attacker changes: input, the pixels that the processor has made; upload, the 8-bit picture, of "
@@ -126,13 +127,13 @@ def read_data(
     return DataSource(data, pairs(",".join(fields or ()).split(","), "--map"), split_seed, split, missing)
 
 
-def read_threat(norm: Literal["linf", "l2"], eps: str | None, threat: str = "input") -> ThreatModel:
-    """The threat model of `--norm`, `--eps` and `--threat`.
+def read_threat(norm: Literal["linf", "l2"], eps: str | None, threat: str | None = None) -> ThreatModel:
+    """The threat model of `--norm`, `--eps` and `--threat`; None: the pixels that the processor has made.
 
     Raises:
         ValueError: eps is not a radius, or is missing for `l2`; an unknown threat or option of it.
     """
-    return ThreatModel.parse(norm, eps, Surface.parse(threat))
+    return ThreatModel.parse(norm, eps, Surface.parse(threat or "input"))
 
 
 def pairs(texts: Iterable[str], option: str) -> dict[str, str]:
@@ -180,6 +181,11 @@ def check(
         METRICS.check(metric)
     if data is not None:
         data.check(*splits, answers=answers, images="train" not in splits)
+
+
+def is_first() -> bool:
+    """Whether this process prints the results: alone, or the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_stdout(out: Path | None, folder: str = "") -> bool:

@@ -7,7 +7,7 @@ pictures of the model nor on the test split.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 from cmai_fast.data.sample import Sample, SampleList
@@ -31,15 +31,28 @@ def answer_choices(answer: str) -> tuple[str, ...]:
     raise ValueError(f"{answer!r} is not an easy-VQA answer; expected one of {COLORS + SHAPES + YES_NO}")
 
 
-@lru_cache(maxsize=2)
-def _load_pictures(official_split: str) -> np.ndarray:
-    """All pictures of an official split, uint8 (n, 64, 64, 3), row = picture id."""
+@cache
+def _questions(official_split: str) -> tuple[list[str], list[str], list[int]]:
+    """Questions, answers and picture ids of an official split."""
     import easy_vqa
+
+    return getattr(easy_vqa, f"get_{official_split}_questions")()
+
+
+@cache
+def _paths(official_split: str) -> dict[int, str]:
+    import easy_vqa
+
+    return getattr(easy_vqa, f"get_{official_split}_image_paths")()
+
+
+@cache  # 12 KB each, and most runs see a few hundred of the 5,000
+def _picture(official_split: str, picture: int) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
-    paths = getattr(easy_vqa, f"get_{official_split}_image_paths")()
-    return np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in range(len(paths))])
+    with Image.open(_paths(official_split)[picture]) as file:
+        return np.array(file.convert("RGB"))
 
 
 class EasyVQA(SampleList):
@@ -62,12 +75,11 @@ class EasyVQA(SampleList):
             raise ValueError(f"split is {split!r}; easyvqa has {', '.join(SPLITS)}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}; expected at least 1 question, or None for all")
-        import easy_vqa
         import numpy as np
 
         self.split = split
         self._official = "test" if split == "test" else "train"
-        self.questions, self.answers, self.image_ids = getattr(easy_vqa, f"get_{self._official}_questions")()
+        self.questions, self.answers, self.image_ids = _questions(self._official)
         ids = np.arange(len(self.questions))
         if split != "test":
             held_out = np.asarray(self.image_ids) % _CALIBRATION_EVERY == 0
@@ -83,7 +95,7 @@ class EasyVQA(SampleList):
         i = self.sample_ids[place]
         return Sample(
             id=i,
-            images=(_load_pictures(self._official)[self.image_ids[i]],),
+            images=(_picture(self._official, self.image_ids[i]),),
             prompt=self.questions[i],
             references=(self.answers[i],),
             choices=answer_choices(self.answers[i]),
@@ -108,17 +120,18 @@ class EasyVQA(SampleList):
 
     def picture(self, picture: int) -> np.ndarray:
         """A picture of this split by its id, uint8 (64, 64, 3)."""
-        return _load_pictures(self._official)[picture]
+        return _picture(self._official, picture)
 
     def picture_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pictures with the colour and shape of `facts`.
 
         Returns uint8 (n, 3, 64, 64), colour index (n,), shape index (n,), int64; -1 if no question reveals it.
         """
+        import numpy as np
         import torch
 
         facts = self.facts()
-        pixels = torch.from_numpy(_load_pictures(self._official)[list(facts)]).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(np.stack([self.picture(i) for i in facts])).permute(0, 3, 1, 2).contiguous()
         labels = [[-1 if value is None else value for value in pair] for pair in facts.values()]
         colours, shapes = torch.tensor(labels).unbind(1)
         return pixels, colours, shapes

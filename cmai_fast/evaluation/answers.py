@@ -34,7 +34,8 @@ class Attacked(Answers):
     fast verdict (exact match under teacher forcing). forwards, backwards: (M,) passes of the whole model that each
     sample was in, those that judge the result not counted. nonfinite, zero_gradients: (M,) as in `AttackResult`.
     images: of each row, in [0, 1], as `BatchImages.split` returns them, if the runner keeps them. prompts: (M,) what
-    the attack put in place of prompts, or lists of captions; None if it does not change them.
+    the attack put in place of prompts, or lists of captions; None if it does not change them. details: (M,) what the
+    attack says of each sample, by name.
     """
 
     predictions_8bit: list[str]
@@ -48,6 +49,7 @@ class Attacked(Answers):
     zero_gradients: np.ndarray
     images: Mapping[int, Tensor] = field(repr=False)
     prompts: list[Any] | None = None
+    details: dict[str, list[Any]] = field(default_factory=dict)
 
     def among(self, mask: np.ndarray) -> Attacked:
         """Only of the samples in `mask` (N,) bool; passes and seconds stay those of all."""
@@ -60,6 +62,7 @@ class Attacked(Answers):
             predictions_8bit=[self.predictions_8bit[k] for k in places],
             scores=None if self.scores is None else self.scores[keep],
             prompts=None if self.prompts is None else [self.prompts[k] for k in places],
+            details={name: [values[k] for k in places] for name, values in self.details.items()},
             **{
                 name: getattr(self, name)[keep]
                 for name in ("right", "right_8bit", "fooled", "forwards", "backwards", "nonfinite", "zero_gradients")

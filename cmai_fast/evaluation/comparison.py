@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cmai_fast.data import Sample
@@ -14,6 +15,7 @@ from cmai_fast.evaluation.pictures import Shown, shown
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec, curve_attack
+from cmai_fast.evaluation.transfer import strict_transfer
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
 
@@ -54,6 +56,7 @@ def compare(
     """`models` (each with its record and sanity checks, in the order of `entries`) and `pictures` of results.json."""
     state, first = state or State.temporary(), suite[0].key if suite else None
     kept: Mapping[int, Tensor] | None = None
+    broke = np.zeros(len(samples), dtype=bool)  # samples on which `kept` broke the model that it was made on
     models, pictures, pipeline = [], [], None
     for place, entry in enumerate(entries):
         del pipeline  # before the next one is loaded
@@ -65,12 +68,18 @@ def compare(
             batch_size=batch_size, seed=seed, state=state.part(str(place)), progress=progress,
         )  # fmt: skip
         record = measured.record
+        if kept is not None:
+            moved = measured.attacked["transfer"]
+            record["attacks"]["transfer"]["strict"] = strict_transfer(
+                broke, measured.clean.right, moved.over(len(broke), moved.right)
+            )
         record["sanity"] = sanity.sanity_checks(measured, threat, must_break=entry.role == UNDEFENDED)
         models.append({"name": entry.name, "role": entry.role, "path": entry.path, **record})
         if first is not None:
             pictures += shown(entry.name, measured, first, threat)
             if entry.role == UNDEFENDED:
-                kept = measured.attacked[first].images
+                kept, source = measured.attacked[first].images, measured.attacked[first]
+                broke = ~source.over(len(samples), source.right)
         del measured
     _ask(entries, pictures, samples, pipeline)
     return {"models": models, "pictures": [p.record for p in pictures]}

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from cmai_fast.evaluation.processes import Processes
 from cmai_fast.pipeline import out_of_memory
 
 T = TypeVar("T")
@@ -48,6 +49,20 @@ class Parts:
                 continue
             if torch.cuda.is_available():  # outside the except block, which keeps the tensors of the batch alive
                 torch.cuda.empty_cache()
+
+    def together(
+        self, rows: Sequence[int], work: Callable[[list[int]], T], processes: Processes
+    ) -> Iterator[tuple[list[int], T]]:
+        """`over`, of which each process works on its share of the rows; yields the batches of all, in order.
+
+        A round is over when the caller in every process has seen its batches.
+        """
+        while rows:
+            batch = rows[: min(processes.gathered(self.size)) * processes.count]
+            for finished in processes.gathered(list(self.over(processes.part(batch), work))):
+                yield from finished
+            processes.gathered(None)
+            rows = rows[len(batch) :]
 
     def _warn(self) -> None:
         if not self._warned:

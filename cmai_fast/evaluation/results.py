@@ -51,6 +51,7 @@ class AttackResults(TypedDict, total=False):
     acc_robust: float
     acc_robust_8bit: float
     asr: float | None  # None: no sample was right before the attack
+    strict: dict[str, Any]  # of transferred images: attacked, broken, asr over samples that broke their source
     passes: Passes
     seconds: float
     nonfinite_gradients: int  # elements that were NaN or infinite

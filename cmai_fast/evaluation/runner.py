@@ -137,7 +137,7 @@ class Runner:
             brief: leave out the 8-bit images; the 8-bit fields then repeat the others.
             starts: for a `spec` that continues (`again`).
         """
-        spec.check(threat.norm)
+        spec.check(threat)
         check_target(spec, texts_of(self.pipeline))
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
         rows = [i for i in rows if self._goal(spec, i, starts) is not None]
@@ -188,6 +188,9 @@ class Runner:
             result.zero_gradients[left] += again.zero_gradients
             forwards[left] += other.forwards.cpu()
             backwards[left] += other.backwards.cpu()
+            for name, values in again.details.items():
+                for k, value in zip(left, values, strict=True):
+                    result.details[name][k] = value
             entry = self._judged(rows, adv, own, (first, before, entry), texts=texts)
         if not brief:
             rounded = _apart(victim, round_to_8bit(attacked, clean, threat))
@@ -196,6 +199,7 @@ class Runner:
             entry["predictions_8bit"] = judged["predictions"]
         entry |= {
             "prompts": texts.prompts if texts.captions is None else texts.captions,
+            "details": result.details,
             "fooled": result.fooled.tolist(),
             "passes": vars(passes),
             "forwards": forwards.tolist(),
@@ -356,7 +360,7 @@ class Runner:
         if done != rows[: len(done)]:
             raise ValueError(f"{journal.folder} belongs to a run on other samples; delete it to run the stage again")
         self.progress.start(f"{self.pipeline.name}: {name}", len(rows), len(done))
-        for part, (entry, images) in self.parts.over(rows[len(done) :], work):
+        for part, (entry, images) in self.parts.together(rows[len(done) :], work, self.state.processes):
             journal.append({"rows": part, **entry}, images)
             self.progress.advance(len(part))
         return journal
@@ -387,6 +391,10 @@ class Runner:
             zero_gradients=np.array(_joined(journal, "zero_gradients"), dtype=int),
             images=journal,
             prompts=_joined(journal, "prompts") if rows and journal.entries[0].get("prompts") else None,
+            details={
+                name: [value for entry in journal.entries for value in entry["details"][name]]
+                for name in (journal.entries[0].get("details", ()) if rows else ())
+            },
         )
 
 

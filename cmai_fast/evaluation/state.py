@@ -3,7 +3,7 @@
 A run has its own folder (`run.json`: its settings; `lock`: held by the process that works on it) with one folder per
 stage: `parts.jsonl`, a line per finished batch, and `0.safetensors`, `1.safetensors`, ... with the images of each line
 if the stage keeps them. Images are written before their line, so a line means that the batch is complete. A truncated
-last line is dropped.
+last line is dropped. Of several processes that share a run, the first one writes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cmai_fast.evaluation.processes import Processes
 from cmai_fast.files import plain, write_bytes, write_text
 
 _SETTINGS, _LOCK, _PARTS = "run.json", "lock", "parts.jsonl"
@@ -32,8 +33,8 @@ _FREE = frozenset({"command"})  # settings that may differ between a run and its
 class State:
     """A folder of stages, and of the states of parts of a run, such as each model's."""
 
-    def __init__(self, folder: Path, keep: object = None) -> None:
-        self.folder, self._keep = Path(folder), keep
+    def __init__(self, folder: Path, keep: object = None, processes: Processes | None = None) -> None:
+        self.folder, self._keep, self.processes = Path(folder), keep, processes or Processes()
 
     @classmethod
     def temporary(cls) -> State:
@@ -42,28 +43,33 @@ class State:
         return cls(Path(folder.name), folder)
 
     def part(self, name: str) -> State:
-        return State(self.folder / quote(name, safe=""), self._keep)
+        return State(self.folder / quote(name, safe=""), self._keep, self.processes)
 
     def journal(self, name: str) -> Journal:
-        return Journal(self.folder / quote(name, safe=""), self._keep)
+        return Journal(self.folder / quote(name, safe=""), self._keep, self.processes.first)
 
 
 class Journal(Mapping[int, Tensor]):
     """The finished batches of one stage, in `entries`; as a mapping, the stored images by row.
+
+    Args:
+        folder: of the stage.
+        keep: what must live as long as the journal.
+        writes: whether this process writes what is appended; else another one does, for all.
 
     Raises:
         ValueError: a complete line is damaged.
         OSError: the disk is full; names the folder.
     """
 
-    def __init__(self, folder: Path, keep: object = None) -> None:
-        self.folder, self._file, self._keep = folder, folder / _PARTS, keep
+    def __init__(self, folder: Path, keep: object = None, writes: bool = True) -> None:
+        self.folder, self._file, self._keep, self._writes = folder, folder / _PARTS, keep, writes
         self.entries: list[dict[str, Any]] = []
         self._place: dict[int, int] = {}  # row -> the entry with its image
         if not self._file.is_file():
             return
         whole, _, torn = self._file.read_bytes().rpartition(b"\n")
-        if torn:
+        if torn and writes:
             os.truncate(self._file, self._file.stat().st_size - len(torn))
         for line in whole.splitlines():
             try:
@@ -81,6 +87,11 @@ class Journal(Mapping[int, Tensor]):
         """Adds a finished batch; `entry["rows"]` are the indices of its samples, `images` those to keep, by row: pixels
         in [0, 1], or 8-bit levels, which are read as such pixels."""
         entry = {**entry, "images": images is not None}
+        if self._writes:
+            self._write(entry, images)
+        self._add(entry)
+
+    def _write(self, entry: dict[str, Any], images: Mapping[int, Tensor] | None) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if images is not None:
@@ -95,7 +106,6 @@ class Journal(Mapping[int, Tensor]):
             raise OSError(
                 error.errno, f"could not write to {self.folder}: {reason}. Free some space and run again with --resume"
             ) from error
-        self._add(entry)
 
     def _add(self, entry: dict[str, Any]) -> None:
         if entry["images"]:
@@ -174,6 +184,15 @@ def running(folder: Path, settings: Mapping[str, Any], what: Path) -> Iterator[S
                     folder.parent.rmdir()  # unless something else is there
             raise
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def shared(claimed: contextlib.AbstractContextManager[State], processes: Processes) -> Iterator[State]:
+    """The state that the first process claims, for all of them; it is given back when all are done with it."""
+    with contextlib.ExitStack() as mine:
+        folder = processes.by_first(lambda: mine.enter_context(claimed).folder)
+        yield State(folder, mine, processes)
+        processes.gathered(None)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cmai_fast.attacks import ATTACKS
+from cmai_fast.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class AttackSpec:
         attack = ATTACKS[self.name]
         if self.steps is None:
             object.__setattr__(self, "steps", attack.steps)
-        self.check(attack.threats[0])
+        attack.check(attack.threats[0], int(self.steps or 0), self.restarts)
         object.__setattr__(self, "settings", attack.read(self.settings))
         self._check_aim()
 
@@ -114,9 +115,10 @@ class AttackSpec:
         attack = ATTACKS[self.name]
         return not (attack.guard or attack.single or attack.fit is not None or self.target is not None)
 
-    def check(self, norm: str) -> None:
-        """Raises ValueError if the attack does not support this norm."""
-        ATTACKS[self.name].check(norm, int(self.steps or 0), self.restarts)
+    def check(self, threat: ThreatModel) -> None:
+        """Raises ValueError if the attack does not search this ball."""
+        ATTACKS[self.name].check(threat.norm, int(self.steps or 0), self.restarts)
+        ATTACKS[self.name].check_surface(threat)
 
     def to_dict(self) -> dict[str, Any]:
         budget = {"name": self.name, "steps": self.steps, "restarts": self.restarts}

@@ -39,14 +39,26 @@ class Universal:
     ) -> None:
         self.pipeline, self.training, self.samples = pipeline, training, samples
         self.surface, self.state, self.seed = surface, state, seed
+        self._found: dict[str, Tensor] = {}
 
     def find(self, spec: AttackSpec, threat: ThreatModel) -> Tensor:
-        """(C, H, W): `Victim.common` of this attack in this ball.
+        """(C, H, W): `Victim.common` of this attack in this ball. The first process searches, for all of them.
 
         Raises:
             ValueError: there are no training samples, or none that the target would be wrong for.
         """
-        journal = self.state.journal(f"{spec.key}, found in {threat.norm} {threat.eps}")
+        stage = _stage(spec, threat)
+        if stage not in self._found:
+            self._found[stage] = self.state.processes.by_first(lambda: self._searched(stage, spec, threat))
+        return self._found[stage]
+
+    def record(self, spec: AttackSpec, threat: ThreatModel) -> dict[str, Any]:
+        """How many samples the perturbation was found on, in which time, with how many passes."""
+        (entry,) = self.state.journal(_stage(spec, threat)).entries
+        return {key: entry[key] for key in ("samples", "seconds", "passes")}
+
+    def _searched(self, stage: str, spec: AttackSpec, threat: ThreatModel) -> Tensor:
+        journal = self.state.journal(stage)
         if journal.entries:
             return journal[0]
         if not self.training:
@@ -69,12 +81,7 @@ class Universal:
         passes = sum((victim.passes for victims in batches for victim in victims), Passes())
         entry = {"rows": [0], "samples": len(goals), "seconds": time.perf_counter() - start, "passes": vars(passes)}
         journal.append(entry, {0: found})
-        return found
-
-    def record(self, spec: AttackSpec, threat: ThreatModel) -> dict[str, Any]:
-        """How many samples the perturbation was found on, in which time, with how many passes."""
-        (entry,) = self.state.journal(f"{spec.key}, found in {threat.norm} {threat.eps}").entries
-        return {key: entry[key] for key in ("samples", "seconds", "passes")}
+        return found.cpu()
 
     def _goals(self, spec: AttackSpec, samples: Sequence[Sample]) -> list[Sample]:
         texts = texts_of(self.pipeline)
@@ -97,3 +104,7 @@ class Universal:
             aim(victim, one, self.pipeline, goals, [None] * len(goals))
             found.append(victim)
         return found
+
+
+def _stage(spec: AttackSpec, threat: ThreatModel) -> str:
+    return f"{spec.key}, found in {threat.norm} {threat.eps}"

@@ -41,7 +41,7 @@ def _box(x: Tensor) -> Tensor:
 
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bicubic": _bicubic, "bilinear": _bilinear, "lanczos": _lanczos, "box": _box, "hamming": _hamming,
+    "bicubic": _bicubic, "bilinear": _bilinear, "lanczos": _lanczos, "box": _box, "hamming": _hamming, "nearest": _box,
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def matrix(size: int, target: int, kernel: str) -> Tensor:
     scale = size / target
     centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
     places = torch.arange(size, dtype=torch.float64) + 0.5
-    weights = KERNELS[kernel]((places - centre[:, None]) / max(scale, 1.0))
+    # `nearest` takes one pixel however far the picture shrinks; where it grows, it is the box.
+    weights = KERNELS[kernel]((places - centre[:, None]) / (1.0 if kernel == "nearest" else max(scale, 1.0)))
     return (weights / weights.sum(1, keepdim=True)).float()
 
 

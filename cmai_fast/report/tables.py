@@ -26,6 +26,7 @@ from .words import (
     worst_attack,
 )
 
+_ASR = 3  # its column in the table of attacks
 _DETAILED = 3  # models whose checks stand side by side with their details
 
 
@@ -244,13 +245,26 @@ def _attacks(models: Sequence[Shown]) -> dict[str, Any]:
         (
             model,
             [
-                (attack_text(name, attack, with_restarts=False), _attack_cells(attack, [key for key, _ in bad]))
+                row
                 for name, attack in (model.record.get("attacks") or {}).items()
+                for row in _attack_rows(name, attack, [key for key, _ in bad])
             ],
         )
         for model in models
     ]
     return {"columns": columns, "groups": groups, "bad": [key for key, _ in bad]}
+
+
+def _attack_rows(name: str, attack: AttackResults, bad: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """One row, and for transferred images a second one: only those that broke their source."""
+    text = attack_text(name, attack, with_restarts=False)
+    cells = _attack_cells(attack, bad)
+    rows = [(text, cells)]
+    if strict := attack.get("strict"):
+        own = [NOTHING] * len(cells)
+        own[_ASR] = percent(strict.get("asr")) if strict.get("attacked") else NOTHING
+        rows.append((f"{text}, only what broke its source", own))
+    return rows
 
 
 def _attack_cells(attack: AttackResults, bad: Sequence[str]) -> list[str]:

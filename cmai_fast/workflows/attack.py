@@ -6,28 +6,29 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cmai_fast.attacks import ATTACKS
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import protocol
 from cmai_fast.evaluation.answers import Attacked
+from cmai_fast.evaluation.export import check_export, export_set
 from cmai_fast.evaluation.goals import reaches
+from cmai_fast.evaluation.processes import joined
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import Measured
 from cmai_fast.evaluation.results import write_results
-from cmai_fast.evaluation.state import State, check_resumable, check_settings, running
+from cmai_fast.evaluation.saved import MANIFEST, changed_text, write_set
+from cmai_fast.evaluation.state import State, check_resumable, check_settings, running, shared
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import plain, write_folder
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
-from cmai_fast.pixels import round_to_8bit
-from cmai_fast.preprocessing.jpeg import save_options
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import check_names, data_settings
 from cmai_fast.workflows.folder import check_empty
@@ -58,6 +59,7 @@ def attack(
     max_new_tokens: int | None = None,
     out: Path,
     save_images: Path | None = None,
+    export: Sequence[str] = (),
     resume: bool = False,
     device: str | None = None,
     dtype: str | None = None,
@@ -71,9 +73,10 @@ def attack(
         attack, steps, restarts, settings, target: see `AttackSpec`. With a target, samples whose answer it is are not
             attacked, and the record says beside what broke how many samples give the target.
         out: the file; `Path("-")` is standard output.
-        save_images: a folder, new or empty, for the attacked images as 8-bit PNGs and a `manifest.jsonl`, one line per
-            attacked sample, with its adversarial question if the attack changes questions. Samples whose clean answer
-            is wrong are not attacked.
+        save_images: a folder, new or empty, for an adversarial set (`evaluation.saved`): the clean and the attacked
+            images as 8-bit PNGs, `set.json`, and `manifest.jsonl`, one line per attacked sample, with its adversarial
+            question if the attack changes questions. Samples whose clean answer is wrong are not attacked.
+        export: the tools that are to read the set too, `garak` and `pyrit` (`evaluation.export`).
         resume: continue an interrupted run from its state in the folder `<out>.state`.
         others: as for `evaluate`.
 
@@ -81,7 +84,8 @@ def attack(
         ValueError: an unknown name, a bad setting, or `out` or `save_images` exists already; both are then unchanged.
     """
     out, spec = Path(out), AttackSpec(attack, steps, restarts, dict(settings or {}), target)
-    spec.check(threat.norm)
+    spec.check(threat)
+    check_export(export, save_images)
     check_names(model, task=task, metrics=metrics)
     asked_for = {
         "model": model, **data_settings(data), "attack": attack, "eps": threat.eps, "norm": threat.norm,
@@ -92,27 +96,49 @@ def attack(
         "save_images": save_images and str(save_images),
     }  # fmt: skip
     folder = out.with_name(f"{out.name}.state")
-    if (finished := _check_out(out, folder, asked_for, save_images, resume)) is not None:
-        return finished
-    samples = asked(data, "test", task, limit, seed)
-    training = searched(data, task, [spec], seed)
-    generation = None if max_new_tokens is None else Generation(max_new_tokens)
-    pipeline = Pipeline.load(model, device=device, dtype=dtype, attention=attention, generation=generation)
-    stages = protocol.stages(pipeline.name, len(samples), threat, [spec], None, False)
-    claimed = nullcontext(State.temporary()) if out == STANDARD_OUTPUT else running(folder, asked_for, out)
-    with claimed as state, Overall(stages, progress) as overall:
-        measured = protocol.measure(
-            pipeline, samples, threat, [spec], training=training, task=task, metrics=metrics, batch_size=batch_size,
-            seed=seed, state=state, progress=overall,
-        )  # fmt: skip
-        record = _record(measured, spec, threat, asked_for | {"command": command})
-        if save_images is not None and not _saved(save_images):
-            write_folder(save_images, lambda staging: _save_images(staging, measured, spec, threat))
-        if out == STANDARD_OUTPUT:
-            print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
-        else:
-            write_results(record, out)
+    with joined() as processes:
+        begun = partial(_check_out, out, folder, asked_for, save_images, resume)
+        if (finished := processes.by_first(begun)) is not None:
+            return finished
+        samples = asked(data, "test", task, limit, seed)
+        training = searched(data, task, [spec], seed)
+        generation = None if max_new_tokens is None else Generation(max_new_tokens)
+        pipeline = Pipeline.load(
+            model, device=processes.device(device), dtype=dtype, attention=attention, generation=generation
+        )
+        stages = protocol.stages(pipeline.name, len(samples), threat, [spec], None, False)
+        claimed = nullcontext(State.temporary()) if out == STANDARD_OUTPUT else running(folder, asked_for, out)
+        with shared(claimed, processes) as state, Overall(stages, progress and processes.first) as overall:
+            measured = protocol.measure(
+                pipeline, samples, threat, [spec], training=training, task=task, metrics=metrics, batch_size=batch_size,
+                seed=seed, state=state, progress=overall,
+            )  # fmt: skip
+            record = _record(measured, spec, threat, asked_for | {"command": command})
+            if processes.first:
+                _write(record, measured, spec, threat, out, save_images, export)
     return record
+
+
+def _write(
+    record: dict[str, Any],
+    measured: Measured,
+    spec: AttackSpec,
+    threat: ThreatModel,
+    out: Path,
+    images: Path | None,
+    export: Sequence[str],
+) -> None:
+    if images is not None and not _saved(images):
+        settings = record["settings"]
+        data = {key: settings[key] for key in ("data", "split", "data_fingerprint", "limit")}
+        write_folder(images, lambda staging: write_set(staging, measured, spec, threat, settings["model"], data))
+    if images is not None:
+        for kind in export:
+            export_set(images, kind)
+    if out == STANDARD_OUTPUT:
+        print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
+    else:
+        write_results(record, out)
 
 
 def _check_out(
@@ -161,13 +187,15 @@ def _record(measured: Measured, spec: AttackSpec, threat: ThreatModel, settings:
                 "backward": 0 if k is None else int(attacked.backwards[k]),
             }
             | found
-            | ({} if prompts is None else {f"{_changed(attacked)}_adv": prompts.get(row)})
+            | ({} if prompts is None else {f"{changed_text(attacked)}_adv": prompts.get(row)})
+            | {name: None if k is None else values[k] for name, values in attacked.details.items()}
         )
     own = measured.record["attacks"][spec.key]
     found_on = {} if ATTACKS[spec.name].fit is None else {"found_on": runner.universal.record(spec, threat)}
     return {
         **{k: v for k, v in measured.record.items() if k not in ("attacks", "s_c", "detection")},
         **{k: own[k] for k in _OWN if k in own},
+        **({"details": _means(attacked)} if attacked.details else {}),
         "passes": vars(attacked.passes),
         **found_on,
         "settings": settings,
@@ -177,48 +205,11 @@ def _record(measured: Measured, spec: AttackSpec, threat: ThreatModel, settings:
     }
 
 
-def _changed(attacked: Attacked) -> str:
-    """What an attack on text changes."""
-    return "question" if all(isinstance(text, str) for text in attacked.prompts or ()) else "captions"
+def _means(attacked: Attacked) -> dict[str, float]:
+    """The means over samples of the numbers among what an attack says of them."""
+    numbers = {k: v for k, v in attacked.details.items() if all(isinstance(x, float) for x in v)}
+    return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
 def _saved(folder: Path) -> bool:
-    return (Path(folder) / "manifest.jsonl").is_file()
-
-
-def _save_images(folder: Path, measured: Measured, spec: AttackSpec, threat: ThreatModel) -> None:
-    """A PNG per image of each attacked sample, and the manifest. An uploaded picture has its own size (and is a JPEG
-    file, if pictures go through JPEG); else the image is as the model reads it, tile by tile."""
-    runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
-    lines = []
-    for place, row in enumerate(attacked.rows):
-        sample = runner.samples[row]
-        batch = runner.batch([row])
-        own = batch.pixels()
-        adv = round_to_8bit(batch.join([attacked.images[row]]).to(own), own, threat)
-        (pictures,) = batch.pictures(adv)
-        quality = threat.surface.jpeg
-        kind = "png" if quality is None else "jpg"
-        options = {} if quality is None else save_options(quality)
-        files = [f"{row:06}.{kind}" if len(pictures) == 1 else f"{row:06}-{k}.{kind}" for k in range(len(pictures))]
-        for name, picture in zip(files, pictures, strict=True):
-            Image.fromarray(np.asarray(picture)).save(folder / name, **options)
-        lines.append(
-            {
-                "id": sample.id,
-                "files": files,
-                "question": sample.prompt,
-                "references": list(sample.references),
-                "clean_prediction": clean.predictions[row],
-                "adversarial_prediction": attacked.predictions_8bit[place],
-                "broken": not attacked.right_8bit[place],
-                "attack": spec.key,
-                **({} if spec.target is None else {"target": spec.target}),
-                "threat": str(threat.surface),
-                "norm": threat.norm,
-                "eps": threat.eps,
-            }
-            | ({} if attacked.prompts is None else {f"adversarial_{_changed(attacked)}": attacked.prompts[place]})
-        )
-    text = "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
-    (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
+    return (Path(folder) / MANIFEST).is_file()

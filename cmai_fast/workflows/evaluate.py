@@ -10,9 +10,10 @@ from typing import Any
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import comparison
 from cmai_fast.evaluation.comparison import BASELINE, IMMUNISED, UNDEFENDED, Entry
+from cmai_fast.evaluation.processes import joined
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.results import write_results
-from cmai_fast.evaluation.state import running
+from cmai_fast.evaluation.state import running, shared
 from cmai_fast.evaluation.suite import AttackSpec, check_first, check_suite, curve_attack, headline_suite
 from cmai_fast.evaluation.suites import suite as named_suite
 from cmai_fast.evaluation.versions import versions
@@ -84,7 +85,7 @@ def evaluate(
         attacks = named_suite(suite, task)
     specs = [*(headline_suite(steps, restarts) if attacks is None else attacks), *also]
     for spec in specs:
-        spec.check(threat.norm)
+        spec.check(threat)
     check_suite(specs)
     check_first(specs)
     for name in names:
@@ -98,24 +99,25 @@ def evaluate(
         "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
         "device": str(chosen_device(device)), "dtype": dtype, "attention": attention,
     }  # fmt: skip
-    if (finished := check_folder(out, settings, resume)) is not None:
-        return finished
-    samples = asked(data, "test", task, limit, seed)
-    training = searched(data, task, specs, seed)
-    how = {"device": device, "dtype": dtype, "attention": attention}
-    entries = _entries(names, max_new_tokens, how)
-    stages = comparison.stages(entries, len(samples), threat, specs)
-    with running(out / STATE, settings, out) as state, Overall(stages, progress) as overall:
-        if not (out / RESULTS).is_file():  # interrupted before the report
-            results = comparison.compare(
-                entries, samples, threat, specs, training=training, task=task, metrics=metrics, batch_size=batch_size,
-                seed=seed, state=state, progress=overall,
-            )  # fmt: skip
-            results["settings"] = settings | {"command": command, "curve_attack": curve_attack(specs).key}
-            results |= {"schema": SCHEMA, "seed": seed, "versions": versions()}
-            results["sample_ids"] = [s.id for s in samples]
-            write_results(results, out / RESULTS)
-        return report(out)
+    with joined() as processes:
+        if (finished := processes.by_first(partial(check_folder, out, settings, resume))) is not None:
+            return finished
+        samples = asked(data, "test", task, limit, seed)
+        training = searched(data, task, specs, seed)
+        how = {"device": processes.device(device), "dtype": dtype, "attention": attention}
+        entries = _entries(names, max_new_tokens, how)
+        stages, show = comparison.stages(entries, len(samples), threat, specs), progress and processes.first
+        with shared(running(out / STATE, settings, out), processes) as state, Overall(stages, show) as overall:
+            if not processes.by_first((out / RESULTS).is_file):  # interrupted before the report
+                results = comparison.compare(
+                    entries, samples, threat, specs, training=training, task=task, metrics=metrics,
+                    batch_size=batch_size, seed=seed, state=state, progress=overall,
+                )  # fmt: skip
+                results["settings"] = settings | {"command": command, "curve_attack": curve_attack(specs).key}
+                results |= {"schema": SCHEMA, "seed": seed, "versions": versions()}
+                results["sample_ids"] = [s.id for s in samples]
+                processes.by_first(partial(write_results, results, out / RESULTS))
+            return processes.by_first(partial(report, out))
 
 
 def _entries(names: Sequence[str], max_new_tokens: int | None, how: Mapping[str, Any]) -> list[Entry]:

@@ -83,7 +83,7 @@ def test_the_processor_is_followed_to_the_level_and_so_is_its_derivative(family)
     )
     real = of_pictures(family.name, calm)
     x = followed.pixels().requires_grad_()
-    units = followed._units(x)
+    units = followed.units(x)
     own = followed.seen.layout
     made = units if own is None else own.only(units)
     apart = (made - real).abs() * 255
@@ -161,7 +161,7 @@ def test_a_patch_moves_its_square_alone_and_reads_what_is_around_it():
         assert changed[:side, -side:].mean() > 0.9 and changed.sum() == changed[:side, -side:].sum()
         assert np.abs(made.astype(int) - own).max() > 100
     shown = [several[0] for several in pictures]
-    real, made = of_pictures(name, shown), attacked._units(round_to_8bit(result.adv, clean, threat))
+    real, made = of_pictures(name, shown), attacked.units(round_to_8bit(result.adv, clean, threat))
     assert (attacked.seen.layout.only(made) - real).abs().max() * 255 < 2.1
 
 
@@ -195,7 +195,7 @@ def test_square_draws_into_pictures_of_different_sizes():
 def test_jpeg_is_in_the_loop():
     through = victim("Qwen2-VL", surface="upload:jpeg=40")
     clean = through.pixels().requires_grad_()
-    made = through.seen.layout.only(through._units(clean))
+    made = through.seen.layout.only(through.units(clean))
     real = of_pictures("Qwen2-VL", [jpeg(s.images[0], 40) for s in through.samples])
     assert (made - real).abs().max() * 255 < 2.1
     assert (torch.autograd.grad(through(clean).loss.sum(), clean)[0] != 0).any()

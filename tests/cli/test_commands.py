@@ -14,11 +14,16 @@ import official_files as official
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.suite import AttackSpec
-from cmai_fast.threat import ThreatModel
+from cmai_fast.threat import Surface, ThreatModel
 from cmai_fast.workflows.settings import ImmunizeSettings
 
-COMMANDS = ("demo", "immunize", "attack", "evaluate", "calibrate", "guard", "report", "info")
+COMMANDS = ("demo", "immunize", "attack", "transfer", "evaluate", "calibrate", "guard", "report", "info")
 ATTACKED = {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75, "asr_target": 0.625}
+MOVED = {"attacked": 8, "broken": 2, "asr": 0.25}
+TRANSFERRED = {
+    "source": {"model": "a"}, "n": 9, "acc_clean": 8 / 9, "transfer": MOVED,
+    "strict": {"attacked": 4, "broken": 2, "asr": 0.5},
+}  # fmt: skip
 MODEL = "easyvqa-llava"
 
 
@@ -98,7 +103,8 @@ def test_attack_hands_on_every_option(run, replace_workflow, mine):
         "attack --model easyvqa-llava --data my.jsonl --map question=text --split-seed 3 --task vqa "
         "--metric exact-match --attack apgd --set early_stop=no --set decay=0.5 --target red --eps 0.03 --norm linf "
         "--steps 7 --restarts 3 --limit 9 --batch-size 5 --max-new-tokens 6 --seed 4 --out a.json --save-images pngs "
-        "--resume --no-progress --device cpu --dtype float16 --attention flash_attention_2"
+        "--export garak --export pyrit --resume --no-progress --device cpu --dtype float16 "
+        "--attention flash_attention_2"
     )
     done = run(*typed.split())
     assert done.exit_code == 0, done.output
@@ -106,7 +112,8 @@ def test_attack_hands_on_every_option(run, replace_workflow, mine):
     assert called.kwargs == {
         "steps": 7, "restarts": 3, "settings": {"early_stop": "no", "decay": "0.5"}, "target": "red",
         "task": "vqa", "metrics": ["exact-match"], "limit": 9, "seed": 4, "batch_size": 5, "max_new_tokens": 6,
-        "out": Path("a.json"), "save_images": Path("pngs"), "resume": True, "progress": False,
+        "out": Path("a.json"), "save_images": Path("pngs"), "export": ["garak", "pyrit"], "resume": True,
+        "progress": False,
         "device": "cpu", "dtype": "float16", "attention": "flash_attention_2", "command": f"cmai-fast {typed}",
     }  # fmt: skip
     said = as_one_line(done.stdout)
@@ -120,6 +127,37 @@ def test_attack_leaves_the_budget_to_the_attack(run, replace_workflow):
     assert run("attack", "--model", MODEL, "--out", "a.json").exit_code == 0
     assert called.args == (MODEL, DataSource("easyvqa"), "pgd", ThreatModel("linf", 8 / 255))
     assert (called.kwargs["steps"], called.kwargs["restarts"], called.kwargs["settings"]) == (None, 1, {})
+
+
+def test_an_attack_without_a_bound_is_on_uploads_unless_another_threat_is_named(run, replace_workflow):
+    called = replace_workflow("attack", ATTACKED)
+    for typed, threat in (
+        ("", ThreatModel("linf", 1.0, Surface("upload"))),
+        (" --threat upload:jpeg=75", ThreatModel("linf", 1.0, Surface("upload", jpeg=75))),
+        (" --threat input --eps 8/255", ThreatModel("linf", 8 / 255)),  # which the workflow refuses
+    ):
+        done = run(*f"attack --model {MODEL} --attack typographic --out a.json{typed}".split())
+        assert done.exit_code == 0 and called.args[3] == threat
+
+
+def test_transfer_hands_on_every_option(run, replace_workflow):
+    called = replace_workflow("transfer", TRANSFERRED)
+    typed = (
+        "transfer some/set --model easyvqa-llava --batch-size 5 --max-new-tokens 6 --device cpu --dtype float16 "
+        "--attention sdpa --out t.json"
+    )
+    done = run(*typed.split())
+    assert done.exit_code == 0, done.output
+    assert called.args == (MODEL, Path("some/set"))
+    assert called.kwargs == {
+        "out": Path("t.json"), "batch_size": 5, "max_new_tokens": 6, "device": "cpu", "dtype": "float16",
+        "attention": "sdpa", "command": f"cmai-fast {typed}",
+    }  # fmt: skip
+    said = as_one_line(done.stdout)
+    assert (
+        "9 samples made on a: clean accuracy 88.9%, transfer 25.0% of 8 right ones, strict transfer 50.0% of 4" in said
+    )
+    assert said.endswith("Results: t.json")
 
 
 def test_attack_leaves_standard_output_to_the_record(run, replace_workflow):
@@ -278,6 +316,7 @@ def test_the_examples_work(run, replace_workflow, results, monkeypatch, line):
     for name in ("immunize", "evaluate"):
         replace_workflow(name, results)
     replace_workflow("attack", ATTACKED)
+    replace_workflow("transfer", TRANSFERRED)
     replace_workflow("guard", 1)
     threshold = {"tau": 0.1, "samples": 9}
     replace_workflow("calibrate", {"threshold": threshold, "wrong_answers": {"auroc": 0.9, "rejected": 0.6}})

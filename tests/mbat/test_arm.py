@@ -212,7 +212,7 @@ def test_arm_acts_on_a_model_that_attacks_break_and_rests_on_one_that_they_do_no
     seen, subject = spied(monkeypatch, "beta", "eps"), Pipeline.load(name)
     args = MBATConfig(
         output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=13,
-        per_device_train_batch_size=16, learning_rate=1e-6, heads_learning_rate=1e-6, inner_steps=4, eps_max=12 / 255,
+        per_device_train_batch_size=8, learning_rate=1e-6, heads_learning_rate=1e-6, inner_steps=4, eps_max=12 / 255,
         lam_max=0.7, logging_steps=1,
     )  # fmt: skip
     trainer = MBATTrainer(

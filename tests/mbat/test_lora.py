@@ -187,8 +187,9 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@WAYS
-@pytest.mark.parametrize("name, accumulation, muon", [("default", 1, True), ("mine", 2, False)])
+@pytest.mark.parametrize(
+    "way, name, accumulation, muon", [("add_adapter", "mine", 2, False), ("get_peft_model", "default", 1, True)]
+)
 def test_a_resumed_run_ends_as_one_never_interrupted(load, train, tmp_path, way, name, accumulation, muon):
     config = {
         "gradient_accumulation_steps": accumulation, "muon": muon, "max_steps": 7, "save_steps": 3, "tau_train": 1.0,

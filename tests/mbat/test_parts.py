@@ -72,8 +72,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-6, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("place, most", [(place, k % 3 + 1) for k, place in enumerate(PLACES)] + [("fuse", 1)])
 def test_a_step_in_parts_is_the_whole_step(make_trainer, collate, data, monkeypatch, place, most) -> None:
     batch = collate([data[i] for i in range(5)])
     settings = {"gamma": 0.5, "beta": 0.3, "inner": "bridge", "lam": 0.4}

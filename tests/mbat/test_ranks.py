@@ -162,7 +162,7 @@ def test_two_processes_resume_to_the_same_weights(folder: Path, train: Train) ->
 # Samples of a process are fooled before those of the other, which go on; adaptive steps follow the schedule.
 ADAPTIVE = {
     "max_steps": 4, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01,
-    "lr_scheduler_type": "linear", "lam": 0.1, "eps": 0.5, "eval_steps": 2, "eval_attack_steps": 5, "save_steps": 2,
+    "lr_scheduler_type": "linear", "lam": 0.1, "eps": 0.5, "eval_steps": 4, "eval_attack_steps": 5, "save_steps": 2,
     "eval_strategy": "steps", "per_device_eval_batch_size": 2,
 }  # fmt: skip
 

@@ -24,7 +24,8 @@ def test_a_picture_is_resized_as_pillow_does_it(kernel, before, after):
     picture = np.random.default_rng(1).integers(0, 256, before, dtype=np.uint8)
     real, pixels = resized(picture, after, kernel), torch.from_numpy(picture).float() / 255
     found, deviation = resampling_of(pixels, real)
-    assert (found.kernel, found.twice) == (kernel, True) and deviation < 1.01
+    alike = kernel == "nearest" and before < after  # where a picture grows, the box takes the nearest pixel too
+    assert (found.kernel, found.twice) == ("box" if alike else kernel, True) and deviation < 1.01
     apart = (found(pixels, *after) - real).abs() * 255
     # Weights that are no binary fractions: where a mean is half a level, Pillow's integers decide.
     assert apart.max() < 1.01 and (apart > 0.5).float().mean() < 0.08

@@ -237,6 +237,10 @@ def test_what_could_not_be_measured_is_a_dash_and_what_was_not_is_said() -> None
     drawn = section(render_report(results), "accuracy")
     assert "transfer \N{EN DASH} \N{EN DASH} 98.0% 1.0% \N{EN DASH} \N{EN DASH} 2.0 s" in visible(drawn)
     assert "not measured" not in drawn
+    models_of(results)[1]["attacks"]["transfer"]["strict"] = {"attacked": 40, "broken": 3, "asr": 0.075}
+    strict = visible(section(render_report(results), "accuracy"))
+    dashes = " \N{EN DASH}" * 3
+    assert f"transfer, only what broke its source{dashes} 7.5%{dashes}" in strict and "not measured" not in strict
     del models_of(results)[1]["attacks"]["transfer"]["seconds"], models_of(results)[1]["acc_robust_8bit"]
     assert visible(section(render_report(results), "accuracy")).count("not measured") == 3  # time, 8-bit and its change
 

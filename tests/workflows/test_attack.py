@@ -44,7 +44,8 @@ def test_one_file_and_the_attacked_images(few, fitted_folder, tmp_path):
     assert [m["id"] for m in manifest] == [s.id for s in samples]
     assert {p.name for p in (tmp_path / "png").iterdir()} == {
         "manifest.jsonl",
-        *(f for m in manifest for f in m["files"]),
+        "set.json",
+        *(f for m in manifest for f in m["files"] + m["clean_files"]),
     }
     pipeline = Pipeline.load(str(fitted_folder))
     for line, sample, row in zip(manifest, samples, rows, strict=True):

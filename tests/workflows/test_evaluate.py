@@ -42,6 +42,7 @@ def test_three_models_side_by_side(few, folders, tmp_path, monkeypatch):
     # The same model is broken by exactly the images that broke it.
     own, moved = models[0]["attacks"]["pgd-4"], models[1]["attacks"]["transfer"]
     assert (own["attacked"], own["broken"]) == (moved["attacked"], moved["broken"]) and own["broken"] > 0
+    assert (moved["strict"]["attacked"], moved["strict"]["asr"]) == (own["broken"], 1.0)
     checks = [{c["check"] for c in m["sanity"]} for m in models]
     assert ["the undefended model breaks" in names for names in checks] == [True, False, False]
     assert loaded == [first, second, third, second, first]  # the last is still there when the pictures are shown

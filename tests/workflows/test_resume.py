@@ -13,11 +13,14 @@ import pytest
 
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import state
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.state import Journal, State
+from cmai_fast.files import plain
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows import evaluate as workflow
 from cmai_fast.workflows.attack import attack
 from cmai_fast.workflows.evaluate import evaluate
+from forked import together
 from shortened import shorten
 
 THREAT, DATA = ThreatModel("linf", 32 / 255), DataSource("easyvqa")
@@ -33,10 +36,16 @@ def run(fitted_folder, model_folder, out, **changes):
     return evaluate(str(model_folder.parent), DATA, THREAT, **arguments)
 
 
-def untimed(value):
+def untimed(value, but=TIMINGS):
     if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if k not in TIMINGS}
-    return [untimed(v) for v in value] if isinstance(value, list) else value
+        return {k: untimed(v, but) for k, v in value.items() if k not in but}
+    return [untimed(v, but) for v in value] if isinstance(value, list) else value
+
+
+def of_any_batches(results):
+    """Results without the number of passes, counted by batch, and with scores as alike as float32 sums are."""
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: round(float(text), 5))
+    return untimed(rounded, (*TIMINGS, "passes"))
 
 
 class Appends:
@@ -113,6 +122,41 @@ def test_kill_9_at_several_points(whole, fitted_folder, model_folder, tmp_path, 
 
 def lines(out: Path):
     return sorted(out.rglob("parts.jsonl"))
+
+
+def test_two_processes_share_a_run_that_was_killed(whole, fitted_folder, model_folder, tmp_path, monkeypatch):
+    """They give the numbers of one, with each sample attacked once; the second is killed, and the first with it."""
+    expected, batches = whole
+    work = lambda: run(fitted_folder, model_folder, tmp_path / "out", resume=True)  # noqa: E731
+    with monkeypatch.context() as patch:
+        Appends(patch, batches // 2, lambda _: os.environ["RANK"] == "1" and kill())
+        assert sorted(together(work, 2)) == [-signal.SIGKILL] * 2
+    before = lines(tmp_path / "out")
+    assert before and not (tmp_path / "out" / "results.json").exists()
+    assert together(work, 2) == [0, 0]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "report.html"}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert of_any_batches(results) == of_any_batches(plain(expected))
+
+
+def test_each_process_attacks_its_share(fitted_folder, tmp_path, monkeypatch):
+    seen, attacked = tmp_path / "seen", Runner._attacked
+
+    def noted(runner, spec, threat, rows, *args):
+        with open(seen, "a") as file:
+            file.write(f"{os.environ['RANK']} {len(rows)}\n")
+        return attacked(runner, spec, threat, rows, *args)
+
+    monkeypatch.setattr(Runner, "_attacked", noted)
+    args = (str(fitted_folder), DATA, "pgd", THREAT)
+    work = lambda: attack(*args, steps=2, batch_size=4, progress=False, out=tmp_path / "a.json")  # noqa: E731
+    assert together(work, 2) == [0, 0]
+    shares = [line.split() for line in seen.read_text().splitlines()]
+    counts = [sum(int(n) for rank, n in shares if rank == r) for r in "01"]
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert sum(counts) == sum(s["attacked"] for s in record["per_sample"]) > 0
+    assert abs(counts[0] - counts[1]) <= len(shares) // 2
+    assert together(work, 2) == [1, 1]  # a.json exists: both say so, and none waits
 
 
 def test_resuming_a_finished_run_gives_its_results(whole, fitted_folder, model_folder, tmp_path, monkeypatch):
