@@ -57,6 +57,7 @@ def measure(
     *,
     curve: AttackSpec | None = None,
     transferred: Mapping[str, Mapping[int, Tensor]] | None = None,
+    training: Sequence[Sample] = (),
     task: Task | str = "vqa",
     metrics: Sequence[str] = (),
     batch_size: int = 64,
@@ -78,13 +79,14 @@ def measure(
         curve: the attack for robust accuracy over eps; None leaves out the curve.
         transferred: adversarial images of other models for the same samples, by name and row. They join the suite, and
             are tried on every sample whose clean answer is right.
+        training: other samples, on which universal attacks find what they add to every image.
         task, state, batch_size, seed, progress: as for `Runner`.
         metrics: names of corpus metrics to report beside the task's own.
     """
     check_suite(suite)
     runner = Runner(
-        pipeline, samples, task=task, surface=threat.surface, state=state, batch_size=batch_size, seed=seed,
-        progress=progress,
+        pipeline, samples, task=task, surface=threat.surface, training=training, state=state, batch_size=batch_size,
+        seed=seed, progress=progress,
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()

@@ -30,6 +30,7 @@ from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.surface import images_of, shown, victim_of
 from cmai_fast.evaluation.texts import Texts, typed
+from cmai_fast.evaluation.universal import Universal
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import levels, round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
@@ -47,6 +48,7 @@ class Runner:
         task: decides whether a generated text is right.
         state: stores finished batches; None: a temporary folder, deleted with the runner.
         surface: what attacks change; that of every threat model here.
+        training: other samples, on which universal attacks find what they add to every image.
         batch_size: samples at a time; results do not depend on it.
         seed: of the attacks. Their result for a sample depends only on (seed, sample id).
         progress: receives stages and samples. A stage is named `<model>: <what>`.
@@ -59,6 +61,7 @@ class Runner:
         *,
         task: Task | str = "vqa",
         surface: Surface | None = None,
+        training: Sequence[Sample] = (),
         state: State | None = None,
         batch_size: int = 64,
         seed: int = 0,
@@ -70,6 +73,7 @@ class Runner:
         self.task = task_over(TASKS[task] if isinstance(task, str) else task, samples)
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
+        self.universal = Universal(pipeline, training, samples, self.surface, self.state, seed)
         if ranks(self.task) and not pipeline.chooses:
             raise ValueError(
                 f"{pipeline.name} generates its answers, and {self.task.name} needs a dual encoder (CLIP, SigLIP); use "
@@ -138,6 +142,8 @@ class Runner:
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
         rows = [i for i in rows if self._goal(spec, i, starts) is not None]
         stage = stage or f"{spec.key} at {eps_text(threat)}"
+        if ATTACKS[spec.name].fit is not None:
+            self.universal.find(spec, threat)
         journal = self._stage(stage, rows, lambda part: self._attacked(spec, threat, part, keep, brief, starts))
         attacked = self._collected(journal)
         zero = int((attacked.zero_gradients > 0).sum())
@@ -247,6 +253,8 @@ class Runner:
         clean = victim.pixels()
         if starts is not None:
             victim.origin = victim.join([starts[i][0] for i in rows]).to(clean)
+        if ATTACKS[spec.name].fit is not None:
+            victim.common = self.universal.find(spec, threat)
         result: AttackResult = ATTACKS[spec.name](
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
             sample_ids=batch["sample_ids"], **spec.settings,
