@@ -11,6 +11,7 @@ from cmai_fast.attacks import ATTACKS
 from cmai_fast.attacks.universal import order, universal_perturbation
 from cmai_fast.attacks.universal_image import universal_image
 from cmai_fast.data.sources import DataSource
+from cmai_fast.evaluation import protocol
 from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec
@@ -100,9 +101,9 @@ def test_it_is_found_once_per_run_on_the_training_samples(halves):
         torch.testing.assert_close(attacked.images[row], (own + delta).clamp(0, 1))
     assert attacked.forwards.tolist() == [1] * 6 and attacked.backwards.tolist() == [0] * 6
     # The same in other batches, and found once per run.
-    other = Runner(pipeline, held_out, training=training, batch_size=4)
-    again = other.attack(spec, threat)
-    assert again.predictions == attacked.predictions and torch.equal(other.universal.find(spec, threat), delta)
+    measured = protocol.measure(pipeline, held_out, threat, [spec], training=training, batch_size=4)
+    assert measured.attacked[spec.key].predictions == attacked.predictions
+    assert torch.equal(measured.runner.universal.find(spec, threat), delta)
     resumed = Runner(pipeline, held_out, state=state)
     assert torch.equal(resumed.universal.find(spec, threat), delta)
     found = resumed.universal.record(spec, threat)
