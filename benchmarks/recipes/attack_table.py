@@ -55,7 +55,6 @@ ANSWERS = [
     Row("mi-fgsm", 10),
     Row("apgd", 100),
     Row("apgd", 100, {"loss": "margin"}),
-    Row("apgd", 100, {"loss": "dlr"}),
     Row("square", 1000),
     Row("pgd", 50, target="yes", note="gives the target"),
     Row("pgd", 50, threat="upload"),
