@@ -169,7 +169,7 @@ def test_pyrit_gets_a_group_of_text_and_picture_per_sample(made, tmp_path):
 
     folder = tmp_path / "moved"
     shutil.copytree(made[0], folder)
-    text = (folder / "manifest.jsonl").read_text().replace("what color", "what {% endraw %} \\"{{ color }}")
+    text = (folder / "manifest.jsonl").read_text().replace("what color", "what {% endraw %} '{{ color }}")
     (folder / "manifest.jsonl").write_text(text)
     about = json.loads((folder / "set.json").read_text())
     about["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
