@@ -40,8 +40,10 @@ class Attack:
         kinds: the types that each of these takes.
         named: which of `loss` and `gradient` it takes; an attack without gradients may take a loss alone.
         text: it changes prompts or captions, and needs the victim's.
+        aimed: it needs a target.
         unbounded: it changes the uploaded picture as it likes; the ball is the whole box.
         refuse: raises ValueError for values of its own settings that it does not take; called with those given.
+        fit: finds what all images have in common (`Victim.common`), on other samples; None: it attacks each by itself.
         run: the function itself.
     """
 
@@ -57,14 +59,16 @@ class Attack:
     kinds: Mapping[str, tuple[type, ...]]
     named: tuple[str, ...]
     text: bool
+    aimed: bool
     unbounded: bool
     refuse: Callable[..., None] | None
+    fit: Callable[..., Tensor] | None
     run: Callable[..., AttackResult]
 
     @property
     def queries(self) -> bool:
         """Whether it searches images by queries alone, for the highest loss."""
-        return self.named == ("loss",) and not (self.text or self.unbounded)
+        return self.named == ("loss",) and not (self.text or self.unbounded) and self.fit is None
 
     @property
     def losses(self) -> bool:
@@ -119,6 +123,11 @@ class Attack:
             raise ValueError(
                 f"{self.name} takes one step from the clean image; steps is {steps} and restarts is {restarts}. Use "
                 "pgd for more"
+            )
+        if self.fit is not None and restarts != 1:
+            raise ValueError(
+                f"{self.name} finds one perturbation for all samples; restarts is {restarts}, expected 1 (try other "
+                "seeds)"
             )
         if steps < self.least or restarts < 1:
             raise ValueError(
@@ -190,9 +199,11 @@ def attack(
     single: bool = False,
     guard: bool = False,
     text: bool = False,
+    aimed: bool = False,
     unbounded: bool = False,
     threats: Sequence[str] = ("linf", "l2"),
     refuse: Callable[..., None] | None = None,
+    fit: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[..., AttackResult]], Attack]:
     """Registers a function `(victim, clean, threat, *, steps, restarts, seed, sample_ids, ...)` as an attack.
 
@@ -200,7 +211,9 @@ def attack(
     `float` or `str`, optionally with `None`. A gradient attack also takes `loss` and `gradient`, another one may take
     `loss` alone. `text`: it changes prompts or captions and needs `Victim.prompts`; its result holds them. `unbounded`:
     it changes uploaded pictures as it likes, and refuses a threat model with a bound. `refuse` gets the settings that
-    are given, by keyword, and raises ValueError for bad values: before a model is loaded.
+    are given, by keyword, and raises ValueError for bad values: before a model is loaded. `fit(batches, threat, *,
+    steps, seed, ...)` makes it universal: with the same settings, on batches of other samples, each a list of victims
+    with the same images, it gives `Victim.common`. `aimed`: it needs a target.
     """
 
     def register(function: Callable[..., AttackResult]) -> Attack:
@@ -224,8 +237,10 @@ def attack(
             kinds={p.name: kinds_of(p.annotation, function.__globals__, "an attack") for p in own},
             named=tuple(key for key in _BY_NAME if key in taken),
             text=text,
+            aimed=aimed,
             unbounded=unbounded,
             refuse=refuse,
+            fit=fit,
             run=function,
         )
         return ATTACKS.add(name, made)

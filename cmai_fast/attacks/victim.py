@@ -87,6 +87,7 @@ class Victim(BatchImages):
             and a sample counts as fooled when the model gives its label.
         others: the other answers that a sample may give, for losses over closed answers; None: unknown.
         origin: (N, ...) images in [0, 1] inside the ball, where attacks begin in place of a random point; None: there.
+        common: (C, H, W), what a universal attack adds to every image; None: it is found on this batch.
 
     `passes` counts the model passes of batches; `forwards` and `backwards` (N,) int64 those of the whole model that
     each sample was in.
@@ -113,11 +114,22 @@ class Victim(BatchImages):
         self.exact, self.targeted = True, False
         self.others: OtherAnswers | None = None
         self.origin: Tensor | None = None
+        self.common: Tensor | None = None
         self.forwards = torch.zeros(len(self), dtype=torch.int64, device=self.batch["labels"].device)
         self.backwards = torch.zeros_like(self.forwards)
         self._text: Tensor | None = None
         self._own_features: Tensor | None = None
         self._tokens = bridge.image_tokens(self.batch)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Context for one attack: inside, `passes` are its own; afterwards those before as well, also after an
+        exception."""
+        before, self.passes = self.passes, Passes()
+        try:
+            yield
+        finally:
+            self.passes = before + self.passes
 
     @contextmanager
     def attack_mode(self) -> Iterator[None]:

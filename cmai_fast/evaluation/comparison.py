@@ -45,6 +45,7 @@ def compare(
     threat: ThreatModel,
     suite: Sequence[AttackSpec],
     *,
+    training: Sequence[Sample] = (),
     task: str,
     metrics: Sequence[str] = (),
     batch_size: int = 64,
@@ -63,7 +64,7 @@ def compare(
         pipeline.name = entry.name
         measured = protocol.measure(
             pipeline, samples, threat, suite, curve=curve_attack(suite),
-            transferred=None if kept is None else {"transfer": kept}, task=task, metrics=metrics,
+            transferred=None if kept is None else {"transfer": kept}, training=training, task=task, metrics=metrics,
             batch_size=batch_size, seed=seed, state=state.part(str(place)), progress=progress,
         )  # fmt: skip
         record = measured.record

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cmai_fast.attacks import OtherAnswers, Victim
+from cmai_fast.attacks import ATTACKS, OtherAnswers, Victim
 from cmai_fast.data import Sample
 from cmai_fast.data.choices import places_of
 from cmai_fast.data.sample import differing
@@ -48,15 +48,21 @@ class Worst(Mapping[int, tuple[Tensor, "int | None"]]):
 
 
 def reaches(spec: AttackSpec, prediction: str) -> bool:
-    """Whether a text is the target of a targeted attack, ignoring case, extra spaces and the mark at the end."""
-    return spec.target is not None and folded(prediction) == folded(spec.target)
+    """Whether a text is a target of a targeted attack, ignoring case, extra spaces and the mark at the end.
+
+    Of an attack that needs a target (`Attack.aimed`), a longer text may also begin with it.
+    """
+    said, wanted = folded(prediction), [folded(text) for text in spec.targets]
+    return said in wanted or (ATTACKS[spec.name].aimed and said.startswith(tuple(wanted)))
 
 
 def check_target(spec: AttackSpec, texts: Sequence[str] | None) -> None:
     """Raises ValueError for a target that a dual encoder cannot give, since it is none of its `texts`."""
-    if spec.target is not None and texts is not None and folded(spec.target) not in map(folded, texts):
+    known = set(map(folded, texts or ()))
+    missing = [] if texts is None else [text for text in spec.targets if folded(text) not in known]
+    if missing and texts is not None:
         raise ValueError(
-            f"the target {spec.target!r} is none of the {len(texts)} texts to choose from, which begin with "
+            f"the target {missing[0]!r} is none of the {len(texts)} texts to choose from, which begin with "
             f"{', '.join(map(repr, texts[:5]))}; name one of them"
         )
 
@@ -77,7 +83,8 @@ def goal(
     """
     if spec.target is not None:
         known = sample.references if said is None else (*sample.references, said)
-        return replace(sample, references=(spec.target,)) if differing([spec.target], known) else None
+        others = differing(spec.targets, known)
+        return replace(sample, references=(spec.targets[0],)) if len(others) == len(spec.targets) else None
     number = spec.reference if reference is None else reference
     if number is not None:
         frequent = _by_frequency(sample.references)
@@ -105,6 +112,7 @@ def aim(
         ValueError: a sample without choices, or with fewer than `dlr` takes.
     """
     victim.targeted = spec.target is not None
+    spec = replace(spec, target=spec.targets[0]) if spec.targets else spec
     ratio = spec.settings.get("loss") == "dlr"
     if spec.other is None and not ratio:
         return

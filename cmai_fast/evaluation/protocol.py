@@ -17,7 +17,7 @@ from cmai_fast.evaluation.goals import Worst, reaches
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.recall import recall
-from cmai_fast.evaluation.runner import Runner, eps_text
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec, check_suite
 from cmai_fast.metrics import (
@@ -57,6 +57,7 @@ def measure(
     *,
     curve: AttackSpec | None = None,
     transferred: Mapping[str, Mapping[int, Tensor]] | None = None,
+    training: Sequence[Sample] = (),
     task: Task | str = "vqa",
     metrics: Sequence[str] = (),
     batch_size: int = 64,
@@ -78,13 +79,14 @@ def measure(
         curve: the attack for robust accuracy over eps; None leaves out the curve.
         transferred: adversarial images of other models for the same samples, by name and row. They join the suite, and
             are tried on every sample whose clean answer is right.
+        training: other samples, on which universal attacks find what they add to every image.
         task, state, batch_size, seed, progress: as for `Runner`.
         metrics: names of corpus metrics to report beside the task's own.
     """
     check_suite(suite)
     runner = Runner(
-        pipeline, samples, task=task, surface=threat.surface, state=state, batch_size=batch_size, seed=seed,
-        progress=progress,
+        pipeline, samples, task=task, surface=threat.surface, training=training, state=state, batch_size=batch_size,
+        seed=seed, progress=progress,
     )  # fmt: skip
     measured = Measured({}, runner.clean(), {}, runner)
     standing = measured.clean.right.copy()
@@ -222,7 +224,7 @@ def curve_radii(threat: ThreatModel) -> list[float]:
 
 
 def curve_stage(threat: ThreatModel, place: int) -> str:
-    return f"curve {place + 1}, {eps_text(threat)}"
+    return f"curve {place + 1}, {threat.ball}"
 
 
 def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[str, Any]]:
@@ -346,7 +348,7 @@ def stages(
 ) -> dict[str, float]:
     """The stages of `measure` for the model `name`, with the approximate number of forward passes of each."""
     found = {"clean": 6.0 * count}
-    found |= {f"{spec.key} at {eps_text(threat)}": (spec.passes + 12.0) * count for spec in suite}
+    found |= {f"{spec.key} at {threat.ball}": (spec.passes + 12.0) * count for spec in suite}
     if transfer:
         found["transfer"] = 12.0 * count
     if curve is not None:

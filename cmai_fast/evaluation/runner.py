@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
-from cmai_fast.attacks.state import random_start
 from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.answers import Answers, Attacked
@@ -28,8 +27,9 @@ from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
-from cmai_fast.evaluation.surface import images_of, shown, victim_of
+from cmai_fast.evaluation.surface import images_of, noisy, shown, victim_of
 from cmai_fast.evaluation.texts import Texts, typed
+from cmai_fast.evaluation.universal import Universal
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.pixels import levels, round_to_8bit
 from cmai_fast.tasks import TASKS, Task, ranks, task_over
@@ -47,6 +47,7 @@ class Runner:
         task: decides whether a generated text is right.
         state: stores finished batches; None: a temporary folder, deleted with the runner.
         surface: what attacks change; that of every threat model here.
+        training: other samples, on which universal attacks find what they add to every image.
         batch_size: samples at a time; results do not depend on it.
         seed: of the attacks. Their result for a sample depends only on (seed, sample id).
         progress: receives stages and samples. A stage is named `<model>: <what>`.
@@ -59,6 +60,7 @@ class Runner:
         *,
         task: Task | str = "vqa",
         surface: Surface | None = None,
+        training: Sequence[Sample] = (),
         state: State | None = None,
         batch_size: int = 64,
         seed: int = 0,
@@ -70,6 +72,7 @@ class Runner:
         self.task = task_over(TASKS[task] if isinstance(task, str) else task, samples)
         self.state, self.parts, self.progress = state or State.temporary(), Parts(batch_size), progress or Silent()
         self._clean: Answers | None = None
+        self.universal = Universal(pipeline, training, samples, self.surface, self.state, seed)
         if ranks(self.task) and not pipeline.chooses:
             raise ValueError(
                 f"{pipeline.name} generates its answers, and {self.task.name} needs a dual encoder (CLIP, SigLIP); use "
@@ -137,7 +140,9 @@ class Runner:
         check_target(spec, texts_of(self.pipeline))
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
         rows = [i for i in rows if self._goal(spec, i, starts) is not None]
-        stage = stage or f"{spec.key} at {eps_text(threat)}"
+        stage = stage or f"{spec.key} at {threat.ball}"
+        if ATTACKS[spec.name].fit is not None:
+            self.universal.find(spec, threat)
         journal = self._stage(stage, rows, lambda part: self._attacked(spec, threat, part, keep, brief, starts))
         attacked = self._collected(journal)
         zero = int((attacked.zero_gradients > 0).sum())
@@ -247,6 +252,8 @@ class Runner:
         clean = victim.pixels()
         if starts is not None:
             victim.origin = victim.join([starts[i][0] for i in rows]).to(clean)
+        if ATTACKS[spec.name].fit is not None:
+            victim.common = self.universal.find(spec, threat)
         result: AttackResult = ATTACKS[spec.name](
             victim, clean, threat, steps=spec.steps, restarts=spec.restarts, seed=self.seed,
             sample_ids=batch["sample_ids"], **spec.settings,
@@ -288,14 +295,8 @@ class Runner:
         return self.right(journal.rows, [p for e in journal.entries for p in e["predictions"]])
 
     def _noisy(self, threat: ThreatModel, seed: int, rows: list[int]) -> dict[str, Any]:
-        samples = [self.samples[i] for i in rows]
-        batch = self.pipeline.collate(samples)
-        victim = victim_of(self.pipeline, batch, samples, self.surface)
-        clean, ids = victim.pixels(), batch["sample_ids"]
-        noisy, places = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
-        eps = torch.full((len(clean),), threat.eps, device=clean.device)
-        random_start(victim, noisy, clean, eps, ids.to(clean.device), places, seed, threat.norm)
-        return self._judged(rows, _apart(victim, noisy), scored=False)
+        images = noisy(self.pipeline, [self.samples[i] for i in rows], threat, seed)
+        return self._judged(rows, images, scored=False)
 
     def _judged(
         self,
@@ -397,7 +398,3 @@ def _joined(journal: Journal, key: str) -> list[Any]:
 def _apart(batch: Any, pixels: Tensor) -> list[Tensor]:
     """One tensor per sample on the CPU, so that the device holds the images of one batch only."""
     return [image.detach().cpu() for image in batch.split(pixels)]
-
-
-def eps_text(threat: ThreatModel) -> str:
-    return f"{threat.norm} {threat.eps * 255:.3g}/255" if threat.norm == "linf" else f"l2 {threat.eps:.3g}"

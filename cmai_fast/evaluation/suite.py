@@ -21,7 +21,7 @@ class AttackSpec:
         restarts: independent restarts.
         settings: the attack's own keyword settings, and `loss` and `gradient` by name.
         target: the text that the model has to give; None: any wrong answer will do. For a dual encoder, one of the
-            texts that it chooses from.
+            texts that it chooses from. A universal attack takes several: `yes|no`.
         other: moves to one other answer of the sample's choices (or texts of a dual encoder), by its rank at the clean
             image, 0 being the likeliest; any wrong answer will do. Needs the loss `margin` or `dlr`.
         reference: moves away from one reference, by its frequency, 0 being the most frequent, in place of the model's
@@ -54,13 +54,17 @@ class AttackSpec:
 
     def _check_aim(self) -> None:
         aims = self._aims()
+        if ATTACKS[self.name].aimed and self.target is None:
+            raise ValueError(
+                f"{self.name} needs a target: the text that the model has to give, or several ('yes|no'); --target TEXT"
+            )
         if not aims:
             return
         if not ATTACKS[self.name].losses:
             raise ValueError(f"{self.name} does not take {next(iter(aims))}: it has no loss that would be aimed")
         if len(aims) > 1:
             raise ValueError(f"{self.name}: {' and '.join(aims)} are given; expected one of them")
-        if self.target is not None and not self.target.strip():
+        if not all(text.strip() for text in self.targets):
             raise ValueError("target is empty; expected the text that the model has to give")
         if self.other is not None and self.settings.get("loss") not in ("margin", "dlr"):
             raise ValueError(
@@ -94,6 +98,13 @@ class AttackSpec:
         return ATTACKS[self.name].label
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The texts of `target`, of which one has to be given."""
+        if self.target is None:
+            return ()
+        return (self.target,) if ATTACKS[self.name].fit is None else tuple(self.target.split("|"))
+
+    @property
     def attacks_guard(self) -> bool:
         """Whether it needs a model with a guard."""
         return ATTACKS[self.name].guard
@@ -101,7 +112,8 @@ class AttackSpec:
     @property
     def stops(self) -> bool:
         """Whether the attack stops at a sample whose answer has changed, and would go on if it had not."""
-        return not (self.attacks_guard or ATTACKS[self.name].single or self.target is not None)
+        attack = ATTACKS[self.name]
+        return not (attack.guard or attack.single or attack.fit is not None or self.target is not None)
 
     def check(self, threat: ThreatModel) -> None:
         """Raises ValueError if the attack does not search this ball."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cmai_fast.attacks import ATTACKS
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation import protocol
 from cmai_fast.evaluation.answers import Attacked
@@ -31,7 +32,7 @@ from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.evaluate import check_names, data_settings
 from cmai_fast.workflows.folder import check_empty
-from cmai_fast.workflows.samples import asked
+from cmai_fast.workflows.samples import asked, searched
 
 STANDARD_OUTPUT = Path("-")
 # What a record of one attack takes from that of its suite.
@@ -100,6 +101,7 @@ def attack(
         if (finished := processes.by_first(begun)) is not None:
             return finished
         samples = asked(data, "test", task, limit, seed)
+        training = searched(data, task, [spec], seed)
         generation = None if max_new_tokens is None else Generation(max_new_tokens)
         pipeline = Pipeline.load(
             model, device=processes.device(device), dtype=dtype, attention=attention, generation=generation
@@ -108,10 +110,10 @@ def attack(
         claimed = nullcontext(State.temporary()) if out == STANDARD_OUTPUT else running(folder, asked_for, out)
         with shared(claimed, processes) as state, Overall(stages, progress and processes.first) as overall:
             measured = protocol.measure(
-                pipeline, samples, threat, [spec], task=task, metrics=metrics, batch_size=batch_size, seed=seed,
-                state=state, progress=overall,
+                pipeline, samples, threat, [spec], training=training, task=task, metrics=metrics, batch_size=batch_size,
+                seed=seed, state=state, progress=overall,
             )  # fmt: skip
-            record = _record(measured, spec, asked_for | {"command": command})
+            record = _record(measured, spec, threat, asked_for | {"command": command})
             if processes.first:
                 _write(record, measured, spec, threat, out, save_images, export)
     return record
@@ -159,7 +161,7 @@ def _check_out(
     return None
 
 
-def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> dict[str, Any]:
+def _record(measured: Measured, spec: AttackSpec, threat: ThreatModel, settings: dict[str, Any]) -> dict[str, Any]:
     runner, clean, attacked = measured.runner, measured.clean, measured.attacked[spec.key]
     places = {row: k for k, row in enumerate(attacked.rows)}
     prompts = None if attacked.prompts is None else dict(zip(attacked.rows, attacked.prompts, strict=True))
@@ -189,11 +191,13 @@ def _record(measured: Measured, spec: AttackSpec, settings: dict[str, Any]) -> d
             | {name: None if k is None else values[k] for name, values in attacked.details.items()}
         )
     own = measured.record["attacks"][spec.key]
+    found_on = {} if ATTACKS[spec.name].fit is None else {"found_on": runner.universal.record(spec, threat)}
     return {
         **{k: v for k, v in measured.record.items() if k not in ("attacks", "s_c", "detection")},
         **{k: own[k] for k in _OWN if k in own},
         **({"details": _means(attacked)} if attacked.details else {}),
         "passes": vars(attacked.passes),
+        **found_on,
         "settings": settings,
         "seed": runner.seed,
         "versions": versions(),

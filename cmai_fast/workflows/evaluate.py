@@ -24,7 +24,7 @@ from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.tasks import TASKS
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.folder import RESULTS, STATE, check_folder, report
-from cmai_fast.workflows.samples import asked
+from cmai_fast.workflows.samples import asked, searched
 
 SCHEMA = 2
 
@@ -103,14 +103,15 @@ def evaluate(
         if (finished := processes.by_first(partial(check_folder, out, settings, resume))) is not None:
             return finished
         samples = asked(data, "test", task, limit, seed)
+        training = searched(data, task, specs, seed)
         how = {"device": processes.device(device), "dtype": dtype, "attention": attention}
         entries = _entries(names, max_new_tokens, how)
         stages, show = comparison.stages(entries, len(samples), threat, specs), progress and processes.first
         with shared(running(out / STATE, settings, out), processes) as state, Overall(stages, show) as overall:
             if not processes.by_first((out / RESULTS).is_file):  # interrupted before the report
                 results = comparison.compare(
-                    entries, samples, threat, specs, task=task, metrics=metrics, batch_size=batch_size, seed=seed,
-                    state=state, progress=overall,
+                    entries, samples, threat, specs, training=training, task=task, metrics=metrics,
+                    batch_size=batch_size, seed=seed, state=state, progress=overall,
                 )  # fmt: skip
                 results["settings"] = settings | {"command": command, "curve_attack": curve_attack(specs).key}
                 results |= {"schema": SCHEMA, "seed": seed, "versions": versions()}

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmai_fast.attacks import ATTACKS
 from cmai_fast.data import Sample
 from cmai_fast.data.choices import ChoiceCollator
 from cmai_fast.data.collators import Collator, collator_of
 from cmai_fast.data.sources import DataSource, check_answers, check_images
 from cmai_fast.data.statements import Told
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.tasks import TASKS, Task, posed, with_choices
 
@@ -28,6 +30,16 @@ def asked(source: DataSource, split: str, task: str, limit: int | None = None, s
     check_answers(found)
     check_images(found)
     return found
+
+
+def searched(source: DataSource, task: str, attacks: Sequence[AttackSpec], seed: int = 0) -> list[Sample]:
+    """As many samples of the training split as the universal attacks among these search on; none without one.
+
+    Raises:
+        ValueError: there is no training split.
+    """
+    counts = [{**ATTACKS[a.name].settings, **a.settings}["samples"] for a in attacks if ATTACKS[a.name].fit is not None]
+    return asked(source, "train", task, max(counts), seed) if counts else []
 
 
 def training_samples(

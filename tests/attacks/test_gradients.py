@@ -26,7 +26,7 @@ from cmai_fast.threat import ThreatModel
 from families import FAMILIES
 
 LINF = ThreatModel("linf", 1.5 / 255)
-NAMES = [n for n, a in ATTACKS.items() if "gradient" in a.named and a.losses and not a.text]
+NAMES = [n for n, a in ATTACKS.items() if "gradient" in a.named and a.losses and not (a.text or a.fit)]
 
 
 def shifted(pixels, noise):

@@ -13,7 +13,8 @@ from linear_classes import ClassesBridge
 
 INNER = 0.4 + 0.2 * torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LINF = ThreatModel("linf", 16 / 255)
-AIMED = [name for name in ATTACKS if ATTACKS[name].losses and not (ATTACKS[name].text or ATTACKS[name].unbounded)]
+UNAIMED = ("text", "unbounded", "fit")
+AIMED = [name for name, a in ATTACKS.items() if a.losses and not any(getattr(a, kind) for kind in UNAIMED)]
 
 
 def padded(*responses: list[int]) -> torch.Tensor:
