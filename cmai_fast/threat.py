@@ -158,6 +158,11 @@ class ThreatModel:
         surface = surface or Surface()
         return cls(norm, parse_eps(_EPS[surface.name] if eps is None else eps, norm), surface)
 
+    @property
+    def ball(self) -> str:
+        """Norm and radius as text: `linf 8/255`, `l2 1`."""
+        return f"linf {self.eps * 255:.3g}/255" if self.norm == "linf" else f"l2 {self.eps:.3g}"
+
     def distance(self, delta: Tensor) -> Tensor:
         """The norm of each row of `delta` (N, ...), shape (N,)."""
         flat = delta.flatten(1)

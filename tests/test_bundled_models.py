@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 questions, answers, images = easy_vqa.get_test_questions()
-paths, rows = easy_vqa.get_test_image_paths(), range(0, 9673, 97)
+paths, rows = easy_vqa.get_test_image_paths(), range(0, 9673, 194)
 chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": questions[i]}]}] for i in rows]
 pictures = [Image.open(paths[images[i]]).convert("RGB") for i in rows]
 for folder in sys.argv[1:]:
@@ -50,9 +50,9 @@ def test_the_bundled_models_answer_by_plain_transformers() -> None:
     counts = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
     assert [folder for *_, folder in counts] == folders
     for right, count, folder in counts:
-        assert int(count) == 100
-        # The whole test split is measured by the recipes; a hundred questions would catch a wrong file or processor.
-        assert int(right) >= 95, folder
+        assert int(count) == 50
+        # The whole test split is measured by the recipes; fifty questions would catch a wrong file or processor.
+        assert int(right) >= 47, folder
 
 
 def test_each_task_has_a_model_that_answers_and_breaks() -> None:

@@ -55,13 +55,13 @@ ANSWERS = [
     Row("mi-fgsm", 10),
     Row("apgd", 100),
     Row("apgd", 100, {"loss": "margin"}),
-    Row("apgd", 100, {"loss": "dlr"}),
     Row("square", 1000),
     Row("pgd", 50, target="yes", note="gives the target"),
     Row("pgd", 50, threat="upload"),
     Row("pgd", 50, threat="upload:jpeg=75"),
     Row("pgd", 50, threat="patch", note="a patch of 30%, any pixels"),
     Row("pgd", 50, threat="blank", target="yes", note="gives the target"),
+    Row("typographic", threat="upload", note="no bound"),
     Row("universal", 200),
     Row("universal-image", 500, threat="blank", target="yes", note="gives the target"),
     Row("i2v", 60),
@@ -95,6 +95,7 @@ def runs(coco: Path | None, limit: int, photos: int) -> Iterator[tuple[str, Row,
         for row in PAIRS if pairs else ANSWERS:
             surface = Surface.parse(row.threat)
             eps = radius / 255 if surface.name in ("input", "upload") else None
+            eps = 1.0 if ATTACKS[row.name].unbounded else eps
             how: dict[str, Any] = {
                 "threat": ThreatModel.parse("linf", eps, surface),
                 "limit": photos if pairs else limit,

@@ -13,7 +13,7 @@ from cmai_fast.attacks.deployed import Aim
 from cmai_fast.attacks.gradients import Course, Estimate
 from cmai_fast.attacks.losses import cross_entropy, margin
 from cmai_fast.attacks.state import AttackResult, Best, Tally, prepare
-from cmai_fast.attacks.victim import Evaluation, Outputs, Passes, Victim
+from cmai_fast.attacks.victim import Evaluation, Outputs, Victim
 from cmai_fast.bridge.backward import differentiate
 from cmai_fast.threat import ThreatModel
 
@@ -61,8 +61,7 @@ def adaptive(
             "the adaptive attack needs a guarded model, with a score and its threshold; calibrate it (cmai-fast "
             "calibrate), or choose another attack"
         )
-    before, victim.passes = victim.passes, Passes()
-    try:
+    with victim.counted():
         wrong = victim.deployed.wrong()
         most = max(map(len, wrong), default=0)
         aims = [
@@ -94,8 +93,6 @@ def adaptive(
                         # Fooled but rejected: the guard's term was too cheap; accepted but right: too dear.
                         cost[c][at.rows] *= torch.where(lead > 0, 5.0, torch.where(excess >= 0, 0.2, 1.0)).to(eps)
             return best.result(victim.passes, tally)
-    finally:
-        victim.passes = before + victim.passes
 
 
 def _judged(lead: Tensor, excess: Tensor) -> Evaluation:

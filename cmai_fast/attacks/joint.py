@@ -15,7 +15,7 @@ from cmai_fast.attacks.losses import Loss
 from cmai_fast.attacks.pgd import pgd
 from cmai_fast.attacks.state import AttackResult, prepare
 from cmai_fast.attacks.substitution import Rules, Search, check_rules
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 # (features of each caption's image (m, 1, D), the captions' rows (m,), h_t (m, D)) -> (m,), which is maximised.
@@ -60,11 +60,11 @@ class Joint:
     def running(self, clean: Tensor, sample_ids: Tensor | None) -> Iterator[None]:
         """The victim's model is restored afterwards, and its `passes` grow by those of the attack."""
         victim = self.victim
-        before, exact, victim.passes = victim.passes, victim.exact, Passes()
+        exact = victim.exact
         try:
             # A sample that an image alone has broken is moved on: its captions change as well.
             victim.exact = False
-            with victim.attack_mode():
+            with victim.counted(), victim.attack_mode():
                 self.clean, _, self.sample_ids = prepare(victim, clean, ThreatModel("linf", 0.0), sample_ids)
                 self._image: AttackResult | None = None
                 self._texts = self.captions.read()
@@ -75,7 +75,6 @@ class Joint:
                 yield
         finally:
             victim.exact = exact
-            victim.passes = before + victim.passes
 
     def _embedded(self) -> Tensor:
         rows = torch.arange(len(self._tokens), device=self._tokens.device)

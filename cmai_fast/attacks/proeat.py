@@ -19,7 +19,7 @@ from cmai_fast.attacks.pgd import pgd
 from cmai_fast.attacks.prompts import Prompts, prompts_of
 from cmai_fast.attacks.state import AttackResult, prepare
 from cmai_fast.attacks.substitution import Search, check_rules, rules
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 
@@ -50,8 +50,7 @@ def proeat(
         readable: only words are appended.
     """
     prompts = prompts_of(victim)
-    before, victim.passes = victim.passes, Passes()
-    try:
+    with victim.counted():
         with victim.attack_mode():
             clean, _, sample_ids = prepare(victim, clean, threat, sample_ids)
             with torch.no_grad():
@@ -70,8 +69,6 @@ def proeat(
                 gradient=gradient, step_size=threat.eps / 4,
             )  # fmt: skip
         return replace(found, prompts=search.best(), passes=victim.passes)
-    finally:
-        victim.passes = before + victim.passes
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from cmai_fast.attacks.gradients import Course, Estimate, Gradient, gradient_of
 from cmai_fast.attacks.losses import Loss, loss_of
 from cmai_fast.attacks.state import AttackResult, Best, Tally, prepare
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 
@@ -64,28 +64,22 @@ def restarted(
     The victim's model is restored, and its `passes` grow by those of this attack.
     """
     maximised, estimator = loss_of(loss), gradient_of(gradient)
-    before, victim.passes = victim.passes, Passes()
-    try:
-        with victim.attack_mode():
-            clean, eps, sample_ids = prepare(victim, clean, threat, sample_ids)
-            model_input = victim.space.to_model(clean)
-            best, tally = Best(clean, model_input, victim.words), Tally(victim, clean)
-            rows = torch.arange(len(clean), device=clean.device)
-            if early_stop and len(rows):
-                with torch.no_grad():
-                    best.offer(clean, model_input, victim(model_input, None, maximised), rows)
-            for number in range(restarts):
-                rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
-                if not len(rows):
-                    break
-                if victim.words is not None and number:
-                    victim.words.restart(rows)
-                own = seed + 1_000_003 * max(number - from_clean, 0)
-                ascend(
-                    Restart(
-                        victim, threat, clean, eps, sample_ids, rows, number, own, maximised, estimator, best, tally
-                    )
-                )
-            return best.result(victim.passes, tally)
-    finally:
-        victim.passes = before + victim.passes
+    with victim.counted(), victim.attack_mode():
+        clean, eps, sample_ids = prepare(victim, clean, threat, sample_ids)
+        model_input = victim.space.to_model(clean)
+        best, tally = Best(clean, model_input, victim.words), Tally(victim, clean)
+        rows = torch.arange(len(clean), device=clean.device)
+        if early_stop and len(rows):
+            with torch.no_grad():
+                best.offer(clean, model_input, victim(model_input, None, maximised), rows)
+        for number in range(restarts):
+            rows = torch.nonzero(~best.fooled | (not early_stop)).squeeze(1)
+            if not len(rows):
+                break
+            if victim.words is not None and number:
+                victim.words.restart(rows)
+            own = seed + 1_000_003 * max(number - from_clean, 0)
+            ascend(
+                Restart(victim, threat, clean, eps, sample_ids, rows, number, own, maximised, estimator, best, tally)
+            )
+        return best.result(victim.passes, tally)

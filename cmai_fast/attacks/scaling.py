@@ -13,7 +13,7 @@ from cmai_fast.attacks.attack import attack
 from cmai_fast.attacks.state import AttackResult, Tally, prepare
 from cmai_fast.attacks.unbounded import uploads, visible
 from cmai_fast.attacks.upload import UploadVictim
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.data.pictures import read_picture
 from cmai_fast.threat import ThreatModel
 
@@ -60,26 +60,22 @@ def scaling(
     if restarts != 1:
         raise ValueError(f"scaling: restarts is {restarts}, and nothing is random; expected 1 (and more steps)")
     clean, _, _ = prepare(victim, clean, threat, sample_ids)
-    before, victim.passes = victim.passes, Passes()
-    try:
-        with torch.inference_mode(False), victim.attack_mode():
-            with torch.no_grad():
-                goal = upload.units(_resized(upload, picture).to(clean))
-            adv = _nearest(upload, clean, goal, steps)
-            adv = torch.round(adv * 255) / 255
-            model_input = victim.space.to_model(adv)
-            with torch.no_grad():
-                at = victim(model_input)
-                apart = _levels(upload.units(adv), goal)
-            details = {"view_mean": apart.mean(1).tolist(), "view_max": apart.amax(1).tolist()}
-            details |= visible(upload, clean, adv)
-            tally = Tally(victim, clean)
-            return AttackResult(
-                adv, ~at.right, -apart.mean(1).to(clean), victim.passes, tally.nonfinite, tally.zero_gradients,
-                model_input, details=details,
-            )  # fmt: skip
-    finally:
-        victim.passes = before + victim.passes
+    with victim.counted(), torch.inference_mode(False), victim.attack_mode():
+        with torch.no_grad():
+            goal = upload.units(_resized(upload, picture).to(clean))
+        adv = _nearest(upload, clean, goal, steps)
+        adv = torch.round(adv * 255) / 255
+        model_input = victim.space.to_model(adv)
+        with torch.no_grad():
+            at = victim(model_input)
+            apart = _levels(upload.units(adv), goal)
+        details = {"view_mean": apart.mean(1).tolist(), "view_max": apart.amax(1).tolist()}
+        details |= visible(upload, clean, adv)
+        tally = Tally(victim, clean)
+        return AttackResult(
+            adv, ~at.right, -apart.mean(1).to(clean), victim.passes, tally.nonfinite, tally.zero_gradients,
+            model_input, details=details,
+        )  # fmt: skip
 
 
 def _resized(victim: UploadVictim, picture: str) -> Tensor:

@@ -18,7 +18,7 @@ from cmai_fast.attacks.captions import Captions
 from cmai_fast.attacks.losses import Loss, loss_of
 from cmai_fast.attacks.prompts import Changes, Judge, Texts, is_word, prompts_of
 from cmai_fast.attacks.state import AttackResult, prepare
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.attacks.words import NO_WORDS, at_words
 from cmai_fast.bridge.backward import differentiate
 from cmai_fast.threat import ThreatModel
@@ -281,33 +281,29 @@ def substituted(
     The victim's model is restored, and its `passes` grow by those of the attack.
     """
     prompts = victim.prompts if isinstance(victim.prompts, Captions) else prompts_of(victim)
-    before, victim.passes = victim.passes, Passes()
-    try:
-        with victim.attack_mode():
-            clean, _, sample_ids = prepare(victim, clean, threat, sample_ids)
-            model_input = victim.space.to_model(clean)
-            with torch.no_grad():
-                features = victim.encode(model_input)
-            victim.passes.vision_forward += 1
-            texts = prompts.read()
-            judge = prompts.judge(victim, features, texts, loss_of(loss))
-            if isinstance(prompts, Captions):
-                prompts.check(victim)
-                search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, whole=False)
-                search.run(steps, propose, seed, restarts)
-                wrong, losses = [line.fooled for line in search.lines], [line.loss for line in search.lines]
-                return prompts.result(victim, search.best(), wrong, losses, clean, model_input)
-            search = Search(victim, texts, judge, sample_ids.tolist(), rules)
+    with victim.counted(), victim.attack_mode():
+        clean, _, sample_ids = prepare(victim, clean, threat, sample_ids)
+        model_input = victim.space.to_model(clean)
+        with torch.no_grad():
+            features = victim.encode(model_input)
+        victim.passes.vision_forward += 1
+        texts = prompts.read()
+        judge = prompts.judge(victim, features, texts, loss_of(loss))
+        if isinstance(prompts, Captions):
+            prompts.check(victim)
+            search = Search(victim, texts, judge, prompts.ids(sample_ids), rules, whole=False)
             search.run(steps, propose, seed, restarts)
-            return AttackResult(
-                adv=clean,
-                fooled=torch.tensor([line.fooled for line in search.lines], dtype=torch.bool, device=clean.device),
-                loss=torch.tensor([line.loss for line in search.lines], dtype=clean.dtype, device=clean.device),
-                passes=victim.passes,
-                nonfinite=torch.zeros_like(search.zero),
-                zero_gradients=search.zero,
-                model_input=model_input,
-                prompts=search.best(),
-            )
-    finally:
-        victim.passes = before + victim.passes
+            wrong, losses = [line.fooled for line in search.lines], [line.loss for line in search.lines]
+            return prompts.result(victim, search.best(), wrong, losses, clean, model_input)
+        search = Search(victim, texts, judge, sample_ids.tolist(), rules)
+        search.run(steps, propose, seed, restarts)
+        return AttackResult(
+            adv=clean,
+            fooled=torch.tensor([line.fooled for line in search.lines], dtype=torch.bool, device=clean.device),
+            loss=torch.tensor([line.loss for line in search.lines], dtype=clean.dtype, device=clean.device),
+            passes=victim.passes,
+            nonfinite=torch.zeros_like(search.zero),
+            zero_gradients=search.zero,
+            model_input=model_input,
+            prompts=search.best(),
+        )

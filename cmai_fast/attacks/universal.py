@@ -12,7 +12,7 @@ from cmai_fast.attacks.attack import attack
 from cmai_fast.attacks.gradients import Course, Gradient, gradient_of
 from cmai_fast.attacks.losses import Loss, loss_of
 from cmai_fast.attacks.state import AttackResult, Tally, prepare
-from cmai_fast.attacks.victim import Passes, Victim
+from cmai_fast.attacks.victim import Victim
 from cmai_fast.threat import ThreatModel
 
 
@@ -134,24 +134,18 @@ def applied(
 ) -> AttackResult:
     """`victim.common` added to every image, evaluated there."""
     assert victim.common is not None
-    before, victim.passes = victim.passes, Passes()
-    try:
-        with victim.attack_mode(), torch.no_grad():
-            clean, _, _ = prepare(victim, clean, threat, sample_ids)
-            tally, common = Tally(victim, clean), victim.common.to(clean)
-            if clean.shape[1:] != common.shape:
-                raise ValueError(
-                    f"the perturbation was found on images of {tuple(common.shape)}, and these are "
-                    f"{tuple(clean.shape[1:])}; expected images of one size"
-                )
-            adv = (clean + common).clamp(0, 1)
-            model_input = victim.space.to_model(adv)
-            at = victim(model_input, None, loss_of(loss))
-            return AttackResult(
-                adv, ~at.right, at.loss, victim.passes, tally.nonfinite, tally.zero_gradients, model_input
+    with victim.counted(), victim.attack_mode(), torch.no_grad():
+        clean, _, _ = prepare(victim, clean, threat, sample_ids)
+        tally, common = Tally(victim, clean), victim.common.to(clean)
+        if clean.shape[1:] != common.shape:
+            raise ValueError(
+                f"the perturbation was found on images of {tuple(common.shape)}, and these are "
+                f"{tuple(clean.shape[1:])}; expected images of one size"
             )
-    finally:
-        victim.passes = before + victim.passes
+        adv = (clean + common).clamp(0, 1)
+        model_input = victim.space.to_model(adv)
+        at = victim(model_input, None, loss_of(loss))
+        return AttackResult(adv, ~at.right, at.loss, victim.passes, tally.nonfinite, tally.zero_gradients, model_input)
 
 
 def pictures_of(batches: Sequence[Sequence[Victim]], images: Sequence[Tensor] | None, name: str) -> list[Tensor]:

@@ -122,6 +122,16 @@ class Victim(BatchImages):
         self._tokens = bridge.image_tokens(self.batch)
 
     @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Context for one attack: inside, `passes` are its own; afterwards those before as well, also after an
+        exception."""
+        before, self.passes = self.passes, Passes()
+        try:
+            yield
+        finally:
+            self.passes = before + self.passes
+
+    @contextmanager
     def attack_mode(self) -> Iterator[None]:
         """Context for attacks: the model is frozen, differentiable if quantised, recomputes activations as in training,
         and has memory-saving MLPs and a fast patch embedding. It is restored afterwards, also after an exception."""

@@ -35,13 +35,18 @@ class Alternatives:
         Raises:
             ValueError: all samples have the same answer.
         """
+        return cls.among((s.prompt, s.references[0] if s.references else None, s.choices) for s in samples)
+
+    @classmethod
+    def among(cls, said: Iterable[tuple[str, str | None, Sequence[str]]]) -> Alternatives:
+        """`of` samples of which prompt, answer and choices are given."""
         closed: Counter[tuple[str, ...]] = Counter()
         opened: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for sample in samples:
-            if sample.choices:
-                closed[tuple(sample.choices)] += 1
-            elif sample.references:
-                opened[" ".join(folded(sample.prompt).split()[:_OPENING])][sample.references[0]] += 1
+        for prompt, answer, choices in said:
+            if choices:
+                closed[tuple(choices)] += 1
+            elif answer is not None:
+                opened[" ".join(folded(prompt).split()[:_OPENING])][answer] += 1
         counted = closed + Counter(
             {tuple(a for a, _ in answers.most_common(_OF_A_KIND)): sum(answers.values()) for answers in opened.values()}
         )

@@ -25,18 +25,20 @@ class Statements:
 
     Args:
         samples: with answers; each is read once.
-        alternatives: wrong answers for those without choices.
+        alternatives: wrong answers for those without choices; None: those of these samples.
         most: statements per sample: its own first, then others about the same picture.
         seed: a draw depends only on (seed, sample id).
 
     `weights` (N,) are those with which samples are drawn.
 
     Raises:
-        ValueError: a sample has no answer.
+        ValueError: a sample has no answer, or all have the same one and there are no `alternatives`.
     """
 
-    def __init__(self, samples: Sequence[Sample], alternatives: Alternatives, most: int = 4, seed: int = 0) -> None:
-        self.alternatives, self.most, self.seed = alternatives, most, seed
+    def __init__(
+        self, samples: Sequence[Sample], alternatives: Alternatives | None = None, most: int = 4, seed: int = 0
+    ) -> None:
+        self.most, self.seed = most, seed
         self._others: dict[tuple[str, tuple[str, ...]], tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._said: list[tuple[str, str, tuple[str, ...]]] = []
         self._about: defaultdict[Hashable, list[int]] = defaultdict(list)
@@ -44,6 +46,7 @@ class Statements:
             sample = samples[i]
             self._about[_pictures(sample)].append(i)
             self._said.append((sample.prompt, sample.answer, sample.choices))
+        self.alternatives = Alternatives.among(self._said) if alternatives is None else alternatives
         self.weights = balanced(self._said)
 
     def __call__(self, sample: Sample) -> list[Statement]:

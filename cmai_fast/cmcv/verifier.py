@@ -97,7 +97,7 @@ class Verifier:
             ValueError: a sample without an answer, or all with the same.
         """
         read = [Sample.of(sample, i) for i, sample in enumerate(samples)]
-        statements = Statements(read, Alternatives.of(read), seed=seed)
+        statements = Statements(read, seed=seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             verifier = cls.new(bridge_of(model), processor.tokenizer, statements.alternatives, **sizes)

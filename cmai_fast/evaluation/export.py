@@ -94,8 +94,8 @@ def _notes(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _literal(text: str) -> str:
-    """PyRIT renders the values of a YAML file as Jinja templates."""
-    return "{% raw %}" + text + "{% endraw %}" if "{" in text else text
+    """PyRIT renders the values of a YAML file as Jinja templates: text with braces is a string of one."""
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if "{" in text else text
 
 
 _MIME = {".png": "image/png", ".jpg": "image/jpeg"}

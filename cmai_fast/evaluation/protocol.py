@@ -17,7 +17,7 @@ from cmai_fast.evaluation.goals import Worst, reaches
 from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.recall import recall
-from cmai_fast.evaluation.runner import Runner, eps_text
+from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.state import State
 from cmai_fast.evaluation.suite import AttackSpec, check_suite
 from cmai_fast.metrics import (
@@ -224,7 +224,7 @@ def curve_radii(threat: ThreatModel) -> list[float]:
 
 
 def curve_stage(threat: ThreatModel, place: int) -> str:
-    return f"curve {place + 1}, {eps_text(threat)}"
+    return f"curve {place + 1}, {threat.ball}"
 
 
 def _curve(runner: Runner, spec: AttackSpec, threat: ThreatModel) -> list[dict[str, Any]]:
@@ -348,7 +348,7 @@ def stages(
 ) -> dict[str, float]:
     """The stages of `measure` for the model `name`, with the approximate number of forward passes of each."""
     found = {"clean": 6.0 * count}
-    found |= {f"{spec.key} at {eps_text(threat)}": (spec.passes + 12.0) * count for spec in suite}
+    found |= {f"{spec.key} at {threat.ball}": (spec.passes + 12.0) * count for spec in suite}
     if transfer:
         found["transfer"] = 12.0 * count
     if curve is not None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cmai_fast.attacks import ATTACKS, AttackResult, Passes, Victim
 from cmai_fast.attacks.deployed import Deployed
-from cmai_fast.attacks.state import random_start
 from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
 from cmai_fast.evaluation.answers import Answers, Attacked
@@ -28,7 +27,7 @@ from cmai_fast.evaluation.parts import Parts
 from cmai_fast.evaluation.progress import Overall, Silent
 from cmai_fast.evaluation.state import Journal, State
 from cmai_fast.evaluation.suite import AttackSpec
-from cmai_fast.evaluation.surface import images_of, shown, victim_of
+from cmai_fast.evaluation.surface import images_of, noisy, shown, victim_of
 from cmai_fast.evaluation.texts import Texts, typed
 from cmai_fast.evaluation.universal import Universal
 from cmai_fast.pipeline import Pipeline
@@ -141,7 +140,7 @@ class Runner:
         check_target(spec, texts_of(self.pipeline))
         rows = np.flatnonzero(self.clean().right).tolist() if rows is None else list(rows)
         rows = [i for i in rows if self._goal(spec, i, starts) is not None]
-        stage = stage or f"{spec.key} at {eps_text(threat)}"
+        stage = stage or f"{spec.key} at {threat.ball}"
         if ATTACKS[spec.name].fit is not None:
             self.universal.find(spec, threat)
         journal = self._stage(stage, rows, lambda part: self._attacked(spec, threat, part, keep, brief, starts))
@@ -296,14 +295,8 @@ class Runner:
         return self.right(journal.rows, [p for e in journal.entries for p in e["predictions"]])
 
     def _noisy(self, threat: ThreatModel, seed: int, rows: list[int]) -> dict[str, Any]:
-        samples = [self.samples[i] for i in rows]
-        batch = self.pipeline.collate(samples)
-        victim = victim_of(self.pipeline, batch, samples, self.surface)
-        clean, ids = victim.pixels(), batch["sample_ids"]
-        noisy, places = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
-        eps = torch.full((len(clean),), threat.eps, device=clean.device)
-        random_start(victim, noisy, clean, eps, ids.to(clean.device), places, seed, threat.norm)
-        return self._judged(rows, _apart(victim, noisy), scored=False)
+        images = noisy(self.pipeline, [self.samples[i] for i in rows], threat, seed)
+        return self._judged(rows, images, scored=False)
 
     def _judged(
         self,
@@ -405,7 +398,3 @@ def _joined(journal: Journal, key: str) -> list[Any]:
 def _apart(batch: Any, pixels: Tensor) -> list[Tensor]:
     """One tensor per sample on the CPU, so that the device holds the images of one batch only."""
     return [image.detach().cpu() for image in batch.split(pixels)]
-
-
-def eps_text(threat: ThreatModel) -> str:
-    return f"{threat.norm} {threat.eps * 255:.3g}/255" if threat.norm == "linf" else f"l2 {threat.eps:.3g}"

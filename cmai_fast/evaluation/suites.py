@@ -37,16 +37,16 @@ def quick(task: str) -> list[AttackSpec]:
 
 
 def standard(task: str) -> list[AttackSpec]:
-    """PGD-50 with 2 restarts, APGD-100 on the cross-entropy and on the margin, Square with 1,000 queries."""
-    margin = {"loss": "margin"}
-    return [AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100), AttackSpec("apgd", 100, 1, margin), _square(1000)]
+    """PGD-50 with 2 restarts, APGD-100 on the cross-entropy and on the margin, towards each of the 9 likeliest other
+    answers where answers are closed, Square with 1,000 queries."""
+    margin = AttackSpec("apgd", 100, settings={"loss": "margin"})
+    return [AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100), margin, *_towards_others(), _square(1000)]
 
 
 def autoattack(task: str) -> list[AttackSpec]:
     """AutoAttack's plan (Croce and Hein, 2020) for closed answers, without FAB: APGD-100 on the cross-entropy, then
     towards each of the 9 likeliest other answers, then Square with 5,000 queries."""
-    towards = [AttackSpec("apgd", 100, settings={"loss": "margin"}, other=k) for k in range(_OTHERS)]
-    return [AttackSpec("apgd", 100), *towards, _square(5000)]
+    return [AttackSpec("apgd", 100), *_towards_others(), _square(5000)]
 
 
 def robustvlm(task: str) -> list[AttackSpec]:
@@ -60,6 +60,11 @@ def robustvlm(task: str) -> list[AttackSpec]:
     words = () if task in _SENTENCES else ("maybe", "Word")
     at = [AttackSpec("apgd", 100, settings=first, target=word) for word in words]
     return [*away, AttackSpec("apgd", 100, settings=first, again=True), *at]
+
+
+def _towards_others() -> list[AttackSpec]:
+    """The margin of all answers at once gets lost where that of one does not."""
+    return [AttackSpec("apgd", 100, settings={"loss": "margin"}, other=k) for k in range(_OTHERS)]
 
 
 def _square(queries: int) -> AttackSpec:

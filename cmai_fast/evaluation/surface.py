@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cmai_fast.attacks import Victim
+from cmai_fast.attacks.state import random_start
 from cmai_fast.attacks.upload import UploadVictim, uploaded
 from cmai_fast.bridge import BatchImages
 from cmai_fast.data import Sample
 from cmai_fast.pipeline import Pipeline
-from cmai_fast.threat import Surface
+from cmai_fast.threat import Surface, ThreatModel
 
 
 def victim_of(
@@ -44,3 +46,14 @@ def shown(
     if not surface.uploads:
         return list(samples), images
     return [uploaded(s, image, surface) for s, image in zip(samples, images, strict=True)], None
+
+
+def noisy(pipeline: Pipeline, samples: Sequence[Sample], threat: ThreatModel, seed: int) -> list[Tensor]:
+    """The samples' images with random noise in the ball, as `split` gives them."""
+    batch = pipeline.collate(samples)
+    victim = victim_of(pipeline, batch, samples, threat.surface)
+    clean, ids = victim.pixels(), batch["sample_ids"]
+    found, places = torch.empty_like(clean), torch.arange(len(clean), device=clean.device)
+    eps = torch.full((len(clean),), threat.eps, device=clean.device)
+    random_start(victim, found, clean, eps, ids.to(clean.device), places, seed, threat.norm)
+    return [image.detach().cpu() for image in victim.split(found)]

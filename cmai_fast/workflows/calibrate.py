@@ -11,7 +11,6 @@ import torch
 
 from cmai_fast.bridge import ModelBridge, bridge_of
 from cmai_fast.cmcv import ConsistencyHeads, Threshold
-from cmai_fast.cmcv.alternatives import Alternatives
 from cmai_fast.cmcv.encoder import Encoder, check_pictures
 from cmai_fast.cmcv.fit import fit_heads, fit_threshold
 from cmai_fast.cmcv.statements import Statements
@@ -181,7 +180,7 @@ def new_verifier(
     `inner_steps`: of the attacks that it is hardened against, 0: none."""
     bridge = pipeline.bridge
     beside_it = tower_of(bridge, pipeline.space, tower)
-    statements = Statements(train, Alternatives.of(train), seed=seed)
+    statements = Statements(train, seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         verifier = Verifier.new(bridge, pipeline.processor.tokenizer, statements.alternatives, beside_it)

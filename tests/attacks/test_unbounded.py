@@ -70,8 +70,13 @@ def test_every_label_is_asked_about_and_the_worst_is_kept(pipeline):
         assert np.array_equal(made.pictures(result.adv)[row][0], labelled(np.array(sample.images[0]), place, text))
         assert result.loss[row] == pytest.approx(losses[place, text], abs=1e-5)
         assert 0.1 < result.details["changed"][row] <= 0.5 and result.details["delta_max"][row] > 100
+    before, made.targeted = made.forwards, True  # labels are then what is to be said, and this alone is written
+    aimed = typographic(made, made.pixels(), BOX)
+    assert (made.forwards - before).tolist() == [1 + len(PLACES)] * 3
+    assert all(text in ("", s.answer) for text, s in zip(aimed.details["text"], samples, strict=True))
+    before = made.forwards
     typographic(made, made.pixels(), BOX, steps=3)
-    assert made.forwards.tolist() == [1 + 2 * len(PLACES) + 4] * 3
+    assert (made.forwards - before).tolist() == [1 + 3] * 3
 
 
 def test_labels_break_the_undefended_model_and_the_record_says_how(tmp_path):

@@ -31,7 +31,7 @@ from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows import training
 from cmai_fast.workflows.immunize import ImmunizeSettings, immunize
 from processors import GENERATIVE, no_videos, processor_of, samples_of
-from shortened import shorten_checks
+from shortened import shorten_checks, shorten_training_data
 
 THREAT = ThreatModel("linf", 48 / 255)
 PGD = AttackSpec("pgd", 8)
@@ -184,6 +184,7 @@ def save(family, folder):
 def test_a_folder_is_immunised_attacked_evaluated_and_guarded(command, tmp_path, monkeypatch, name):
     monkeypatch.setattr(training, "HEAD_STEPS", 2)
     shorten_checks(monkeypatch)
+    shorten_training_data(monkeypatch)
     save(by_name(name), tmp_path / "m")
     settings = ImmunizeSettings(
         model="m", max_steps=2, batch_size=2, inner_steps=2, limit=3, attack_steps=2, restarts=1, calibration_samples=4,

@@ -27,7 +27,9 @@ def test_what_is_in_them():
         check_suite(suite(name))
     keys = [spec.key for spec in suite("autoattack")]
     assert keys == ["apgd-100", *(f"apgd-100[loss=margin,other={k}]" for k in range(9)), "square-5000"]
-    assert [s.key for s in suite("standard")] == ["pgd-50x2", "apgd-100", "apgd-100[loss=margin]", "square-1000"]
+    towards = [f"apgd-100[loss=margin,other={k}]" for k in range(9)]
+    all_of_it = ["pgd-50x2", "apgd-100", "apgd-100[loss=margin]", *towards, "square-1000"]
+    assert [s.key for s in suite("standard")] == all_of_it
     away = [f"apgd-100[first_step=1.0,reference={k}]" for k in range(5)]
     again, at = (
         "apgd-100[first_step=1.0,again=True]",

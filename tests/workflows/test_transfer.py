@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import Template
 from PIL import Image
 
 from cmai_fast.data.sources import DataSource
@@ -168,7 +169,7 @@ def test_pyrit_gets_a_group_of_text_and_picture_per_sample(made, tmp_path):
 
     folder = tmp_path / "moved"
     shutil.copytree(made[0], folder)
-    text = (folder / "manifest.jsonl").read_text().replace("what color", "what {{ color }}")
+    text = (folder / "manifest.jsonl").read_text().replace("what color", "what {% endraw %} \\"{{ color }}")
     (folder / "manifest.jsonl").write_text(text)
     about = json.loads((folder / "set.json").read_text())
     about["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -184,7 +185,7 @@ def test_pyrit_gets_a_group_of_text_and_picture_per_sample(made, tmp_path):
         assert said["prompt_group_alias"] == shown["prompt_group_alias"]
         assert said["data_type"] == "text" and shown["data_type"] == "image_path"
         # A question is no template.
-        assert said["value"] == "{% raw %}" + line["question"] + "{% endraw %}" and "{{ color }}" in said["value"]
+        assert Template(said["value"]).render() == line["question"] and "{{ color }}" in line["question"]
         assert Path(shown["value"]) == (folder / line["files"][0]).resolve()
     assert len({seed["prompt_group_alias"] for seed in seeds}) == 6
 
