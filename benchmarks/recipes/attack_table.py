@@ -148,10 +148,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="questions of easy-VQA, drawn with seed 0")
     parser.add_argument("--photos", type=int, default=24, help="photos of COCO, drawn with seed 0")
     parser.add_argument("--only", nargs="+", help="names of attacks")
+    parser.add_argument("--models", nargs="+", choices=EPS, default=list(EPS))
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    plan = [run for run in runs(given.coco, given.limit, given.photos) if not given.only or run[1].name in given.only]
+    plan = [run for run in runs(given.coco, given.limit, given.photos) if run[0] in given.models]
+    plan = [run for run in plan if not given.only or run[1].name in given.only]
     for model, row, how in track(plan, "attacks", disable=None):
         file = given.out / "runs" / model / f"{row.key}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
