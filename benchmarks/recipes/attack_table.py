@@ -3,8 +3,8 @@
     python benchmarks/recipes/attack_table.py --coco FOLDER --out attacks
 
 FOLDER holds COCO's `captions_val2017.json` and `val2017/`; without it photo-dual-encoder is left out. `attacks/runs`
-has one file per run, as `cmai-fast attack` writes it, and `attacks/table.md` the table, written anew after each. Files
-that are there already are not run again, and an interrupted run resumes.
+has one file per run, as `cmai-fast attack` writes it, `attacks/table.md` the table, written anew after each, and
+`attacks/records.json` the totals of all. Files that are there already are not run again, and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -132,6 +132,16 @@ def table(out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def records(out: Path) -> str:
+    """By model and run: what `cmai-fast attack` wrote, without the verdicts per sample."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(out.glob("runs/*/*.json")):
+        record = json.loads(file.read_text())
+        del record["per_sample"]
+        found.setdefault(file.parent.name, {})[file.stem] = record
+    return json.dumps(found, indent=1) + "\n"
+
+
 def said(row: Row) -> str:
     steps = row.steps or ATTACKS[row.name].steps
     budget = f"{row.name}-{steps}" + (f"x{row.restarts}" if row.restarts > 1 else "")
@@ -163,6 +173,7 @@ def main() -> None:
             progress=False, **how,
         )  # fmt: skip
         write_text(table(given.out), given.out / "table.md")
+        write_text(records(given.out), given.out / "records.json")
 
 
 def _begun(file: Path) -> bool:
