@@ -4,7 +4,7 @@
 
 FOLDER holds COCO's `captions_val2017.json` and `val2017/`; without it photo-dual-encoder is left out. `attacks/runs`
 has one file per run, as `cmai-fast attack` writes it, `attacks/table.md` the table, written anew after each, and
-`attacks/records.json` the totals of all. Files that are there already are not run again, and an interrupted run resumes.
+`attacks/records.json` the totals of all. Files that are there are not run again, and an interrupted run resumes.
 """
 
 from __future__ import annotations
