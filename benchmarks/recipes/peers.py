@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import sys
@@ -223,28 +224,25 @@ def pgd_of(peer: str, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> C
     raise ValueError(f"unknown peer {peer!r}; expected one of {', '.join(PEERS)}")
 
 
-def strength(count: int, queries: int, autoattack: Path | None, eps: Mapping[str, float]) -> dict[str, Any]:
+def strength(name: str, radius: float, count: int, queries: int, autoattack: Path | None) -> dict[str, Any]:
     """Robust accuracy under our suites, AutoAttack (standard, without a limit of ours), and torchattacks' APGD."""
-    found = {}
-    x, y = pictures(count)
-    for name, radius in eps.items():
-        model = Colours(Pipeline.load(name)).eval()
-        for p in model.parameters():
-            p.requires_grad_(False)
-        record: dict[str, Any] = {"eps": radius, "clean": float(right(model, x, y).float().mean())}
-        for kind in ("standard", "autoattack"):
-            plan = [_limited(spec, queries) for spec in suite(kind)]
-            record[kind] = robust(model, plan, x, y, radius)
-            print(name, kind, json.dumps(record[kind]), flush=True)
-        if autoattack is not None:
-            record["AutoAttack"] = theirs(model, x, y, radius, queries, autoattack)
-            print(name, json.dumps(record["AutoAttack"]), flush=True)
-        for peer in ("torchattacks", "foolbox"):
-            if installed(peer):
-                record[peer] = _strongest(peer, model, x, y, radius)
-                print(name, peer, json.dumps(record[peer]), flush=True)
-        found[name] = record
-    return {"images": count, "Square queries": queries, "models": found}
+    (x, y), model = pictures(count), Colours(Pipeline.load(name)).eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    record: dict[str, Any] = {
+        "images": count, "Square queries": queries, "eps": radius, "clean": float(right(model, x, y).float().mean())
+    }  # fmt: skip
+    for kind in ("standard", "autoattack"):
+        record[kind] = robust(model, [_limited(spec, queries) for spec in suite(kind)], x, y, radius)
+        print(name, kind, json.dumps(record[kind]), flush=True)
+    if autoattack is not None:
+        record["AutoAttack"] = theirs(model, x, y, radius, queries, autoattack)
+        print(name, "AutoAttack", json.dumps(record["AutoAttack"]), flush=True)
+    for peer in ("torchattacks", "foolbox"):
+        if installed(peer):
+            record[peer] = _strongest(peer, model, x, y, radius)
+            print(name, peer, json.dumps(record[peer]), flush=True)
+    return record
 
 
 def _limited(spec: AttackSpec, queries: int) -> AttackSpec:
@@ -317,12 +315,14 @@ def main() -> None:
     known["versions"] = versions() | {p: importlib.metadata.version(p) for p in PEERS if installed(p)}
     known["left out"] = [p for p in PEERS if not installed(p)] + ([] if given.autoattack else ["AutoAttack"])
     known["threads"] = 1
-    runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "parity": parity,
-        "strength": lambda: strength(given.images, given.queries, given.autoattack, radii),
-    }
-    for part in given.parts:
-        known[part] = runs[part]()
+    runs: dict[str, Callable[[], dict[str, Any]]] = {"parity": parity} if "parity" in given.parts else {}
+    if "strength" in given.parts:
+        for name, radius in radii.items():
+            runs[f"strength, {name}"] = functools.partial(
+                strength, name, radius, given.images, given.queries, given.autoattack
+            )
+    for part, run in runs.items():
+        known[part] = run()
         print(part, json.dumps(known[part], indent=1), flush=True)
         write_text(json.dumps(known, indent=1) + "\n", given.out)
 
