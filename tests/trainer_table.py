@@ -190,6 +190,21 @@ trainer = cf.MBATTrainer(model, cf.MBATConfig("out", eps=2 / 255, **DEFENCES["fa
 papers take CLIP's class token), and their squared distance is relative to the squared length of the original ones.
 With `lam` below 1, 1 - lam weighs the same distance of clean images. FSDP is refused.
 
+## Split batches
+
+A step runs the language side over the whole batch twice, clean with the weight 1 - lam and adversarial with lam. With
+`split=True` each sample of a step is adversarial with probability lam and clean otherwise, in one pass: over the draws
+loss and gradients have the same mean, with more variance. Attacks run on the adversarial samples alone; for the bridge
+solver these first run clean, without gradients of weights, for the gradient at the bridge. With L the cost of a pass
+of the language side in units of one of the vision side, lam = 0.5 and `refreshes=0` a step thus costs 1.5 passes of
+2 L instead of 2, and half of the inner steps.
+
+The draw is a hash of seed, step and sample id (without `sample_ids`, of the place in the batch), so a step in parts and
+a resumed run draw alike. `loss_clean` and `loss_adv` are estimates from one draw. `passes` count those of the
+adversarial samples as their share of the batch. It needs objective task, modality image, `gamma=0` and
+`consistency_steps=0`, since these losses compare the two images of a sample; ARM (with `heads=`, set `arm=False`),
+`compute_loss_func` and FSDP are refused. `beta` works, with trained heads.
+
 ## S_c: heads or a verifier
 
 Without `heads=` the trainer makes `ConsistencyHeads`, two projections whose cosine is S_c. A `Verifier` learns more

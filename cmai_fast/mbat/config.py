@@ -77,6 +77,13 @@ class MBATConfig(TrainingArguments):
         },
     )
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
+    split: bool = field(
+        default=False,
+        metadata={
+            "help": "Each sample of a step is adversarial with probability lam, and clean otherwise, in one pass of "
+            "the language side: the same loss in expectation."
+        },
+    )
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
     )
@@ -219,6 +226,8 @@ class MBATConfig(TrainingArguments):
             parse_eps(self.eps_max, self.norm, "eps_max")
         if self.objective != "task":
             self._check_features()
+        if self.split:
+            self._check_split()
         if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
@@ -241,8 +250,21 @@ class MBATConfig(TrainingArguments):
             "label_smoothing_factor": (not getattr(self, "label_smoothing_factor", 0), "0: no labels are read"),
             "lam": (self.objective != "sim-clip" or self.lam == 1, "1: clean images are in its loss already"),
         }
+        self._check_beside(f"objective {self.objective!r}", needed)
+
+    def _check_split(self) -> None:
+        """Raises ValueError for settings that split batches have not."""
+        needed = {
+            "objective": (self.objective == "task", "'task'"),
+            "inner": (self.inner != "none", "pgd, bridge or fgsm: there is no adversarial share without an attack"),
+            "modality": (self.modality == "image", "'image'"),
+            "gamma": (self.gamma == 0, "0: the contrastive loss is of all samples, clean and adversarial"),
+            "consistency_steps": (self.consistency_steps == 0, "0"),
+            "arm": (not self.arm, "False: ARM compares S_c of the same samples, clean and adversarial"),
+        }
+        self._check_beside("split True", needed)
+
+    def _check_beside(self, setting: str, needed: dict[str, tuple[bool, str]]) -> None:
         for name, (met, expected) in needed.items():
             if not met:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r} and objective {self.objective!r}; expected {name} {expected}"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r} and {setting}; expected {name} {expected}")
