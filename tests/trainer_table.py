@@ -205,6 +205,12 @@ adversarial samples as their share of the batch. It needs objective task, modali
 `consistency_steps=0`, since these losses compare the two images of a sample; ARM (with `heads=`, set `arm=False`),
 `compute_loss_func` and FSDP are refused. `beta` works, with trained heads.
 
+With `split_memory=n` the gradient that a step leaves at the bridge of each sample, at its clean or its adversarial
+image, is kept in 8 bits for the sample's next attack, in place of the clean pass, so that the language side runs once.
+The n samples seen last are kept in the memory of the machine, each in T * (D + 4) bytes for T image tokens of D numbers
+(2.4 MB for LLaVA-1.5-7B), and in checkpoints; others take the clean pass. Such a gradient is as old as the sample's
+last step. It needs `inner="bridge"`, `sample_ids` and a single process.
+
 ## S_c: heads or a verifier
 
 Without `heads=` the trainer makes `ConsistencyHeads`, two projections whose cosine is S_c. A `Verifier` learns more

@@ -34,6 +34,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "mbat-pgd": {"inner": "pgd"},
     "mbat-bridge-r0": {"inner": "bridge", "refreshes": 0},
     "bridge-r0": {"inner": "bridge", "refreshes": 0, **_ALONE},
+    "split-r0-memory": {"inner": "bridge", "refreshes": 0, "split": True, "split_memory": 64, **_ALONE},
     "split-r0": {"inner": "bridge", "refreshes": 0, "split": True, **_ALONE},
     "mbat-bridge-r1": {"inner": "bridge", "refreshes": 1},
     "mbat-bridge-r2": {"inner": "bridge", "refreshes": 2},

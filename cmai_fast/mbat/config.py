@@ -84,6 +84,13 @@ class MBATConfig(TrainingArguments):
             "the language side: the same loss in expectation."
         },
     )
+    split_memory: int = field(
+        default=0,
+        metadata={
+            "help": "With split and inner bridge: of how many samples the last gradient at the bridge is kept, in 8 "
+            "bits, for their next attack, which then takes no clean pass; 0: none."
+        },
+    )
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
     )
@@ -199,6 +206,7 @@ class MBATConfig(TrainingArguments):
         requirements = {
             "inner_steps": (self.inner_steps >= 1, "at least 1 step of the inner problem"),
             "consistency_steps": (self.consistency_steps >= 0, "at least 0"),
+            "split_memory": (self.split_memory >= 0, "a number of samples, or 0 for none"),
             "eval_attack_steps": (self.eval_attack_steps >= 0, "at least 1, or 0 for no attack"),
             "inner_step_size": (
                 self.inner_step_size is None or 0 < self.inner_step_size < math.inf, "above 0 and finite, or None"
@@ -228,6 +236,8 @@ class MBATConfig(TrainingArguments):
             self._check_features()
         if self.split:
             self._check_split()
+        if self.split_memory:
+            self._check_memory()
         if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
@@ -263,6 +273,17 @@ class MBATConfig(TrainingArguments):
             "arm": (not self.arm, "False: ARM compares S_c of the same samples, clean and adversarial"),
         }
         self._check_beside("split True", needed)
+
+    def _check_memory(self) -> None:
+        """Raises ValueError where no step leaves a gradient for the next attack."""
+        needed = {
+            "split": (self.split, "True"),
+            "inner": (self.inner == "bridge", "'bridge'"),
+            "label_smoothing_factor": (
+                not getattr(self, "label_smoothing_factor", 0), "0: attacks maximise the loss without it"
+            ),
+        }  # fmt: skip
+        self._check_beside(f"split_memory {self.split_memory}", needed)
 
     def _check_beside(self, setting: str, needed: dict[str, tuple[bool, str]]) -> None:
         for name, (met, expected) in needed.items():

@@ -114,6 +114,11 @@ def check_split(trainer: Any) -> None:
         raise ValueError(
             "compute_loss_func is given and split is True, which needs the loss of each sample; expected one of the two"
         )
+    if trainer.args.split_memory and ranks.count() > 1:
+        raise ValueError(
+            f"split_memory is {trainer.args.split_memory} and there are {ranks.count()} processes, each of which would "
+            "remember the samples that it happened to see; expected one process, or split_memory 0"
+        )
     if trainer.is_fsdp_enabled:
         raise ValueError(
             "split is True, and the model is to be sharded by FSDP2: its processes would attack different numbers of "

@@ -258,6 +258,11 @@ class MBATTrainer(EvaluatingTrainer):
         if callable(getattr(self.optimizer, "train", None)):  # of a schedule-free optimizer
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
+        if self.args.split_memory and inputs.get("sample_ids") is None:
+            raise ValueError(
+                f"split_memory is {self.args.split_memory}, and the batch has no sample_ids to remember samples by; "
+                "give records an id, or set split_memory to 0"
+            )
         inputs = checked(self.bridge, inputs)
         rows = len(inputs["labels"])
         ranks.check_equal(rows)

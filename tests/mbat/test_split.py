@@ -15,6 +15,9 @@ from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import bridge_of
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
 from cmai_fast.mbat import split as split_module
+from cmai_fast.mbat import step as step_module
+from cmai_fast.mbat.inner import bridge_gradient
+from cmai_fast.mbat.memory import GradientMemory
 from cmai_fast.mbat.split import adversarial_rows
 from families import FAMILIES, answer_tokens
 from training_steps import of_step, same, scarce
@@ -100,6 +103,61 @@ def test_one_draw_is_one_plain_backward(family, tmp_path, monkeypatch):
         torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-4 * float(1 + grad.abs().max()))
 
 
+def test_a_memory_keeps_the_last_samples_in_8_bits(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    p = {i: torch.randn(3, 16, generator=generator) * 10.0 ** (i - 3) for i in range(5)}
+    memory = GradientMemory(3)
+    memory.keep([0, 1], [p[0], p[1]])
+    memory.keep([2, 0, 3], [p[2], p[4], p[3].bfloat16()])  # 0 again, with another gradient
+    assert len(memory) == 3 and memory.find(1) is None and memory.find(7) is None
+    memory.save(tmp_path / "kept")
+    again = GradientMemory(2)
+    again.load(tmp_path / "kept")
+    assert len(again) == 2 and again.find(2) is None
+    for sample, kept in ((0, p[4]), (3, p[3].bfloat16().float())):
+        found = memory.find(sample)
+        assert torch.equal(again.find(sample), found)
+        assert ((found - kept).abs() <= kept.abs().amax(1, keepdim=True) / 253).all() and not torch.equal(found, kept)
+    memory.keep([9], [torch.zeros(3, 16)])
+    assert torch.equal(memory.find(9), torch.zeros(3, 16))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_the_gradient_that_a_step_left_is_that_of_its_images(family, tmp_path, monkeypatch):
+    """Of clean samples and attacked ones, and the next attack starts from it, beside a sample that was not seen."""
+    settings = {"inner_steps": 2, "use_cpu": True, "report_to": "none", "split_memory": 9} | SPLIT | {"beta": 0.0}
+    config = MBATConfig(output_dir=str(tmp_path), **settings)
+    trainer = MBATTrainer(copy.deepcopy(family.model()).train(), config, processing_class=family.processor)
+    batch = family.batch(family.model(), family.samples()) | {"sample_ids": torch.tensor([4, 5, 6])}
+    mixed, maximise, seen = [], step_module.maximise, []
+    whole = trainer._mixed
+    monkeypatch.setattr(trainer, "_mixed", lambda *args: mixed.append(whole(*args)) or mixed[-1])
+    monkeypatch.setattr(step_module, "maximise", lambda *a, **k: seen.append(k["bridge_gradient"]) or maximise(*a, **k))
+    drawn(monkeypatch, [False, True, True])
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.training_step(trainer.model, dict(batch))
+    assert trainer.passes.full_forward == pytest.approx(1 + 2 / 3)  # the second for p of two samples
+    objective = Victim(trainer.bridge, trainer.space, batch | {"pixel_values": mixed[0][0]})
+    features = objective.encode(trainer.space.to_model(objective.pixels())).detach().requires_grad_()
+    (p,) = torch.autograd.grad(trainer.bridge.losses(features, **objective.batch)[0].sum(), features)
+
+    drawn(monkeypatch, [True, True, True])
+    trainer.training_step(trainer.model, batch | {"sample_ids": torch.tensor([4, 7, 6])})
+    assert trainer.passes.full_forward == pytest.approx(2 + 2 / 3 + 1 / 3)  # 7 alone was not remembered
+    fresh = bridge_gradient(Victim(trainer.bridge, trainer.space, batch))
+    assert seen[1].shape == fresh.shape
+    for row, expected in enumerate((p[0], fresh[1], p[2])):
+        error = (seen[1][row] - expected).norm() / expected.norm()
+        assert error < (1e-4 if row == 1 else 0.02)
+
+
+def test_memory_without_ids_is_refused(make_trainer, batch):
+    trainer = make_trainer(**SPLIT, split_memory=4)
+    del batch["sample_ids"]
+    with pytest.raises(ValueError, match="split_memory is 4, and the batch has no sample_ids"):
+        trainer.training_step(trainer.model, batch)
+
+
 @pytest.mark.parametrize("inner", ["bridge", "pgd"])
 def test_a_step_in_parts_is_the_whole_step(make_trainer, collate, data, monkeypatch, inner):
     """One of its parts has no adversarial sample."""
@@ -108,11 +166,15 @@ def test_a_step_in_parts_is_the_whole_step(make_trainer, collate, data, monkeypa
         ids for ids in (torch.arange(k, k + 5) for k in range(1000))
         if adversarial_rows(ids, 0.5, 42 + split_module._DRAW).tolist() == [False, False, True, False, True]
     )  # fmt: skip
-    expected = of_step(make_trainer(**settings), batch)
-    parts = make_trainer(**settings)
+    settings |= {"split_memory": 4} if inner == "bridge" else {}
+    whole, parts = make_trainer(**settings), make_trainer(**settings)
+    expected = of_step(whole, batch)
     scarce(parts, 2, "adversarial branch", monkeypatch)
     with pytest.warns(RuntimeWarning, match="do not fit"):
         same(of_step(parts, batch), expected)
+    if inner == "bridge":  # what the failed attempt left is not remembered twice, nor read in its own step
+        assert list(parts._memory._kept) == list(whole._memory._kept)
+        assert all(torch.equal(parts._memory.find(i), whole._memory.find(i)) for i in whole._memory._kept)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +214,12 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, accumulation):
-    config = SPLIT | {"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": accumulation, "inner": "bridge"}
+@pytest.mark.parametrize("accumulation, memory", [(1, 5), (2, 0)])
+def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, data, accumulation, memory):
+    config = SPLIT | {
+        "max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": accumulation, "inner": "bridge",
+        "split_memory": memory, "given": {"train_dataset": torch.utils.data.Subset(data, range(8))},
+    }  # fmt: skip
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **config)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
@@ -165,6 +230,11 @@ def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, acc
     for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert resumed.passes == whole.passes
+    if memory:
+        assert len(whole._memory) == memory and list(resumed._memory._kept) == list(whole._memory._kept)
+        without = make_trainer(output_dir=str(tmp_path / "without"), **config | {"split_memory": 0})
+        without.train()
+        assert whole.passes.full_forward < without.passes.full_forward
 
 
 @pytest.mark.parametrize(
@@ -175,6 +245,10 @@ def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, acc
         ({"inner": "none"}, "inner is 'none' and split True"),
         ({"modality": "both"}, "modality is 'both' and split True"),
         ({"consistency_steps": 2}, "consistency_steps is 2 and split True"),
+        ({"split": False, "split_memory": 4, "inner": "bridge"}, "split is False and split_memory 4; expected split"),
+        ({"inner": "pgd", "split_memory": 4}, "inner is 'pgd' and split_memory 4"),
+        ({"label_smoothing_factor": 0.1, "split_memory": 4}, "label_smoothing_factor is 0.1 and split_memory 4"),
+        ({"split_memory": -1}, "split_memory is -1; expected a number of samples"),
         ({"objective": "fare", "inner": "pgd", "beta": 0.0}, "objective is 'fare' and split True"),
     ],
 )
