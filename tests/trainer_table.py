@@ -195,9 +195,9 @@ With `lam` below 1, 1 - lam weighs the same distance of clean images. FSDP is re
 A step runs the language side over the whole batch twice, clean with the weight 1 - lam and adversarial with lam. With
 `split=True` each sample of a step is adversarial with probability lam and clean otherwise, in one pass: over the draws
 loss and gradients have the same mean, with more variance. Attacks run on the adversarial samples alone; for the bridge
-solver these first run clean, without gradients of weights, for the gradient at the bridge. With L the cost of a pass
-of the language side in units of one of the vision side, lam = 0.5 and `refreshes=0` a step thus costs 1.5 passes of
-2 L instead of 2, and half of the inner steps.
+solver these first run clean, without gradients of weights, for the gradient at the bridge. With `refreshes=0` and
+lam = 0.5 the language side thus runs forward and backward 1.5 times instead of twice, and the inner steps are those of
+half of the samples.
 
 The draw is a hash of seed, step and sample id (without `sample_ids`, of the place in the batch), so a step in parts and
 a resumed run draw alike. `loss_clean` and `loss_adv` are estimates from one draw. `passes` count those of the

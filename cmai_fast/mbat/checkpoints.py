@@ -27,8 +27,8 @@ _HEADS_OPTIMIZER = "heads_optimizer.pt"
 _MEMORY = "bridge_gradients.safetensors"
 # `eps` in the [0, 1] pixel range.
 _IN_CARD = (
-    "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "beta_max", "eps_max",
-    "lam_max", "trainable", "modality", "text_eps", "text_norm",
+    "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "split", "split_memory",
+    "gamma", "arm", "beta_max", "eps_max", "lam_max", "trainable", "modality", "text_eps", "text_norm",
 )  # fmt: skip
 
 
