@@ -25,12 +25,17 @@ from cmai_fast.evaluation.overhead import CLEAN_STEP, peak_bytes
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.mbat.split import adversarial_rows
 
+_ALONE: dict[str, Any] = {"beta": 0.0, "gamma": 0.0, "arm": False}  # without S_c
 STEPS: dict[str, dict[str, Any]] = {
     "clean": CLEAN_STEP,
     "pgd-at": {"inner": "pgd", "lam": 1.0, "beta": 0.0, "gamma": 0.0},
     "mbat-pgd": {"inner": "pgd"},
     "mbat-bridge-r0": {"inner": "bridge", "refreshes": 0},
+    "bridge-r0": {"inner": "bridge", "refreshes": 0, **_ALONE},
+    "split-r0-memory": {"inner": "bridge", "refreshes": 0, "split": True, "split_memory": 64, **_ALONE},
+    "split-r0": {"inner": "bridge", "refreshes": 0, "split": True, **_ALONE},
     "mbat-bridge-r1": {"inner": "bridge", "refreshes": 1},
     "mbat-bridge-r2": {"inner": "bridge", "refreshes": 2},
 }
@@ -47,14 +52,26 @@ def steps(
         config = MBATConfig(output_dir=str(out), report_to="none", **settings, **STEPS[name])
         trainer = MBATTrainer(model, config, processing_class=processor)
         optimizer = optimizer or trainer.create_optimizer()
+        if config.split:
+            batch = half_drawn(batch, trainer)
 
-        def step(trainer: MBATTrainer = trainer, optimizer: Any = optimizer) -> None:
+        def step(trainer: MBATTrainer = trainer, optimizer: Any = optimizer, batch: dict[str, Tensor] = batch) -> None:
             trainer.training_step(model, dict(batch))
             optimizer.step()
             optimizer.zero_grad()
 
         runs[name] = step
     return runs
+
+
+def half_drawn(batch: dict[str, Tensor], trainer: MBATTrainer) -> dict[str, Tensor]:
+    """The batch, with sample ids of which every step here draws half."""
+    rows = len(batch["labels"])
+    for first in range(0, 1000 * rows, rows):
+        ids = torch.arange(first, first + rows)
+        if int(adversarial_rows(ids, trainer.lam, trainer.draw_seed).sum()) == rows // 2:
+            return {**batch, "sample_ids": ids.to(batch["labels"].device)}
+    raise ValueError(f"no draw of half of {rows} samples was found at lam {trainer.lam}")
 
 
 def main() -> None:

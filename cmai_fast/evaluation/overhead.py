@@ -19,7 +19,9 @@ from cmai_fast.pipeline import Pipeline
 
 # Settings that turn an MBAT step into the clean fine-tuning step it is compared with.
 CLEAN_STEP: dict[str, Any] = {
-    "objective": "task",  # first: the others would be refused
+    "split_memory": 0,  # first, then split, then objective: the others would be refused
+    "split": False,
+    "objective": "task",
     "inner": "none",
     "gamma": 0.0,
     "beta": 0.0,
