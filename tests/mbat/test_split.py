@@ -34,16 +34,16 @@ def drawn(monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
     [{"inner": "bridge"}, {"inner": "bridge", "refreshes": 1, "loss_reduction": "samples"}, {"inner": "fgsm"}],
 )
 def test_the_mean_over_draws_is_the_whole_step(make_trainer, collate, data, monkeypatch, settings):
-    """Over all draws of three samples, each with its probability: loss, logged parts and every gradient."""
-    batch, lam = collate([data[i] for i in range(3)]), 0.3
+    """Over all draws of two samples, each with its probability: loss, logged parts and every gradient."""
+    batch, lam = collate([data[i] for i in range(2)]), 0.3
     settings = SPLIT | settings | {"lam": lam}
     expected = of_step(make_trainer(**settings | {"split": False}), batch)
     mean: dict[str, torch.Tensor] = {}
-    for rows in itertools.product((False, True), repeat=3):
+    for rows in itertools.product((False, True), repeat=2):
         drawn(monkeypatch, rows)
         found = of_step(make_trainer(**settings), batch)
         for name, value in found.items():
-            mean[name] = mean.get(name, 0.0) + lam ** sum(rows) * (1 - lam) ** (3 - sum(rows)) * value.double()
+            mean[name] = mean.get(name, 0.0) + lam ** sum(rows) * (1 - lam) ** (2 - sum(rows)) * value.double()
     # Not S_c, which nothing trains here, nor what is counted of attacks.
     names = {k for k in expected if not k.endswith(("_gradients", "s_c_clean", "s_c_adv", "contrastive"))}
     # Norms of the language model run in float32, whatever the weights' precision.
@@ -214,11 +214,10 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("accumulation, memory", [(1, 5), (2, 0)])
-def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, data, accumulation, memory):
+def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, data):
     config = SPLIT | {
-        "max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": accumulation, "inner": "bridge",
-        "split_memory": memory, "given": {"train_dataset": torch.utils.data.Subset(data, range(8))},
+        "max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2, "inner": "bridge",
+        "split_memory": 5, "given": {"train_dataset": torch.utils.data.Subset(data, range(8))},
     }  # fmt: skip
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **config)
     whole.train()
@@ -230,11 +229,7 @@ def test_a_resumed_run_ends_as_one_never_interrupted(make_trainer, tmp_path, dat
     for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert resumed.passes == whole.passes
-    if memory:
-        assert len(whole._memory) == memory and list(resumed._memory._kept) == list(whole._memory._kept)
-        without = make_trainer(output_dir=str(tmp_path / "without"), **config | {"split_memory": 0})
-        without.train()
-        assert whole.passes.full_forward < without.passes.full_forward
+    assert len(whole._memory) == 5 and list(resumed._memory._kept) == list(whole._memory._kept)
 
 
 @pytest.mark.parametrize(
