@@ -144,11 +144,11 @@ def records(out: Path) -> str:
 
 def said(row: Row) -> str:
     steps = row.steps or ATTACKS[row.name].steps
-    budget = f"{row.name}-{steps}" + (f"x{row.restarts}" if row.restarts > 1 else "")
+    budget = f"{ATTACKS[row.name].label} {steps}" + (f"x{row.restarts}" if row.restarts > 1 else "")
     own = [f"{k}={v}" for k, v in row.settings.items() if k != "keep"]
     own += [f"--threat {row.threat}"] if row.threat != "input" else []
     own += [f"--target {row.target}"] if row.target else []
-    text = f"`{budget}`" + (f" `{' '.join(own)}`" if own else "")
+    text = budget + (f" `{' '.join(own)}`" if own else "")
     return text + (f": {row.note}" if row.note else "")
 
 
