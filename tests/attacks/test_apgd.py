@@ -65,7 +65,8 @@ class Scripted:
         change = torch.where(up, 1.0, -4.0) * torch.rand(looks, rows, generator=generator)
         self.losses = change.double().cumsum(0).round(decimals=1)  # rounded, so that ties happen
         self.grads = torch.randn(looks, rows, 3, 1, 1, generator=generator, dtype=torch.float64)
-        self.space, self.passes, self.attack_mode = PixelSpace([0.0] * 3, [1.0] * 3), Passes(), contextlib.nullcontext
+        self.space, self.passes = PixelSpace([0.0] * 3, [1.0] * 3), Passes()
+        self.attack_mode = self.counted = contextlib.nullcontext
         self.layout = self.origin = None
         self.asked: list[torch.Tensor] = []
 
