@@ -138,6 +138,7 @@ def records(out: Path) -> str:
     for file in sorted(out.glob("runs/*/*.json")):
         record = json.loads(file.read_text())
         del record["per_sample"]
+        record["settings"]["data"] = record["settings"]["data"].partition(":")[0]  # not where the files happened to be
         found.setdefault(file.parent.name, {})[file.stem] = record
     return json.dumps(found, indent=1) + "\n"
 
