@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypedDict, TypeGuard, cast
@@ -15,6 +16,7 @@ from cmai_fast.files import plain, write_text
 
 SCHEMA = 2
 ROLES = ("undefended", "immunised", "baseline")
+STANDARD_OUTPUT = Path("-")
 
 _SETTINGS = ("data", "eps")
 _NUMBERS = ("acc_clean", "acc_robust", "n")
@@ -139,6 +141,14 @@ class Results(_Needs, total=False):
     pictures: list[Picture] | None
     training: dict[str, Any] | None
     overhead: dict[str, Any] | None
+
+
+def put_results(results: Any, path: Path) -> None:
+    """`write_results`, or to standard output where the path is `-`."""
+    if path == STANDARD_OUTPUT:
+        print(json.dumps(plain(results), indent=1, ensure_ascii=False), file=sys.stdout)
+    else:
+        write_results(results, path)
 
 
 def write_results(results: Any, path: Path) -> Path:

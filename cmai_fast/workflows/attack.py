@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -21,12 +20,12 @@ from cmai_fast.evaluation.goals import reaches
 from cmai_fast.evaluation.processes import joined
 from cmai_fast.evaluation.progress import Overall
 from cmai_fast.evaluation.protocol import Measured
-from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.results import STANDARD_OUTPUT, put_results
 from cmai_fast.evaluation.saved import MANIFEST, changed_text, write_set
 from cmai_fast.evaluation.state import State, check_resumable, check_settings, running, shared
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.versions import versions
-from cmai_fast.files import plain, write_folder
+from cmai_fast.files import write_folder
 from cmai_fast.models.loading import chosen_device
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.threat import ThreatModel
@@ -34,7 +33,6 @@ from cmai_fast.workflows.evaluate import check_names, data_settings
 from cmai_fast.workflows.folder import check_empty
 from cmai_fast.workflows.samples import asked, searched
 
-STANDARD_OUTPUT = Path("-")
 # What a record of one attack takes from that of its suite.
 _OWN = (
     "attacked", "broken", "reached", "asr_target", "seconds", "nonfinite_gradients", "zero_gradients",
@@ -135,10 +133,7 @@ def _write(
     if images is not None:
         for kind in export:
             export_set(images, kind)
-    if out == STANDARD_OUTPUT:
-        print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
-    else:
-        write_results(record, out)
+    put_results(record, out)
 
 
 def _check_out(

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cmai_fast.evaluation.answers import Answers
-from cmai_fast.evaluation.results import write_results
+from cmai_fast.evaluation.goals import reaches
+from cmai_fast.evaluation.results import STANDARD_OUTPUT, put_results
 from cmai_fast.evaluation.runner import Runner
 from cmai_fast.evaluation.saved import AdversarialSet, read_set
+from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.transfer import share, strict_transfer
 from cmai_fast.evaluation.versions import versions
-from cmai_fast.files import plain
 from cmai_fast.metrics import bootstrap_interval
-from cmai_fast.metrics.exact_match import folded
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.workflows.evaluate import check_names
-
-STANDARD_OUTPUT = Path("-")
 
 
 def transfer(
@@ -70,20 +66,13 @@ def transfer(
         },
         "versions": versions(),
     }  # fmt: skip
-    if out == STANDARD_OUTPUT:
-        print(json.dumps(plain(record), indent=1, ensure_ascii=False), file=sys.stdout)
-    else:
-        write_results(record, out)
+    put_results(record, out)
     return record
 
 
 def _record(found: AdversarialSet, clean: Answers, attacked: Answers) -> dict[str, Any]:
     broke = np.array([line["broken"] for line in found.lines], dtype=bool)
     both = clean.right & attacked.right
-    wanted = [line.get("target") for line in found.lines]
-    reached = np.array(
-        [t is not None and folded(t) == folded(p) for t, p in zip(wanted, attacked.predictions, strict=True)]
-    )
     record: dict[str, Any] = {
         "source": found.about["source"],
         **{key: found.about[key] for key in ("task", "attack", "threat", "norm", "eps", "seed")},
@@ -94,7 +83,9 @@ def _record(found: AdversarialSet, clean: Answers, attacked: Answers) -> dict[st
         "transfer": share(~attacked.right[clean.right]),
         "strict": strict_transfer(broke, clean.right, attacked.right),
     }
-    if any(target is not None for target in wanted):
+    if "target" in found.about["attack"]:
+        spec = AttackSpec(**found.about["attack"])
+        reached = np.array([reaches(spec, text) for text in attacked.predictions])
         record["transfer_target"] = share(reached[clean.right])
     record["per_sample"] = [
         {

@@ -198,3 +198,17 @@ def test_exports_that_cannot_be(made, model_folder, tmp_path):
             str(model_folder), DataSource("easyvqa"), "pgd", THREAT, out=tmp_path / "a.json", export=["pyrit"],
             progress=False,
         )  # fmt: skip
+
+
+def test_a_set_with_several_targets_counts_each_of_them(made, fitted_folder, tmp_path):
+    folder = tmp_path / "aimed"
+    shutil.copytree(made[0], folder)
+    about = json.loads((folder / "set.json").read_text())
+    said = transfer(str(fitted_folder), folder, out=tmp_path / "plain.json")["per_sample"]
+    wanted = ["no such answer", max(row["prediction_adv"] for row in said if row["right_clean"])]
+    about["attack"] = {"name": "universal-image", "steps": 1, "restarts": 1, "settings": {}, "target": "|".join(wanted)}
+    (folder / "set.json").write_text(json.dumps(about))
+    found = transfer(str(fitted_folder), folder, out=tmp_path / "aimed.json")["transfer_target"]
+    right = [row for row in said if row["right_clean"]]
+    reached = sum(row["prediction_adv"].startswith(tuple(wanted)) for row in right)
+    assert (found["attacked"], found["broken"]) == (len(right), reached) and reached > 0
