@@ -79,3 +79,29 @@ def test_a_training_step_loses_what_it_loses_on_the_cpu(tmp_path: Path, solver: 
         losses.append(float(trainer.training_step(trainer.model, batch)))
         assert trainer.model.device.type == ("cpu" if use_cpu else "cuda")
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [{"inner": "pgd"}, {"refreshes": 0}, {"refreshes": 1}, {"objective": "fare", "inner": "pgd"}, {"bf16": True}],
+    ids=["pgd", "r0", "r1", "fare", "bf16"],
+)
+def test_graphs_of_the_vision_side_train_what_its_kernels_train(tmp_path: Path, solver: dict[str, Any]) -> None:
+    found = []
+    for graphs in (False, True):
+        pipeline = Pipeline.load("easyvqa-llava", device="cpu")
+        batches = training_batches(pipeline, training_samples(DataSource("easyvqa"), "vqa"), 16, 0)
+        args = MBATConfig(
+            output_dir=str(tmp_path), report_to="none", beta=0.0, gamma=0.0, arm=False, cuda_graphs=graphs, **solver
+        )
+        trainer = MBATTrainer(pipeline.model, args, processing_class=pipeline.processor)
+        trainer.create_optimizer()
+        losses = []
+        for _ in range(3):  # a graph reads the weights as they are after each step
+            losses.append(float(trainer.training_step(trainer.model, next(batches))))
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        assert (trainer._graphs is not None) == graphs
+        found.append(losses)
+    assert len(set(found[0])) == 3
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=2e-3, atol=1e-4)

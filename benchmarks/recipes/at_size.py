@@ -43,6 +43,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "split-r0": {"inner": "bridge", "refreshes": 0, "split": True, **_ALONE},
     # The mean over a full step and five on S_c alone.
     "cmai-r0": {"inner": "bridge", "refreshes": 0, "gamma": 1.0, "beta": 0.0, "arm": False, "consistency_steps": 5},
+    "bridge-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_ALONE},
     "mbat-bridge-r1": {"inner": "bridge", "refreshes": 1},
     "mbat-bridge-r2": {"inner": "bridge", "refreshes": 2},
 }
@@ -88,9 +89,12 @@ def cycle(step: Callable[[], None], count: int) -> Callable[[], None]:
     return run
 
 
-def applicable(model: Any) -> list[str]:
-    """All steps that a model can take: a dual encoder has no questions to verify."""
-    return [name for name in STEPS if cycle_of(name) == 1 or not isinstance(bridge_of(model), DualBridge)]
+def applicable(model: Any, device: torch.device) -> list[str]:
+    """All steps that a model can take: a dual encoder has no questions to verify, and a CPU no graphs."""
+    verified, graphs = not isinstance(bridge_of(model), DualBridge), device.type == "cuda"
+    return [
+        n for n, values in STEPS.items() if (cycle_of(n) == 1 or verified) and (graphs or "cuda_graphs" not in values)
+    ]
 
 
 def untrained_verifier(model: Any) -> Verifier:
@@ -135,7 +139,7 @@ def main() -> None:
     model = build(sized, args.bits, device, dtype, args.attention)
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
     batch = sized.batch(args.batch, args.prompt, args.answer)
-    args.only = args.only or applicable(model)
+    args.only = args.only or applicable(model, device)
     settings = {"inner_steps": args.inner_steps, "recompute": args.recompute, "bf16": device.type == "cuda"}
     runs = steps(model, sized.processor, batch, args.only, args.out.with_suffix(""), **settings)
     memory = {name: peak_bytes(run, device)[1] for name, run in track(runs.items(), "first steps")}  # warms up too

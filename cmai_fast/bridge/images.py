@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmai_fast.bridge.graphs import EncoderGraphs
 from cmai_fast.bridge.protocol import ModelBridge
 from cmai_fast.layout import Layout
 from cmai_fast.pixels import PixelSpace
@@ -29,9 +30,15 @@ class BatchImages:
         batch: what the model's own forward takes; at least `bridge.needs` (for a generative model `input_ids`,
             `attention_mask`, `labels`, each (N, L)). Other keys are ignored.
 
+    Attributes:
+        graphs: where the vision side is captured as CUDA graphs, for images whose gradient is asked for; None: nowhere.
+
     Raises:
         ValueError: a key of the batch is missing or has another shape.
     """
+
+    graphs: EncoderGraphs | None = None
+    _graph: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, bridge: ModelBridge, space: PixelSpace, batch: Mapping[str, Tensor]) -> None:
         missing = [k for k in bridge.needs if k not in batch]
@@ -131,6 +138,9 @@ class BatchImages:
 
     def encode(self, model_input: Tensor, rows: Tensor | None = None) -> Tensor:
         """h_v of images in the model's input space that belong to `rows` (n,) of the batch (None: all)."""
-        if self.layout is None and set(self._image) <= {"input_ids"}:
-            return self.bridge.encode_image(model_input)  # one image per sample: nothing to assign
+        if self.layout is None and set(self._image) <= {"input_ids"}:  # one image per sample: nothing to assign
+            if self.graphs is not None and rows is None and model_input.requires_grad:
+                self._graph = self._graph or self.graphs.of(self.bridge, model_input)
+                return self._graph(model_input)
+            return self.bridge.encode_image(model_input)
         return self.bridge.encode_image(self._pack(model_input, rows), **self.rows(self._image, rows))

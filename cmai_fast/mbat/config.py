@@ -151,6 +151,13 @@ class MBATConfig(TrainingArguments):
         default="none",
         metadata={"help": "Activations that are recomputed instead of stored: none, encoder, selective or full."},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "The vision side of the inner problem runs as CUDA graphs, where each sample has one image: for a "
+            "GPU that computes faster than the CPU launches. A graph keeps the memory that a pass needs."
+        },
+    )
     eval_attack_steps: int = field(
         default=20, metadata={"help": "Steps of the PGD attack in evaluations at full eps; 0: clean metrics only."}
     )
@@ -238,6 +245,12 @@ class MBATConfig(TrainingArguments):
             self._check_split()
         if self.split_memory:
             self._check_memory()
+        if self.cuda_graphs:
+            needed = {
+                "recompute": (self.recompute == "none", "'none'"),
+                "split": (not self.split, "False: how many samples are attacked differs from step to step"),
+            }
+            self._check_beside("cuda_graphs True", needed)
         if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import ModelBridge, frozen
+from cmai_fast.bridge.graphs import EncoderGraphs
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
 from cmai_fast.cmcv.verifier import Texts, Verifier
 from cmai_fast.data.collate import negative_texts
@@ -34,6 +37,15 @@ class ConsistencyTrainer(CheckpointedTrainer):
     space: PixelSpace
     verifier: Verifier | None  # whose network is `heads`
 
+    _graphs: EncoderGraphs | None = None
+
+    def _images(self, inputs: dict[str, Tensor], *heads: Any) -> Victim:
+        """The batch under attack; `heads` as of `Victim`."""
+        victim = Victim(self.bridge, self.space, inputs, *heads)
+        if self.args.cuda_graphs:
+            self._graphs = victim.graphs = self._graphs or EncoderGraphs()
+        return victim
+
     @property
     def _share(self) -> float:
         """The share of a batch in the gradients of an optimizer step."""
@@ -56,7 +68,7 @@ class ConsistencyTrainer(CheckpointedTrainer):
         if "pixel_values" not in inputs or stated is None:
             return Part(text, [], None, None, {})
         assert self.verifier is not None
-        victim = Victim(self.bridge, self.space, inputs)
+        victim = self._images(inputs)
         result = inconsistent(
             self.verifier,
             victim,

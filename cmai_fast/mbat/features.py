@@ -69,7 +69,7 @@ class FeatureTrainer(ConsistencyTrainer):
             clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
             self._count(vision_forward=1)
         target = self._target(inputs["pixel_values"], image, clean)
-        victim = Victim(self.bridge, self.space, inputs)
+        victim = self._images(inputs)
         ball = self._ball
         sizes = inner_sizes(args.inner, ball.eps, args.inner_steps, args.inner_step_size)
         drift, seed, ids = Drift(args.objective, target), self._attack_seed, inputs["sample_ids"]

@@ -106,6 +106,19 @@ def check_loss(trainer: Any) -> None:
         )
 
 
+def check_graphs(trainer: Any) -> None:
+    """Raises ValueError where there is nothing to capture as CUDA graphs."""
+    if not trainer.args.cuda_graphs:
+        return
+    if trainer.args.device.type != "cuda":
+        raise ValueError(f"cuda_graphs is True, and the device is {trainer.args.device}; set it to False")
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "cuda_graphs is True, and the model is to be sharded by FSDP2, which gathers weights anew for each pass; "
+            "leave fsdp or cuda_graphs out"
+        )
+
+
 def check_split(trainer: Any) -> None:
     """Raises ValueError for what a trainer of split batches cannot have."""
     if not trainer.args.split:

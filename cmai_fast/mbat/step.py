@@ -234,11 +234,11 @@ class StepTrainer(FeatureTrainer):
     ) -> Victim:
         """The batch under attack, with S_c if it `scores`."""
         if not scores:
-            return Victim(self.bridge, self.space, inputs)
+            return self._images(inputs)
         if not self.verifier:
             heads = self.heads if isinstance(self.heads, ConsistencyHeads) else None
-            return Victim(self.bridge, self.space, inputs, heads, own)
-        victim = Victim(self.bridge, self.space, inputs)
+            return self._images(inputs, heads, own)
+        victim = self._images(inputs)
         if stated is None and STATEMENT_IDS in inputs:
             with torch.no_grad():
                 stated = self.verifier.read(inputs)

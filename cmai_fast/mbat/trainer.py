@@ -27,7 +27,14 @@ from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.evaluating import EvaluatingTrainer
 from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, halved
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
-from cmai_fast.mbat.refused import check_arguments, check_dispatch, check_loss, check_sharding, check_split
+from cmai_fast.mbat.refused import (
+    check_arguments,
+    check_dispatch,
+    check_graphs,
+    check_loss,
+    check_sharding,
+    check_split,
+)
 from cmai_fast.pixels import PixelSpace
 
 
@@ -125,6 +132,7 @@ class MBATTrainer(EvaluatingTrainer):
         self._check_embeddings()
         check_loss(self)
         check_split(self)
+        check_graphs(self)
         check_dispatch(self)
         if self._original is not None:
             for part in self._original.vision_side:
@@ -192,6 +200,7 @@ class MBATTrainer(EvaluatingTrainer):
         check_arguments(self, args, {})
         self._check_arm(args)
         check_split(self)
+        check_graphs(self)
         self._check_embeddings()
         for name, value in self._made_for.items():
             if getattr(args, name) != value:
