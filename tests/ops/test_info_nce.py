@@ -314,7 +314,8 @@ def test_a_cuda_graph_can_capture_it(name: str) -> None:
         out = loss(*inputs)
         return [out, *torch.autograd.grad(out, leaves)]
 
-    right = run()
+    # Detached: a graph of the default stream that is still alive would be joined by the captured one.
+    right = [tensor.detach().clone() for tensor in run()]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
