@@ -4,19 +4,21 @@ them, and compares their strength."""
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 
 from cmai_fast.attacks import ATTACKS
 from cmai_fast.data.sources import DataSource
-from cmai_fast.evaluation.overhead import SavedActivations
+from cmai_fast.evaluation.overhead import SavedActivations, stepper
 from cmai_fast.evaluation.protocol import measure
 from cmai_fast.evaluation.suite import AttackSpec
 from cmai_fast.evaluation.suites import suite
+from cmai_fast.mbat import MBATConfig
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
-from cmai_fast.workflows.samples import asked
+from cmai_fast.workflows.samples import asked, training_batches, training_samples
 
 THREAT = ThreatModel("linf", 8 / 255)
 MOST = {"torchattacks": 1.0, "foolbox": 0.72, "adversarial-robustness-toolbox": 0.72}  # of their time
@@ -52,6 +54,31 @@ def test_pgd_10(side_by_side, peers, name: str) -> None:
         targets={peer: ("at most", MOST[peer]) for peer in theirs},
         figures=figures,
         rounds=7,
+    )
+
+
+def test_a_training_step_with_exact_pgd(side_by_side, peers, tmp_path: Path) -> None:
+    """K = 10, the same loss: against PyTorch with torchattacks' PGD, as one writes it."""
+    if not peers.installed("torchattacks"):
+        pytest.skip("torchattacks is not installed")
+    subject, plain = (Pipeline.load("easyvqa-llava") for _ in range(2))
+    batch = next(training_batches(subject, training_samples(DataSource("easyvqa"), "vqa"), 64, 0))
+    args = MBATConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, eps=8 / 255, learning_rate=1e-5)
+    changes = {"inner": "pgd", "inner_step_size": 2 / 255, "beta": 0.0, "gamma": 0.0, "arm": False}
+    model, ours = stepper(subject, args, changes)
+    ways = {"MBATTrainer": lambda: ours(batch), "plain PyTorch": peers.plain_step(plain, batch, 8 / 255)}
+    kept = []
+    for run, m in zip(ways.values(), (model, plain.model), strict=True):
+        with SavedActivations(m) as held:
+            run()
+        kept.append(held.peak)
+    side_by_side(
+        "a training step with exact PGD, K = 10, easyvqa-llava, batch 64",
+        ways,
+        device=CPU,
+        targets={"plain PyTorch": ("at most", 0.8)},
+        figures={"activations saved at most, of plain PyTorch's": (kept[0] / kept[1], "at most", 0.6)},
+        rounds=5,
     )
 
 

@@ -224,6 +224,43 @@ def pgd_of(peer: str, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> C
     raise ValueError(f"unknown peer {peer!r}; expected one of {', '.join(PEERS)}")
 
 
+class AnswerToken(nn.Module):
+    """A generative model as a classifier of images in [0, 1] with the texts of a batch: the logits of the vocabulary
+    where the answer begins."""
+
+    def __init__(self, pipeline: Pipeline, batch: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.space = pipeline.model, pipeline.space
+        self.texts = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        at = (batch["labels"] != -100).to(torch.int8).argmax(1)
+        self.answers, self.before = batch["labels"].gather(1, at[:, None]).squeeze(1), at - 1
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = self.model(pixel_values=self.space.to_model(pixels), **self.texts).logits
+        return logits[torch.arange(len(pixels)), self.before]
+
+
+def plain_step(pipeline: Pipeline, batch: Mapping[str, Tensor], eps: float) -> Callable[[], Any]:
+    """A step of adversarial training as one writes it: PGD-10 of torchattacks, the mean of the model's own losses of
+    clean and adversarial images, AdamW."""
+    import torchattacks
+
+    model, classifier = pipeline.model.train(), AnswerToken(pipeline, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    own = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+    images = pipeline.space.to_pixels(batch["pixel_values"])
+    attack = torchattacks.PGD(classifier, eps=eps, alpha=eps / 4, steps=10)
+
+    def step() -> None:
+        adversarial = pipeline.space.to_model(attack(images, classifier.answers))
+        for pixel_values in (batch["pixel_values"], adversarial):
+            (model(pixel_values=pixel_values, **own).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def strength(name: str, radius: float, count: int, queries: int, autoattack: Path | None) -> dict[str, Any]:
     """Robust accuracy under our suites, AutoAttack (standard, without a limit of ours), and torchattacks' APGD."""
     (x, y), model = pictures(count), Colours(Pipeline.load(name)).eval()
