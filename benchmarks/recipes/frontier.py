@@ -71,6 +71,15 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alone-r0": ("S_c in the loss, 5 steps of 6 on S_c alone, R = 0, K = 4", {**ALONE, **HALF, **FAST}),
     "alone-r1": ("the same, R = 1", {**ALONE, "refreshes": 1, **HALF, **FAST}),
     "alone-r1-64": ("the same, R = 1, batches of 64", {**ALONE, "refreshes": 1, **FAST}),
+    "alone-r0-64": ("the same, R = 0, batches of 64", {**ALONE, **FAST}),
+    "alone-r0-beta": ("the same, R = 0, S_c in the attack too (beta = 1)", {**ALONE, "beta": 1.0, **HALF, **FAST}),
+    "alone-r0-arm": (
+        "the same with ARM, which moves beta from 0.1",
+        {**ALONE, "beta": 0.1, "arm": True, **HALF, **FAST},
+    ),
+    "alone-r0-11": ("R = 0, 11 steps of 12 on S_c alone", {**ALONE, "consistency_steps": 11, **HALF, **FAST}),
+    "alone-r0-2": ("R = 0, 2 steps of 3 on S_c alone", {**ALONE, "consistency_steps": 2, **HALF, **FAST}),
+    "gamma-r0": ("S_c in the loss, no step on it alone, R = 0", {**ALONE, "consistency_steps": 0, **HALF, **FAST}),
     "alone-r1-k10": ("the same, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
 }
 for _row, (_title, _values) in ROWS.items():

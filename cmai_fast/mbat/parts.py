@@ -100,9 +100,8 @@ class View:
 
     def pulled_back(self) -> Tensor:
         """0-d; its backward pass propagates the gradient of `leaf` through the vision side."""
-        if self.leaf.grad is None:
-            return self.leaf.new_zeros(())
         features = self.features
+        assert self.leaf.grad is not None
         if features is None:
             assert self.rng is not None
             # The same dropout as before; the generators' own state is not changed.

@@ -142,6 +142,9 @@ class StepTrainer(FeatureTrainer):
             assert words is not None
             part.sums |= self._on_words(words, clean.leaf, text, weights)
             return part
+        if not args.gamma:  # nothing will add to the gradient at h_v: its graph need not wait for the attack
+            self._vision_side([part])
+            clean.leaf.grad = clean.features = None
         victim = self._victim(inputs, part.own, part.stated, scores=self.beta > 0)
         victim.words = words
         result = self._attack(victim, inputs["sample_ids"], p)
@@ -193,10 +196,12 @@ class StepTrainer(FeatureTrainer):
         return Part(text, [], None, None, sums)
 
     def _vision_side(self, parts: list[Part]) -> None:
-        for part in (part for part in parts if part.views):
+        for views in ([view for view in part.views if view.leaf.grad is not None] for part in parts):
+            if not views:
+                continue
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                remainder = torch.stack([view.pulled_back() for view in part.views]).sum()
-            self._count(vision_forward=sum(view.features is None for view in part.views))
+                remainder = torch.stack([view.pulled_back() for view in views]).sum()
+            self._count(vision_forward=sum(view.features is None for view in views))
             if remainder.requires_grad:
                 self.accelerator.backward(remainder)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from cmai_fast.attacks import Victim
 from cmai_fast.bridge import bridge_of
+from cmai_fast.evaluation.overhead import SavedActivations
 from cmai_fast.mbat import MBATConfig, MBATTrainer, shards
 from cmai_fast.mbat.parts import cut
 from cmai_fast.pixels import PixelSpace
@@ -19,6 +20,18 @@ from families import FAMILIES
 from training_steps import of_step, same, scarce
 
 PLACES = ("encode", "fuse", "clean backward", "attack", "adversarial branch", "second encode")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_without_a_loss_of_heads_the_clean_graph_does_not_wait_for_the_attack(
+    make_trainer, batch, monkeypatch, gamma
+) -> None:
+    trainer, live = make_trainer(gamma=gamma, beta=0.0, arm=False, inner="bridge"), []
+    attack = trainer._attack
+    monkeypatch.setattr(trainer, "_attack", lambda *given: (live.append(held.live), attack(*given))[1])
+    with SavedActivations(trainer.model) as held:
+        trainer.training_step(trainer.model, batch)
+    assert (live[0] > 0) == (gamma > 0) and held.peak > 0
 
 
 @pytest.mark.parametrize("place, most", [(place, k % 3 + 1) for k, place in enumerate(PLACES)] + [("fuse", 1)])
@@ -134,11 +147,10 @@ def test_dropout_of_the_vision_side_is_the_same_in_both_of_its_passes(make_train
     scarce(trainer, 2, "fuse", monkeypatch)
     with pytest.warns(RuntimeWarning):
         trainer.training_step(trainer.model, dict(batch))
-    passes = [x for x in seen if len(x) == 2]  # clean, adversarial of each part; then both of each once more
+    passes = [x for x in seen if len(x) == 2]  # of each part clean, again, adversarial; then these again
     assert len(passes) == 8
-    first, again = [passes[i] for i in range(4)], [passes[i] for i in range(4, 8)]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], first[1])
+    assert all(torch.equal(passes[first], passes[again]) for first, again in ((0, 1), (2, 6), (3, 4), (5, 7)))
+    assert not torch.equal(passes[0], passes[2])
 
 
 def test_a_failed_attempt_takes_no_random_numbers(make_trainer, batch, monkeypatch) -> None:

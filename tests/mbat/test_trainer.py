@@ -16,7 +16,7 @@ from cmai_fast.bridge import Bridge, output_layer, task_loss
 from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.token_loss import token_losses
 from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
-from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, last_checkpoint
+from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, consistency, last_checkpoint
 from cmai_fast.mbat import step as step_module
 
 
@@ -481,7 +481,7 @@ def test_the_attack_and_the_contrastive_loss_read_the_right_answers(make_trainer
         seen.extend((parts[0].own, parts[0].wrong))
         return contrast(parts, text)
 
-    monkeypatch.setattr(step_module, "Victim", spy_victim)
+    monkeypatch.setattr(consistency, "Victim", spy_victim)
     monkeypatch.setattr(trainer, "_contrast", spy_contrast)
     trainer.training_step(trainer.model, batch)
     for got, right in zip(seen, (expected, expected, wrong), strict=True):
