@@ -1,0 +1,69 @@
+"""CUDA graphs of the vision side: where they run, and what is refused. `tests/test_on_gpu.py` runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cmai_fast.attacks import exact_gradient
+from cmai_fast.mbat import MBATConfig
+
+
+class Recorded:
+    """In place of `EncoderGraphs`."""
+
+    def __init__(self) -> None:
+        self.asked = self.ran = 0
+
+    def of(self, bridge, model_input):
+        self.asked += 1
+
+        def run(images):
+            self.ran += 1
+            return bridge.encode_image(images)
+
+        return run
+
+
+def test_a_graph_runs_where_the_gradient_of_all_images_is_asked_for(make_victim) -> None:
+    victim, graphs = make_victim(), Recorded()
+    images = victim.space.to_model(victim.pixels())
+    expected, _ = exact_gradient(victim, images)
+    victim.graphs = graphs
+    for _ in range(2):
+        found, _ = exact_gradient(victim, images)
+        assert torch.equal(found, expected)
+    assert (graphs.asked, graphs.ran) == (1, 2)
+    victim(images)  # no gradient
+    rows = torch.tensor([0, 2])
+    exact_gradient(victim, images[rows], rows)  # another number of images than was captured
+    assert (graphs.asked, graphs.ran) == (1, 2)
+
+
+def test_each_attack_of_a_trainer_uses_the_same_graphs(make_trainer, batch, monkeypatch) -> None:
+    trainer = make_trainer(beta=0.0, gamma=0.0, arm=False, inner="bridge", inner_steps=3)
+    monkeypatch.setattr("cmai_fast.mbat.trainer.check_graphs", lambda trainer: None)
+    trainer._graphs, trainer.args.cuda_graphs = Recorded(), True
+    for _ in range(2):
+        trainer.training_step(trainer.model, batch)
+    assert (trainer._graphs.asked, trainer._graphs.ran) == (2, 6)  # asked once per victim
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recompute": "full"}, "recompute is 'full' and cuda_graphs True; expected recompute 'none'"),
+        (
+            {"split": True, "beta": 0.0, "gamma": 0.0, "arm": False},
+            "split is True and cuda_graphs True; expected split",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(tmp_path, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        MBATConfig(output_dir=str(tmp_path), report_to="none", cuda_graphs=True, **settings)
+
+
+def test_a_cpu_has_no_graphs(make_trainer) -> None:
+    with pytest.raises(ValueError, match="cuda_graphs is True, and the device is cpu"):
+        make_trainer(cuda_graphs=True)
