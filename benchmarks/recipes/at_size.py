@@ -33,6 +33,7 @@ from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.mbat.split import adversarial_rows
 
 _ALONE: dict[str, Any] = {"beta": 0.0, "gamma": 0.0, "arm": False}  # without S_c
+_CONSISTENT: dict[str, Any] = {"gamma": 1.0, "beta": 0.0, "arm": False, "consistency_steps": 5}
 STEPS: dict[str, dict[str, Any]] = {
     "clean": CLEAN_STEP,
     "pgd-at": {"inner": "pgd", "lam": 1.0, "beta": 0.0, "gamma": 0.0},
@@ -42,7 +43,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "split-r0-memory": {"inner": "bridge", "refreshes": 0, "split": True, "split_memory": 64, **_ALONE},
     "split-r0": {"inner": "bridge", "refreshes": 0, "split": True, **_ALONE},
     # The mean over a full step and five on S_c alone.
-    "cmai-r0": {"inner": "bridge", "refreshes": 0, "gamma": 1.0, "beta": 0.0, "arm": False, "consistency_steps": 5},
+    "cmai-r0": {"inner": "bridge", "refreshes": 0, **_CONSISTENT},
+    "cmai-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_CONSISTENT},
     "bridge-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_ALONE},
     "mbat-bridge-r1": {"inner": "bridge", "refreshes": 1},
     "mbat-bridge-r2": {"inner": "bridge", "refreshes": 2},
