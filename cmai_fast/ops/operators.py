@@ -134,13 +134,3 @@ def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *, symm
         RuntimeError: also for a label outside 0 .. M-1 (on a GPU: its own device-side assertion).
     """
     return torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric)[0]
-
-
-def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, eq. 1), with l = scale * query @ keys.T + bias:
-
-        loss = -1/N sum_ij log sigmoid(z_ij * l_ij),  z_ij = 1 where j = labels[i], else -1
-
-    Arguments, memory and result are those of `info_nce`; bias is a 0-d tensor, differentiable as scale is.
-    """
-    return torch.ops.cmai_fast.sigmoid_loss(query, keys, labels, scale, bias)

@@ -29,11 +29,6 @@ SCHEMAS = {
         "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor row_lse, Tensor column_lse) "
         "-> (Tensor, Tensor, Tensor)"
     ),
-    "sigmoid_loss": "(Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor bias) -> Tensor",
-    "sigmoid_loss_backward": (
-        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor bias) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
-    ),
 }
 
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -248,20 +243,6 @@ def check_info_nce_backward(
     )
 
 
-def check_sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> None:
-    check_info_nce(query, keys, labels, scale)
-    _check_shape("bias", bias, (), "(a 0-d tensor)")
-    _check_float("bias", bias)
-    _check_device("bias", bias, "query", query)
-
-
-def check_sigmoid_loss_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
-) -> None:
-    check_sigmoid_loss(query, keys, labels, scale, bias)
-    _check_shape("grad", grad, (), "(the gradient of the 0-d loss)")
-
-
 CHECKS: dict[str, Callable[..., None]] = {
     "pgd_linf_step_": check_pgd_step,
     "pgd_l2_step_": check_pgd_step,
@@ -272,8 +253,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "cosine_heads_backward": check_cosine_heads_backward,
     "info_nce": check_info_nce,
     "info_nce_backward": check_info_nce_backward,
-    "sigmoid_loss": check_sigmoid_loss,
-    "sigmoid_loss_backward": check_sigmoid_loss_backward,
 }
 
 
@@ -303,24 +282,12 @@ def _fake_info_nce_backward(
     return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(())
 
 
-def _fake_sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return query.new_empty((), dtype=compute_dtype(query, keys, scale, bias))
-
-
-def _fake_sigmoid_loss_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(()), bias.new_empty(())
-
-
 # Other operators write into their arguments and return nothing.
 _FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "cosine_heads": _fake_cosine_heads,
     "cosine_heads_backward": _fake_cosine_heads_backward,
     "info_nce": _fake_info_nce,
     "info_nce_backward": _fake_info_nce_backward,
-    "sigmoid_loss": _fake_sigmoid_loss,
-    "sigmoid_loss_backward": _fake_sigmoid_loss_backward,
 }
 
 

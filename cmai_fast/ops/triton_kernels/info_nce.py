@@ -150,7 +150,7 @@ def _plan_info_nce(
     if not carries(query, keys, scale):
         return None
     (rows, size), count = query.shape, keys.shape[0]
-    blocks = blocks_of(query.dtype, size, "columns" if symmetric else "little")
+    blocks = blocks_of(query.dtype, size, columns=symmetric)
     # In one direction nothing is kept per column, and every row tile is a group.
     groups, group = spans(rows, blocks.a, _MOST_PARTS if symmetric else rows)
     parts, span = spans(count, blocks.b, min(_MOST_PARTS, useful(groups)))
@@ -184,7 +184,7 @@ def _plan_info_nce_backward(
         return None
     (rows, size), count = query.shape, keys.shape[0]
     symmetric = column_lse.shape[0] > 0
-    blocks = blocks_of(query.dtype, size, "little")
+    blocks = blocks_of(query.dtype, size, columns=False)
 
     def kernel(
         grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
