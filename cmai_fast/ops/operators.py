@@ -113,7 +113,15 @@ def cosine_heads(image: Tensor, text: Tensor) -> Tensor:
     return torch.ops.cmai_fast.cosine_heads(image, text)
 
 
-def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *, symmetric: bool = False) -> Tensor:
+def info_nce(
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    symmetric: bool = False,
+    groups: Tensor | None = None,
+) -> Tensor:
     """The InfoNCE loss (van den Oord et al. 2018, eq. 4): mean cross-entropy of scale * query @ keys.T against labels.
 
     The N x M logits are never stored: forward and backward compute them in chunks of rows, so memory is O((N + M) D).
@@ -126,6 +134,8 @@ def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *, symm
         scale: 0-d tensor, 1 / temperature.
         symmetric: the mean of both directions (CLIP, Radford et al. 2021, figure 3): over the keys for each query, and
             for each query's own key over the queries. The logits are computed once for both.
+        groups: (M,) int64: other keys of the group of a query's own key (the same text once more) are no negatives for
+            it: their logits are -inf, in both directions. None: every other key is a negative.
 
     Returns:
         0-d loss, float32 (float64 where an input is); 0 with zero gradients when N = 0.
@@ -133,4 +143,4 @@ def info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *, symm
     Raises:
         RuntimeError: also for a label outside 0 .. M-1 (on a GPU: its own device-side assertion).
     """
-    return torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric)[0]
+    return torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric, groups)[0]

@@ -255,8 +255,13 @@ def _own(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, labels[:, None]).squeeze(1)
 
 
+def _left_out(labels: Tensor, groups: Tensor) -> Tensor:
+    """(n, M) bool: the keys of the group of each row's own key, without that key. labels (n,), groups (M,)."""
+    return (groups[labels, None] == groups).scatter_(1, labels[:, None], False)
+
+
 def info_nce(
-    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query, keys, scale)
     rows, count = query.shape[0], keys.shape[0]
@@ -269,6 +274,8 @@ def info_nce(
     keys, scale = keys.to(dtype), scale.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = (query[chunk].to(dtype) @ keys.T).mul_(scale)
+        if groups is not None:
+            logits.masked_fill_(_left_out(labels[chunk], groups), -torch.inf)
         row_lse[chunk] = logits.logsumexp(1)
         own = _own(logits, labels[chunk]).sum()
         loss += row_lse[chunk].sum() - own
@@ -281,11 +288,19 @@ def info_nce(
 
 
 def info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With R = softmax of each row - onehot(labels), or in both directions the mean of that and of n_j * softmax of
-    each column - onehot(labels), where n_j rows have the label j, the gradients are scale/N * R @ keys for the query,
-    scale/N * R.T @ query for the keys, and 1/N * sum((R @ keys) * query) for the scale."""
+    each column - onehot(labels), where n_j rows have the label j, and 0 where a key is left out, the gradients are
+    scale/N * R @ keys for the query, scale/N * R.T @ query for the keys, and 1/N * sum((R @ keys) * query) for the
+    scale."""
     dtype = compute_dtype(query, keys, scale)
     rows, count = query.shape[0], keys.shape[0]
     wide_keys, wide_scale = keys.to(dtype), scale.to(dtype)
@@ -302,6 +317,8 @@ def info_nce_backward(
         residual = logits.sub_(row_lse[chunk, None]).exp_()
         if by_column is not None:
             residual.add_(by_column).div_(2)
+        if groups is not None:
+            residual.masked_fill_(_left_out(labels[chunk], groups), 0)
         residual.scatter_add_(1, labels[chunk, None], residual.new_full((residual.shape[0], 1), -1))
         pulled = residual @ wide_keys
         grad_scale += (pulled * wide_query).sum()

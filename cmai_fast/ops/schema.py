@@ -22,11 +22,12 @@ SCHEMAS = {
     "cosine_heads": "(Tensor image, Tensor text) -> Tensor",
     "cosine_heads_backward": "(Tensor grad, Tensor image, Tensor text) -> (Tensor, Tensor)",
     "info_nce": (
-        "(Tensor query, Tensor keys, Tensor labels, Tensor scale, bool symmetric=False) "
+        "(Tensor query, Tensor keys, Tensor labels, Tensor scale, bool symmetric=False, Tensor? groups=None) "
         "-> (Tensor loss, Tensor row_lse, Tensor column_lse)"
     ),
     "info_nce_backward": (
-        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor row_lse, Tensor column_lse) "
+        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor row_lse, Tensor column_lse, "
+        "Tensor? groups=None) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 }
@@ -214,7 +215,9 @@ def check_cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> No
     _check_shape("grad", grad, image.shape[:2], "(one per sample and head)")
 
 
-def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False) -> None:
+def check_info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
+) -> None:
     torch._check(query.dim() == 2, lambda: f"query has shape {tuple(query.shape)}, expected (N, D)")
     torch._check(
         keys.dim() == 2 and keys.shape[1] == query.shape[1],
@@ -227,12 +230,23 @@ def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, s
         _check_float(name, tensor)
     for name, tensor in (("keys", keys), ("labels", labels), ("scale", scale)):
         _check_device(name, tensor, "query", query)
+    if groups is not None:
+        _check_shape("groups", groups, keys.shape[:1], "(one per row of keys)")
+        torch._check(groups.dtype == torch.int64, lambda: f"groups has dtype {groups.dtype}, expected torch.int64")
+        _check_device("groups", groups, "query", query)
 
 
 def check_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    groups: Tensor | None = None,
 ) -> None:
-    check_info_nce(query, keys, labels, scale)
+    check_info_nce(query, keys, labels, scale, groups=groups)
     _check_shape("grad", grad, (), "(the gradient of the 0-d loss)")
     _check_shape("row_lse", row_lse, query.shape[:1], "(one per row of query, from info_nce)")
     torch._check(
@@ -265,7 +279,7 @@ def _fake_cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> tu
 
 
 def _fake_info_nce(
-    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query, keys, scale)
     columns = keys.shape[:1] if symmetric else (0,)
@@ -277,7 +291,7 @@ def _fake_info_nce(
 
 
 def _fake_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(())
 

@@ -34,7 +34,7 @@ if INTERPRETED:
         ((64, 64, 33), torch.float16),
         *((sizes, dtype) for sizes in SIZES[-2:] for dtype in DTYPES),
     ]
-LOSSES = ["info_nce", "symmetric info_nce"]
+LOSSES = ["info_nce", "symmetric info_nce", "grouped info_nce", "symmetric grouped info_nce"]
 
 
 def make_inputs(rows: int, count: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -45,22 +45,40 @@ def make_inputs(rows: int, count: int, size: int, dtype: torch.dtype = torch.flo
     return query, keys, labels, torch.tensor(14.0).to(dtype)
 
 
+def some_groups(count: int) -> Tensor:
+    """About three keys to a group; two groups each have the same lower 32 bits."""
+    number = torch.randint(max(1, count // 3), (count,), generator=torch.Generator().manual_seed(1))
+    return number // 2 + (number % 2 << 32) - 3
+
+
+def options_of(name: str, count: int, device: str | torch.device = "cpu") -> dict[str, Any]:
+    groups = some_groups(count).to(device) if "grouped" in name else None
+    return {"symmetric": "symmetric" in name, "groups": groups}
+
+
 def ours(by: Implementation, name: str) -> Loss:
     operator = by("info_nce")
-    return lambda *tensors: operator(*tensors, symmetric=name.startswith("symmetric"))
+    return lambda query, keys, *rest: operator(query, keys, *rest, **options_of(name, len(keys), query.device))
 
 
-def plain(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    return F.cross_entropy(scale * (query @ keys.T), labels)
+def left_out(labels: Tensor, groups: Tensor) -> Tensor:
+    """(N, M) bool, by its definition: other keys of the group of a row's own key."""
+    return (groups[labels][:, None] == groups) & (F.one_hot(labels, len(groups)) == 0)
 
 
-def plain_symmetric(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    logits = scale * (query @ keys.T)
-    by_column = F.cross_entropy(logits.T[labels], torch.arange(len(query), device=query.device))
-    return (F.cross_entropy(logits, labels) + by_column) / 2
+def plain(name: str) -> Loss:
+    """The masked matrix of logits, by PyTorch."""
 
+    def loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        options, logits = options_of(name, len(keys), query.device), scale * (query @ keys.T)
+        if options["groups"] is not None:
+            logits = logits.masked_fill(left_out(labels, options["groups"]), -math.inf)
+        by_row = F.cross_entropy(logits, labels)
+        if not options["symmetric"]:
+            return by_row
+        return (by_row + F.cross_entropy(logits.T[labels], torch.arange(len(query), device=query.device))) / 2
 
-PLAIN = {"info_nce": plain, "symmetric info_nce": plain_symmetric}
+    return loss
 
 
 def value_and_gradients(
@@ -91,14 +109,14 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_us
 
 @pytest.mark.usefixtures("chunk", "carried")
 @pytest.mark.parametrize("sizes, dtype", CASES)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "grouped info_nce" or not INTERPRETED])
 def test_error_is_at_most_twice_that_of_plain_pytorch(
     in_use: Implementation, name: str, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     query, keys, labels, scale = make_inputs(*sizes, dtype)
-    exact = value_and_gradients(PLAIN[name], query.double(), keys.double(), labels, scale.double())
+    exact = value_and_gradients(plain(name), query.double(), keys.double(), labels, scale.double())
     got = value_and_gradients(ours(in_use, name), query, keys, labels, scale, device=in_use.device)
-    by_plain = value_and_gradients(PLAIN[name], query, keys, labels, scale, device=in_use.device)
+    by_plain = value_and_gradients(plain(name), query, keys, labels, scale, device=in_use.device)
     for mine, theirs, right in zip(got, by_plain, exact, strict=True):
         error, allowed = (mine.double() - right).abs().max(), (theirs.double() - right).abs().max()
         size = max(1.0, float(right.abs().max()))
@@ -106,6 +124,38 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(
         # And exp(logit - lse) is off by what float32 rounds from an lse, here of about the size of the scale.
         floor = (torch.finfo(mine.dtype).eps + 2**-24 * float(scale)) * size
         assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
+
+
+@pytest.mark.usefixtures("chunk", "carried")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_left_out_is_exactly_the_other_keys_of_the_group(in_use: Implementation, symmetric: bool) -> None:
+    """With the identity as keys the gradient of the query is the derivative by the logits, times a number: zero where a
+    logit is -inf, and nowhere else. A mask that is off by one, or by a tile, shows at once."""
+    rows, count = 150, 200
+    query = torch.rand(rows, count, generator=torch.Generator().manual_seed(0)).to(in_use.device).requires_grad_()
+    labels, groups = torch.arange(rows) * 7 % count, some_groups(count)
+    arguments = (torch.eye(count), labels, torch.tensor(2.0), groups)
+    keys, own, scale, its = (tensor.to(in_use.device) for tensor in arguments)
+    in_use("info_nce")(query, keys, own, scale, symmetric=symmetric, groups=its).backward()
+    assert query.grad is not None
+    out = left_out(labels, groups)
+    assert int(out.sum()) > 300 and torch.equal(query.grad.cpu() == 0, out)
+
+
+@pytest.mark.usefixtures("carried")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_groups_of_one_key_and_a_group_of_all(in_use: Implementation, symmetric: bool) -> None:
+    query, keys, _, scale = make_inputs(70, 130, 16)
+    operator, labels = in_use("info_nce"), torch.arange(70)
+
+    def by(groups: Tensor | None) -> list[Tensor]:
+        its = None if groups is None else groups.to(in_use.device)
+        loss = lambda *tensors: operator(*tensors, symmetric=symmetric, groups=its)  # noqa: E731
+        return value_and_gradients(loss, query, keys, labels, scale, device=in_use.device)
+
+    torch.testing.assert_close(by(torch.arange(130) - 60), by(None), rtol=1e-4, atol=1e-5)
+    for tensor in by(torch.full((130,), -9)):  # a query alone with its key has nothing to lose
+        torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=1e-5)
 
 
 @pytest.mark.not_interpreted("float64 is left to the reference")
@@ -136,10 +186,12 @@ def test_the_logits_are_never_whole(in_use: Implementation, monkeypatch: pytest.
     monkeypatch.setattr(reference, "_CHUNK", 4096)
     rows, count, size = 300, 400, 8
     query, keys, labels, scale = (tensor.to(in_use.device) for tensor in make_inputs(rows, count, size))
-    operators = torch.ops.cmai_fast
+    operators, groups = torch.ops.cmai_fast, some_groups(count).to(in_use.device)
     with LargestTensor() as largest:
         loss, *lse = operators.info_nce(query, keys, labels, scale, True)
         operators.info_nce_backward(loss, query, keys, labels, scale, *lse)
+        loss, *lse = operators.info_nce(query, keys, labels, scale, True, groups)
+        operators.info_nce_backward(loss, query, keys, labels, scale, *lse, groups)
     assert 0 < largest.elements <= 4096 < rows * count
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()), lambda nothing: nothing):
@@ -152,7 +204,7 @@ def test_the_logits_are_never_whole(in_use: Implementation, monkeypatch: pytest.
 def test_large_scale_does_not_overflow(in_use: Implementation, name: str) -> None:
     query, keys, labels, scale = make_inputs(5, 9, 4)
     got = value_and_gradients(ours(in_use, name), query, keys, labels, 700 * scale, device=in_use.device)
-    right = value_and_gradients(PLAIN[name], query.double(), keys.double(), labels, 700 * scale)
+    right = value_and_gradients(plain(name), query.double(), keys.double(), labels, 700 * scale)
     # float32 knows a logit of 1e4 to 1e-3, and its exp as well; three TF32 products know them to 1e-2.
     known = {"rtol": 2e-2, "atol": 2e-2} if in_use.device == "cuda" else {"rtol": 2e-3, "atol": 2e-3}
     for mine, exact in zip(got, right, strict=True):
@@ -206,12 +258,15 @@ def test_empty_batch_is_zero_with_zero_gradients(in_use: Implementation, name: s
 @pytest.mark.usefixtures("carried")
 @pytest.mark.parametrize("name", LOSSES)
 def test_non_contiguous_inputs(in_use: Implementation, name: str) -> None:
-    inputs, loss = make_inputs(6, 8, 10), ours(in_use, name)
+    inputs, loss, operator = make_inputs(6, 8, 10), ours(in_use, name), in_use("info_nce")
     right = value_and_gradients(loss, *inputs, device=in_use.device)
 
     def strided(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        options = options_of(name, len(keys), query.device)
+        if options["groups"] is not None:
+            options["groups"] = options["groups"].repeat_interleave(2)[::2]
         apart = labels.repeat_interleave(2)[::2]
-        return loss(query.T.contiguous().T, keys.T.contiguous().T, apart, scale)
+        return operator(query.T.contiguous().T, keys.T.contiguous().T, apart, scale, **options)
 
     torch.testing.assert_close(value_and_gradients(strided, *inputs, device=in_use.device), right)
 
@@ -257,12 +312,13 @@ def test_gradients_come_in_the_dtypes_of_the_inputs(
 @pytest.mark.parametrize("name", LOSSES)
 def test_opcheck(in_use: Implementation, name: str) -> None:
     query, keys, labels, scale = (tensor.to(in_use.device) for tensor in make_inputs(4, 6, 5))
-    symmetric = name.startswith("symmetric")
-    lse = torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric)[1:]
-    grad = torch.ones((), device=in_use.device)
-    torch.library.opcheck(torch.ops.cmai_fast.info_nce_backward.default, (grad, query, keys, labels, scale, *lse))
+    symmetric, groups = options_of(name, 6, in_use.device).values()
+    lse = torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric, groups)[1:]
+    backward = (torch.ones((), device=in_use.device), query, keys, labels, scale, *lse, groups)
+    torch.library.opcheck(torch.ops.cmai_fast.info_nce_backward.default, backward)
     leaves = [tensor.clone().requires_grad_() for tensor in (query, keys, scale)]
-    torch.library.opcheck(torch.ops.cmai_fast.info_nce.default, (*leaves[:2], labels, leaves[2], symmetric))
+    forward = (*leaves[:2], labels, leaves[2], symmetric, groups)
+    torch.library.opcheck(torch.ops.cmai_fast.info_nce.default, forward)
 
 
 @pytest.mark.gpu
@@ -312,7 +368,8 @@ def test_label_out_of_range_is_named(in_use: Implementation, name: str, label: i
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", LOSSES)
 def test_label_out_of_range_is_refused_on_a_gpu(name: str) -> None:
-    extra = ", symmetric=True" if name.startswith("symmetric") else ""
+    extra = ", symmetric=True" if "symmetric" in name else ""
+    extra += ", groups=torch.arange(5, device='cuda')" if "grouped" in name else ""
     code = (
         "import torch, cmai_fast.ops as ops; q, k = torch.rand(4, 3, device='cuda'), torch.rand(5, 3, device='cuda');"
         "labels = torch.tensor([0, 1, 5, 2], device='cuda'); scale = torch.tensor(9.0, device='cuda');"
@@ -331,3 +388,7 @@ def test_wrong_arguments_are_named() -> None:
         ops.info_nce(query, keys, labels.int(), scale)
     with pytest.raises(RuntimeError, match=r"scale has shape \(1,\)"):
         ops.info_nce(query, keys, labels, scale[None])
+    with pytest.raises(RuntimeError, match=r"groups has shape \(4,\), expected \(5,\) \(one per row of keys\)"):
+        ops.info_nce(query, keys, labels, scale, groups=labels)
+    with pytest.raises(RuntimeError, match=r"groups has dtype torch.int32, expected torch.int64"):
+        ops.info_nce(query, keys, labels, scale, groups=torch.arange(5).int())

@@ -131,9 +131,11 @@ def _depth(size: int, most: int) -> int:
 # the tests compile them for all three.
 
 
-def blocks_of(dtype: torch.dtype, size: int, *, columns: bool) -> Blocks:
-    """`columns`: whether a kernel keeps sums of each column too, beside those of rows."""
-    if dtype == torch.float32 or columns:
+def blocks_of(dtype: torch.dtype, size: int, *, columns: bool = False, grouped: bool = False) -> Blocks:
+    """By what a kernel holds beside a sum of each row while it walks: sums of columns, groups of rows and columns."""
+    if columns and grouped:
+        return Blocks(a=64, b=64, d=_depth(size, 32), warps=8, stages=3)
+    if dtype == torch.float32 or columns or grouped:
         return Blocks(a=128, b=64, d=_depth(size, 32), warps=8, stages=3)
     return Blocks(a=128, b=128, d=_depth(size, 64), warps=8, stages=3)
 
