@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from cmai_fast.ops.schema import compute_dtype
 from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
@@ -285,6 +286,22 @@ def info_nce(
     if symmetric:
         loss = (loss + column_lse[labels].sum()) / 2
     return loss / rows, row_lse, column_lse
+
+
+def whole_info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool, groups: Tensor | None
+) -> Tensor:
+    """The loss of `info_nce` over all logits at once, differentiable by PyTorch; at least one row."""
+    check_labels(labels, keys.shape[0])
+    dtype = compute_dtype(query, keys, scale)
+    logits = (scale.to(dtype) * query.to(dtype)) @ keys.to(dtype).T
+    if groups is not None:
+        logits = logits.masked_fill(_left_out(labels, groups), -torch.inf)
+    by_row = cross_entropy(logits, labels)
+    if not symmetric:
+        return by_row
+    rows = torch.arange(len(query), device=query.device)
+    return (by_row + cross_entropy(logits.T.index_select(0, labels), rows)) / 2
 
 
 def info_nce_backward(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmai_fast import ops
-from cmai_fast.ops import backend, reference
+from cmai_fast.ops import backend, operators, reference
 from implementations import INTERPRETED, Implementation
 
 Loss = Callable[..., Tensor]
@@ -91,6 +91,13 @@ def value_and_gradients(
     return [tensor.detach().cpu() for tensor in (out, *gradients)]
 
 
+@pytest.fixture(autouse=True)
+def by_the_operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of few logits on a CPU; the tests of those say so."""
+    if not request.node.name.startswith("test_few_logits"):
+        monkeypatch.setattr(operators, "_FEW_LOGITS", 0)
+
+
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_use: Implementation) -> Iterator[None]:
     """Of the reference; and for Triton's kernels, whether a program walks over one tile or over several."""
@@ -107,16 +114,13 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_us
     backend.forget_choices()
 
 
-@pytest.mark.usefixtures("chunk", "carried")
-@pytest.mark.parametrize("sizes, dtype", CASES)
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "grouped info_nce" or not INTERPRETED])
-def test_error_is_at_most_twice_that_of_plain_pytorch(
-    in_use: Implementation, name: str, sizes: tuple[int, int, int], dtype: torch.dtype
+def assert_error_is_at_most_twice_that_of_plain_pytorch(
+    by: Implementation, name: str, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     query, keys, labels, scale = make_inputs(*sizes, dtype)
     exact = value_and_gradients(plain(name), query.double(), keys.double(), labels, scale.double())
-    got = value_and_gradients(ours(in_use, name), query, keys, labels, scale, device=in_use.device)
-    by_plain = value_and_gradients(plain(name), query, keys, labels, scale, device=in_use.device)
+    got = value_and_gradients(ours(by, name), query, keys, labels, scale, device=by.device)
+    by_plain = value_and_gradients(plain(name), query, keys, labels, scale, device=by.device)
     for mine, theirs, right in zip(got, by_plain, exact, strict=True):
         error, allowed = (mine.double() - right).abs().max(), (theirs.double() - right).abs().max()
         size = max(1.0, float(right.abs().max()))
@@ -124,6 +128,58 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(
         # And exp(logit - lse) is off by what float32 rounds from an lse, here of about the size of the scale.
         floor = (torch.finfo(mine.dtype).eps + 2**-24 * float(scale)) * size
         assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
+
+
+@pytest.mark.usefixtures("chunk", "carried")
+@pytest.mark.parametrize("sizes, dtype", CASES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "grouped info_nce" or not INTERPRETED])
+def test_error_is_at_most_twice_that_of_plain_pytorch(
+    in_use: Implementation, name: str, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    assert_error_is_at_most_twice_that_of_plain_pytorch(in_use, name, sizes, dtype)
+
+
+@pytest.mark.parametrize("sizes, dtype", [(sizes, dtype) for sizes in SIZES for dtype in DTYPES])
+@pytest.mark.parametrize("name", LOSSES)
+def test_few_logits_on_a_cpu_are_as_exact(name: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    by = Implementation(lambda operator: getattr(ops, operator))
+    assert_error_is_at_most_twice_that_of_plain_pytorch(by, name, sizes, dtype)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_few_logits_on_a_cpu_have_dtypes_and_errors_of_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = ours(Implementation(lambda operator: getattr(ops, operator)), name)
+    query, keys, labels, scale = make_inputs(4, 5, 3, torch.float16)
+    inputs = (query.float(), keys, labels, scale.double())
+    by_pytorch = value_and_gradients(loss, *inputs)
+    assert value_and_gradients(loss, *make_inputs(0, 3, 4))[0] == 0
+    with pytest.raises(RuntimeError, match="labels hold 5, expected row numbers of keys, 0 to 4"):
+        loss(query, keys, labels * 0 + 5, scale)
+    with pytest.raises(RuntimeError, match=r"keys has shape \(5, 2\)"):
+        loss(query, keys[:, :2], labels, scale)
+    monkeypatch.setattr(operators, "_FEW_LOGITS", 0)
+    by_operator = value_and_gradients(loss, *inputs)
+    assert [tensor.dtype for tensor in by_pytorch] == [tensor.dtype for tensor in by_operator]
+    torch.testing.assert_close(by_pytorch, by_operator, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count, few", [(256, True), (257, False)])
+def test_few_logits_on_a_cpu_are_left_to_pytorch(count: int, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in make_inputs(256, count, 3)]
+
+    def is_by_the_operator() -> bool:
+        return "cmai_fast_info_nce" in str(ops.info_nce(*inputs).grad_fn)
+
+    assert is_by_the_operator() is not few
+    with torch.autocast("cpu", torch.bfloat16):  # which products of PyTorch would follow
+        assert is_by_the_operator()
+    monkeypatch.setenv("CMAI_FAST_BACKEND", "reference")
+    backend.forget_choices()
+    try:
+        assert is_by_the_operator(), "a backend was asked for by name"
+    finally:
+        monkeypatch.undo()
+        backend.forget_choices()
 
 
 @pytest.mark.usefixtures("chunk", "carried")
@@ -186,12 +242,12 @@ def test_the_logits_are_never_whole(in_use: Implementation, monkeypatch: pytest.
     monkeypatch.setattr(reference, "_CHUNK", 4096)
     rows, count, size = 300, 400, 8
     query, keys, labels, scale = (tensor.to(in_use.device) for tensor in make_inputs(rows, count, size))
-    operators, groups = torch.ops.cmai_fast, some_groups(count).to(in_use.device)
+    ours, groups = torch.ops.cmai_fast, some_groups(count).to(in_use.device)
     with LargestTensor() as largest:
-        loss, *lse = operators.info_nce(query, keys, labels, scale, True)
-        operators.info_nce_backward(loss, query, keys, labels, scale, *lse)
-        loss, *lse = operators.info_nce(query, keys, labels, scale, True, groups)
-        operators.info_nce_backward(loss, query, keys, labels, scale, *lse, groups)
+        loss, *lse = ours.info_nce(query, keys, labels, scale, True)
+        ours.info_nce_backward(loss, query, keys, labels, scale, *lse)
+        loss, *lse = ours.info_nce(query, keys, labels, scale, True, groups)
+        ours.info_nce_backward(loss, query, keys, labels, scale, *lse, groups)
     assert 0 < largest.elements <= 4096 < rows * count
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()), lambda nothing: nothing):
@@ -225,12 +281,12 @@ def test_large_scale_does_not_overflow(in_use: Implementation, name: str) -> Non
 )
 def test_what_is_not_finite_stays_in_its_own_row(in_use: Implementation, chunk: None, bad: float) -> None:
     query, keys, labels, scale = (tensor.to(in_use.device) for tensor in make_inputs(140, 150, 6))
-    grad, operators = torch.ones((), device=in_use.device), torch.ops.cmai_fast
+    grad, ours = torch.ones((), device=in_use.device), torch.ops.cmai_fast
 
     def run() -> tuple[Tensor, ...]:
-        _, row_lse, _ = operators.info_nce(query, keys, labels, scale, False)
-        column_lse = operators.info_nce(query, keys, labels, scale, True)[2]
-        backward = operators.info_nce_backward(grad, query, keys, labels, scale, row_lse, column_lse[:0])
+        _, row_lse, _ = ours.info_nce(query, keys, labels, scale, False)
+        column_lse = ours.info_nce(query, keys, labels, scale, True)[2]
+        backward = ours.info_nce_backward(grad, query, keys, labels, scale, row_lse, column_lse[:0])
         return row_lse, column_lse, backward[0]
 
     before = run()
