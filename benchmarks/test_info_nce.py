@@ -1,5 +1,5 @@
-"""InfoNCE, forward and backward: the operator, the full matrix, and a loop over chunks that keeps gradients only; in one
-direction, and as the trainer runs it: both directions, and equal texts are no negatives."""
+"""InfoNCE, forward and backward: the operator, the full matrix, and a loop over chunks that keeps gradients only; in
+one direction, and as the trainer runs it: in both, and equal texts are no negatives."""
 
 from __future__ import annotations
 
