@@ -15,8 +15,8 @@ from cmai_fast.ops.schema import check_info_nce
 from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart, public
 
 # On a CPU, up to so many logits take less time at once, with PyTorch's own gradients, than by the operator, which then
-# is mostly Python: 0.6 times for 64 x 64 (d = 128), 0.8 times for 256 x 256 and 1.1 times for 512 x 512 (d = 256; forward
-# and backward in both directions, with groups; AMD EPYC with AVX2 code, one thread).
+# is mostly Python: 0.6 times for 64 x 64 (d = 128), 0.8 times for 256 x 256 and 1.1 times for 512 x 512 (both d = 256;
+# forward and backward in both directions, with groups; AMD EPYC, ATEN_CPU_CAPABILITY=avx2, one thread).
 _FEW_LOGITS = 1 << 16
 
 pgd_linf_step_ = public("pgd_linf_step_", PgdStep, call("pgd_linf_step_"))
