@@ -4,17 +4,16 @@
     python benchmarks/recipes/profile_step.py --model llava-100m         # 143M parameters, random weights, batch size 2
     python benchmarks/recipes/profile_step.py --model easyvqa-llava --refreshes 1 --out runs/profiles
 
-A part is a side of the model, the optimizer, the heads, an operator of `cmai_fast.ops`, the loss of the tokens (with
-the output layer, whose products run inside it), or the loop, which is all the rest. A backward pass counts for the part
-whose forward pass recorded it. "(Python)" is time in which PyTorch ran no operator: Python itself, and kernels of this
-library that PyTorch's dispatcher does not see. One step on the CPU, after one that warms up; the profiler itself makes
-small operators look larger.
+A part is a side of the model, the optimizer, the heads, an operator of `cmai_fast.ops`, the loss of the tokens where it
+is computed in chunks, or the loop, which is all the rest: also the output layer, where the model calls it itself. A
+backward pass counts for the part whose forward pass recorded it. "(Python)" is time in which PyTorch ran no operator:
+Python itself, and kernels of this library that PyTorch's dispatcher does not see. One step on the CPU, after one that
+warms up; the profiler itself makes small operators look larger.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,7 +71,7 @@ def parts_named(trainer: MBATTrainer) -> Iterator[None]:
         for name in SCHEMAS:
             if hasattr(ops, name):
                 stack.enter_context(mock.patch.object(ops, name, _named(getattr(ops, name), name)))
-        losses = _named(output_layer.token_losses, "token loss and output layer")
+        losses = _named(output_layer.token_losses, "token loss")
         stack.enter_context(mock.patch.object(output_layer, "token_losses", losses))
         yield
 
@@ -144,10 +143,8 @@ def main() -> None:
             optimizer.zero_grad()
 
     step()
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler, parts_named(trainer):
         step()
-    wall = time.perf_counter() - start
     total, seconds, calls = shares(profiler.events())
     by_part: Counter[str] = Counter()
     for (part, _), spent in seconds.items():
@@ -162,7 +159,6 @@ def main() -> None:
         "protocol": "self CPU time by torch.profiler of one training step after one that warms up",
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "profiled_seconds": total,
-        "wall_seconds": wall,
         "pytorch_share": sum(by_part[part] for part in PYTORCH) / total,
         "share_by_part": {part: spent / total for part, spent in by_part.most_common()},
         "rows": rows,
