@@ -2,7 +2,7 @@
 
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
-from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv.loss import contrastive_loss, packed_text, text_groups
 from cmai_fast.cmcv.verifier import Verifier
 
-__all__ = ["ConsistencyHeads", "Threshold", "Verifier", "calibrate", "contrastive_loss", "packed_text", "same_text"]
+__all__ = ["ConsistencyHeads", "Threshold", "Verifier", "calibrate", "contrastive_loss", "packed_text", "text_groups"]

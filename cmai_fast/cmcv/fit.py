@@ -10,7 +10,7 @@ from torch import Tensor
 from cmai_fast.bridge import ModelBridge, frozen
 from cmai_fast.cmcv.calibration import Threshold, calibrate
 from cmai_fast.cmcv.heads import ConsistencyHeads
-from cmai_fast.cmcv.loss import contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv.loss import contrastive_loss, packed_text, text_groups
 from cmai_fast.data.collate import negative_texts
 from cmai_fast.generation import Generation
 
@@ -47,7 +47,7 @@ def fit_heads(
                 heads.project_image(image, bridge.image_tokens(text)),
                 heads.project_text(own),
                 None if other is None else heads.project_text(other),
-                same_text=same_text(packed_text(*bridge.own_texts(text))),
+                groups=text_groups(packed_text(*bridge.own_texts(text))),
             )
             optimizer.zero_grad()
             loss.backward()

@@ -18,9 +18,9 @@ def packed_text(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.where(kept, input_ids.gather(1, order), -1)
 
 
-def same_text(packed: Tensor) -> Tensor:
-    """(N, N) bool: rows that hold the same text; packed: (N, L) from `packed_text`."""
-    return (packed[:, None] == packed[None]).all(-1)
+def text_groups(packed: Tensor) -> Tensor:
+    """(N,) int64: the same number for rows that hold the same text; packed: (N, L) from `packed_text`."""
+    return packed.unique(dim=0, return_inverse=True)[1]
 
 
 def contrastive_loss(
@@ -29,7 +29,7 @@ def contrastive_loss(
     text: Tensor,
     text_negative: Tensor | None = None,
     *,
-    same_text: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE over the batch; with wrong answers, right answer against wrong ones + 0.2 * InfoNCE. 0-d, differentiable.
 
@@ -42,7 +42,8 @@ def contrastive_loss(
         image, text: projections (N, dim) of images and of their own texts, not normalised.
         text_negative: (N * K, dim), row i * K + k is a wrong answer to the question of row i. It is a negative for
             image i alone, since it may be true of another image.
-        same_text: (N, N) bool, true where two rows hold the same text (`cmcv.same_text`). It is not a negative.
+        groups: (N,) int64, the same number for rows that hold the same text (`cmcv.text_groups`): they are no negatives
+            for each other. None: all texts differ.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -53,7 +54,10 @@ def contrastive_loss(
             f"text projections {tuple(text.shape)}, image projections {tuple(image.shape)}; expected equal"
         )
     image, text, scale = F.normalize(image, dim=-1), F.normalize(text, dim=-1), heads.scale
-    in_batch = _in_batch(image, text, scale, same_text)
+    if groups is not None and groups.shape != (n,):
+        raise ValueError(f"groups has shape {tuple(groups.shape)}; expected ({n},): one for each row")
+    own = torch.arange(n, device=image.device)
+    in_batch = ops.info_nce(image, text, own, scale, symmetric=True, groups=groups)
     if text_negative is None:
         return in_batch
     if not len(text_negative) or len(text_negative) % n or text_negative.shape[1:] != (dim,):
@@ -64,16 +68,3 @@ def contrastive_loss(
     answers = torch.cat([text.unsqueeze(1), wrong], dim=1)  # the right one first
     logits = scale * torch.einsum("nd,nkd->nk", image, answers)
     return _IN_BATCH_SHARE * in_batch + F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
-
-
-def _in_batch(image: Tensor, text: Tensor, scale: Tensor, same_text: Tensor | None) -> Tensor:
-    """Mean of image -> text and text -> image InfoNCE of normalised (N, dim), 0-d."""
-    own = torch.arange(len(image), device=image.device)
-    if same_text is None:
-        return ops.info_nce(image, text, own, scale, symmetric=True)
-    logits = scale * image @ text.T
-    if same_text.shape != logits.shape:
-        raise ValueError(f"same_text has shape {tuple(same_text.shape)}; expected {tuple(logits.shape)}")
-    others = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
-    logits = logits.masked_fill(same_text & others, float("-inf"))
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import ModelBridge, frozen
 from cmai_fast.bridge.graphs import EncoderGraphs
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, text_groups
 from cmai_fast.cmcv.verifier import Texts, Verifier
 from cmai_fast.data.collate import negative_texts
 from cmai_fast.mbat import ranks
@@ -123,14 +123,14 @@ class ConsistencyTrainer(CheckpointedTrainer):
             wrong = [] if ranks.any_of(not wrong) else wrong  # a batch has them where every sample has
             ranks.check_equal(sum(map(len, wrong)), "wrong answers")
             t_wrong = ranks.gather(torch.cat(wrong)) if wrong else None
-            same = same_text(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
+            groups = text_groups(ranks.gather_ragged(packed_text(*self.bridge.own_texts(text)), -1))
             tokens = [self.bridge.image_tokens(part.texts) for part in parts]
             projected = [
                 torch.cat([heads.project_image(view.leaf, n) for view, n in zip(views, tokens, strict=True)])
                 for views in zip(*(part.views for part in parts), strict=True)
             ]
             every_t = ranks.gather(t)
-            losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, same_text=same) for v in projected]
+            losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, groups=groups) for v in projected]
             loss = torch.stack(losses).mean()
         if weight:
             self.accelerator.backward(weight * loss)

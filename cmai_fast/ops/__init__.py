@@ -11,7 +11,6 @@ from cmai_fast.ops.operators import (
     pgd_l2_step_,
     pgd_linf_step_,
     random_start_,
-    sigmoid_loss,
 )
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "pgd_l2_step_",
     "pgd_linf_step_",
     "random_start_",
-    "sigmoid_loss",
 ]

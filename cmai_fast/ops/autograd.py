@@ -19,20 +19,15 @@ def _cosine_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save_info_nce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, keys, labels, scale, _ = inputs
+    query, keys, labels, scale, _, groups = inputs
     _, row_lse, column_lse = output
     ctx.mark_non_differentiable(row_lse, column_lse)
-    ctx.save_for_backward(query, keys, labels, scale, row_lse, column_lse)
+    ctx.save_for_backward(query, keys, labels, scale, row_lse, column_lse, groups)
 
 
-def _info_nce_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, Tensor, None]:
+def _info_nce_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, Tensor, None, None]:
     grad_query, grad_keys, grad_scale = torch.ops.cmai_fast.info_nce_backward(grad, *ctx.saved_tensors)
-    return grad_query, grad_keys, None, grad_scale, None
-
-
-def _sigmoid_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
-    grads = torch.ops.cmai_fast.sigmoid_loss_backward(grad, *ctx.saved_tensors)
-    return grads[0], grads[1], None, grads[2], grads[3]
+    return grad_query, grad_keys, None, grad_scale, None, None
 
 
 def _refuse_second_derivative(name: str) -> None:
@@ -49,8 +44,5 @@ torch.library.register_autograd(
     "cmai_fast::cosine_heads", _cosine_heads_backward, setup_context=_save_inputs, lib=LIBRARY
 )
 torch.library.register_autograd("cmai_fast::info_nce", _info_nce_backward, setup_context=_save_info_nce, lib=LIBRARY)
-torch.library.register_autograd(
-    "cmai_fast::sigmoid_loss", _sigmoid_loss_backward, setup_context=_save_inputs, lib=LIBRARY
-)
-for _name in ("cosine_heads", "info_nce", "sigmoid_loss"):
+for _name in ("cosine_heads", "info_nce"):
     _refuse_second_derivative(_name)

@@ -6,11 +6,12 @@ in the batch are processed in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from cmai_fast.ops.schema import compute_dtype
 from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
@@ -255,8 +256,13 @@ def _own(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, labels[:, None]).squeeze(1)
 
 
+def _left_out(labels: Tensor, groups: Tensor) -> Tensor:
+    """(n, M) bool: the keys of the group of each row's own key, without that key. labels (n,), groups (M,)."""
+    return (groups[labels, None] == groups).scatter_(1, labels[:, None], False)
+
+
 def info_nce(
-    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query, keys, scale)
     rows, count = query.shape[0], keys.shape[0]
@@ -269,6 +275,8 @@ def info_nce(
     keys, scale = keys.to(dtype), scale.to(dtype)
     for chunk in _row_chunks(rows, count):
         logits = (query[chunk].to(dtype) @ keys.T).mul_(scale)
+        if groups is not None:
+            logits.masked_fill_(_left_out(labels[chunk], groups), -torch.inf)
         row_lse[chunk] = logits.logsumexp(1)
         own = _own(logits, labels[chunk]).sum()
         loss += row_lse[chunk].sum() - own
@@ -280,77 +288,57 @@ def info_nce(
     return loss / rows, row_lse, column_lse
 
 
+def whole_info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool, groups: Tensor | None
+) -> Tensor:
+    """The loss of `info_nce` over all logits at once, differentiable by PyTorch; at least one row."""
+    check_labels(labels, keys.shape[0])
+    dtype = compute_dtype(query, keys, scale)
+    logits = (scale.to(dtype) * query.to(dtype)) @ keys.to(dtype).T
+    if groups is not None:
+        logits = logits.masked_fill(_left_out(labels, groups), -torch.inf)
+    by_row = cross_entropy(logits, labels)
+    if not symmetric:
+        return by_row
+    rows = torch.arange(len(query), device=query.device)
+    return (by_row + cross_entropy(logits.T.index_select(0, labels), rows)) / 2
+
+
 def info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward` with R = softmax of each row - onehot(labels); in both directions the mean of that and of
-    n_j * softmax of each column - onehot(labels), where n_j rows have the label j."""
-    symmetric = column_lse.shape[0] > 0
-    owners = torch.zeros_like(column_lse).scatter_add_(0, labels, torch.ones_like(row_lse)) if symmetric else None
-
-    def residual(logits: Tensor, chunk: slice) -> Tensor:
-        by_column = None if owners is None else (logits - column_lse).exp_().mul_(owners)
-        by_row = logits.sub_(row_lse[chunk, None]).exp_()
-        return by_row if by_column is None else by_row.add_(by_column).div_(2)
-
-    return _backward(grad, query, keys, labels, scale, None, residual)[:3]
-
-
-def _backward(
     grad: Tensor,
     query: Tensor,
     keys: Tensor,
     labels: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
-    residual_of: Callable[[Tensor, slice], Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With R = residual_of(logits, rows) - onehot(labels), which may be written over the logits, the gradients are
-    scale/N * R @ keys for the query, scale/N * R.T @ query for the keys, 1/N * sum((R @ keys) * query) for the scale,
-    and 1/N * sum(R) for the bias."""
-    dtype = compute_dtype(query, keys, scale, *([] if bias is None else [bias]))
+    row_lse: Tensor,
+    column_lse: Tensor,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With R = softmax of each row - onehot(labels), or in both directions the mean of that and of n_j * softmax of
+    each column - onehot(labels), where n_j rows have the label j, and 0 where a key is left out, the gradients are
+    scale/N * R @ keys for the query, scale/N * R.T @ query for the keys, and 1/N * sum((R @ keys) * query) for the
+    scale."""
+    dtype = compute_dtype(query, keys, scale)
     rows, count = query.shape[0], keys.shape[0]
     wide_keys, wide_scale = keys.to(dtype), scale.to(dtype)
+    owners = torch.zeros_like(column_lse)
+    if symmetric := column_lse.shape[0] > 0:
+        owners.scatter_add_(0, labels, torch.ones_like(row_lse))
     grad_query, grad_keys = torch.zeros_like(query), torch.zeros_like(wide_keys)
-    grad_scale, grad_bias = torch.zeros_like(wide_scale), torch.zeros_like(wide_scale)
+    grad_scale = torch.zeros_like(wide_scale)
     per_row = grad.to(dtype) / max(1, rows)
     for chunk in _row_chunks(rows, count):
         wide_query = query[chunk].to(dtype)
         logits = (wide_query @ wide_keys.T).mul_(wide_scale)
-        residual = residual_of(logits if bias is None else logits.add_(bias.to(dtype)), chunk)
+        by_column = (logits - column_lse).exp_().mul_(owners) if symmetric else None
+        residual = logits.sub_(row_lse[chunk, None]).exp_()
+        if by_column is not None:
+            residual.add_(by_column).div_(2)
+        if groups is not None:
+            residual.masked_fill_(_left_out(labels[chunk], groups), 0)
         residual.scatter_add_(1, labels[chunk, None], residual.new_full((residual.shape[0], 1), -1))
         pulled = residual @ wide_keys
         grad_scale += (pulled * wide_query).sum()
         grad_query[chunk] = pulled.mul_(wide_scale * per_row)
         grad_keys.addmm_(residual.T, wide_query)
-        if bias is not None:
-            grad_bias += residual.sum()
-    return (
-        grad_query,
-        grad_keys.mul_(wide_scale * per_row).to(keys.dtype),
-        (per_row * grad_scale).to(scale.dtype),
-        (per_row * grad_bias).to(scale.dtype if bias is None else bias.dtype),
-    )
-
-
-def sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    dtype = compute_dtype(query, keys, scale, bias)
-    rows, count = query.shape[0], keys.shape[0]
-    loss = query.new_zeros((), dtype=dtype)
-    if rows == 0:
-        return loss
-    check_labels(labels, count)
-    keys, scale, bias = keys.to(dtype), scale.to(dtype), bias.to(dtype)
-    for chunk in _row_chunks(rows, count):
-        logits = (query[chunk].to(dtype) @ keys.T).mul_(scale).add_(bias)
-        # -log sigmoid(-l) = softplus(l). The own logit changes sign first: softplus(l) - l loses small values.
-        logits.scatter_(1, labels[chunk, None], -_own(logits, labels[chunk])[:, None])
-        loss += torch.nn.functional.softplus(logits).sum()
-    return loss / rows
-
-
-def sigmoid_loss_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_backward` with R = sigmoid of each logit - onehot(labels)."""
-    return _backward(grad, query, keys, labels, scale, bias, lambda logits, chunk: logits.sigmoid_())
+    return grad_query, grad_keys.mul_(wide_scale * per_row).to(keys.dtype), (per_row * grad_scale).to(scale.dtype)

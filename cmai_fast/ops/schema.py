@@ -22,17 +22,13 @@ SCHEMAS = {
     "cosine_heads": "(Tensor image, Tensor text) -> Tensor",
     "cosine_heads_backward": "(Tensor grad, Tensor image, Tensor text) -> (Tensor, Tensor)",
     "info_nce": (
-        "(Tensor query, Tensor keys, Tensor labels, Tensor scale, bool symmetric=False) "
+        "(Tensor query, Tensor keys, Tensor labels, Tensor scale, bool symmetric=False, Tensor? groups=None) "
         "-> (Tensor loss, Tensor row_lse, Tensor column_lse)"
     ),
     "info_nce_backward": (
-        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor row_lse, Tensor column_lse) "
+        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor row_lse, Tensor column_lse, "
+        "Tensor? groups=None) "
         "-> (Tensor, Tensor, Tensor)"
-    ),
-    "sigmoid_loss": "(Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor bias) -> Tensor",
-    "sigmoid_loss_backward": (
-        "(Tensor grad, Tensor query, Tensor keys, Tensor labels, Tensor scale, Tensor bias) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -219,7 +215,9 @@ def check_cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> No
     _check_shape("grad", grad, image.shape[:2], "(one per sample and head)")
 
 
-def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False) -> None:
+def check_info_nce(
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
+) -> None:
     torch._check(query.dim() == 2, lambda: f"query has shape {tuple(query.shape)}, expected (N, D)")
     torch._check(
         keys.dim() == 2 and keys.shape[1] == query.shape[1],
@@ -232,12 +230,23 @@ def check_info_nce(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, s
         _check_float(name, tensor)
     for name, tensor in (("keys", keys), ("labels", labels), ("scale", scale)):
         _check_device(name, tensor, "query", query)
+    if groups is not None:
+        _check_shape("groups", groups, keys.shape[:1], "(one per row of keys)")
+        torch._check(groups.dtype == torch.int64, lambda: f"groups has dtype {groups.dtype}, expected torch.int64")
+        _check_device("groups", groups, "query", query)
 
 
 def check_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    groups: Tensor | None = None,
 ) -> None:
-    check_info_nce(query, keys, labels, scale)
+    check_info_nce(query, keys, labels, scale, groups=groups)
     _check_shape("grad", grad, (), "(the gradient of the 0-d loss)")
     _check_shape("row_lse", row_lse, query.shape[:1], "(one per row of query, from info_nce)")
     torch._check(
@@ -246,20 +255,6 @@ def check_info_nce_backward(
             f"column_lse has shape {tuple(column_lse.shape)}, expected ({keys.shape[0]},), or (0,) for one direction"
         ),
     )
-
-
-def check_sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> None:
-    check_info_nce(query, keys, labels, scale)
-    _check_shape("bias", bias, (), "(a 0-d tensor)")
-    _check_float("bias", bias)
-    _check_device("bias", bias, "query", query)
-
-
-def check_sigmoid_loss_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
-) -> None:
-    check_sigmoid_loss(query, keys, labels, scale, bias)
-    _check_shape("grad", grad, (), "(the gradient of the 0-d loss)")
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -272,8 +267,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "cosine_heads_backward": check_cosine_heads_backward,
     "info_nce": check_info_nce,
     "info_nce_backward": check_info_nce_backward,
-    "sigmoid_loss": check_sigmoid_loss,
-    "sigmoid_loss_backward": check_sigmoid_loss_backward,
 }
 
 
@@ -286,7 +279,7 @@ def _fake_cosine_heads_backward(grad: Tensor, image: Tensor, text: Tensor) -> tu
 
 
 def _fake_info_nce(
-    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query, keys, scale)
     columns = keys.shape[:1] if symmetric else (0,)
@@ -298,19 +291,9 @@ def _fake_info_nce(
 
 
 def _fake_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(())
-
-
-def _fake_sigmoid_loss(query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return query.new_empty((), dtype=compute_dtype(query, keys, scale, bias))
-
-
-def _fake_sigmoid_loss_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(()), bias.new_empty(())
 
 
 # Other operators write into their arguments and return nothing.
@@ -319,8 +302,6 @@ _FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "cosine_heads_backward": _fake_cosine_heads_backward,
     "info_nce": _fake_info_nce,
     "info_nce_backward": _fake_info_nce_backward,
-    "sigmoid_loss": _fake_sigmoid_loss,
-    "sigmoid_loss_backward": _fake_sigmoid_loss_backward,
 }
 
 

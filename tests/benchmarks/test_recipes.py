@@ -24,6 +24,7 @@ def recipes(monkeypatch):
         "sized_models",
         "on_gpu",
         "peers",
+        "profile_step",
         "scenes",
     ):
         sys.modules.pop(name, None)
@@ -271,3 +272,45 @@ def test_scenes_are_cut_outs_on_photos_and_resume_as_they_were(recipes, tmp_path
     (out / "00002.png").unlink()
     scenes.main()
     assert (out / "00002.png").read_bytes() == before
+
+
+def test_a_profile_gives_a_backward_pass_to_the_part_that_recorded_it(recipes):
+    import profile_step
+    from torch.profiler import ProfilerActivity, profile
+
+    part, rest = torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)
+    handles = profile_step._recorded(part, "vision side")
+    weight = torch.randn(32, 16, requires_grad=True)
+    product = profile_step._named(torch.mm, "token loss")
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        with torch.no_grad():
+            rest(torch.randn(8, 64))  # records nothing
+        product(rest(part(torch.randn(8, 64)).sigmoid()), weight).sum().backward()
+    for handle in handles:
+        handle.remove()
+    total, seconds, calls = profile_step.shares(profiler.events())
+    assert total == pytest.approx(sum(seconds.values())) and total > 0
+    assert calls["vision side", "aten::addmm"] == 1 and calls["loop", "aten::addmm"] == 2
+    assert calls["vision side", "AddmmBackward0"] == 1 and calls["loop", "AddmmBackward0"] == 1
+    assert calls["loop", "SigmoidBackward0"] == 1 and calls["token loss", "MmBackward0"] == 1
+    # Two products for each gradient of a layer, but none for the input of the first; inside the backward's part.
+    assert calls["vision side", "aten::mm"] == 1 and calls["loop", "aten::mm"] == 2
+    assert calls["token loss", "aten::mm"] == 3
+
+
+def test_a_step_is_profiled_by_part_and_operator(recipes, tmp_path, monkeypatch, capsys):
+    import profile_step
+    import sized_models
+
+    monkeypatch.setattr(profile_step, "MODELS", {"llava-100m": lambda: SMALL["llava"](sized_models)})
+    command = ["profile_step.py", "--model", "llava-100m", "--inner-steps", "2", "--least", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    profile_step.main()
+    found = json.loads((tmp_path / "profile-llava-100m.json").read_text())
+    parts = found["share_by_part"]
+    assert {*profile_step.PYTORCH, "loop", "heads", "pgd_linf_step_", "info_nce", "cosine_heads"} <= parts.keys()
+    assert sum(parts.values()) == pytest.approx(1) and sum(row["share"] for row in found["rows"]) == pytest.approx(1)
+    assert 0 < found["pytorch_share"] < 1
+    steps = [row for row in found["rows"] if row["part"] == "pgd_linf_step_" and row["operator"] == "(Python)"]
+    assert [row["calls"] for row in steps] == [2]
+    assert "by operator" in capsys.readouterr().out

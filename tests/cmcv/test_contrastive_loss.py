@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, text_groups
 
 
 @pytest.fixture
@@ -13,13 +13,13 @@ def heads():
     return ConsistencyHeads(6, 6, dim=4, hidden=8)
 
 
-def by_hand(scale, image, text, negative=None, same=None):
+def by_hand(scale, image, text, negative=None, groups=None):
     """The definition, one pair at a time, in float64."""
     image, text = F.normalize(image.double(), dim=-1), F.normalize(text.double(), dim=-1)
     n, scale = len(image), scale.item()
     in_batch = answers = 0.0
     for i in range(n):
-        rivals = [j for j in range(n) if j == i or same is None or not same[i, j]]
+        rivals = [j for j in range(n) if j == i or groups is None or groups[i] != groups[j]]
         own = scale * float(image[i] @ text[i])
         texts = [scale * float(image[i] @ text[j]) for j in rivals]
         images = [scale * float(image[j] @ text[i]) for j in rivals]
@@ -32,30 +32,44 @@ def by_hand(scale, image, text, negative=None, same=None):
     return in_batch if negative is None else 0.2 * in_batch + answers
 
 
-SAME = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+GROUPS = torch.tensor([4, 0, 4])
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 2])
-@pytest.mark.parametrize("same", [None, SAME])
-def test_loss_is_its_definition(heads, negatives, same):
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_loss_is_its_definition(heads, negatives, groups):
     image, text = torch.randn(3, 4), torch.randn(3, 4)
     negative = torch.randn(3 * negatives, 4) if negatives else None
-    loss = contrastive_loss(heads, image, text, negative, same_text=same)
+    loss = contrastive_loss(heads, image, text, negative, groups=groups)
     assert loss.shape == ()
-    assert loss.item() == pytest.approx(by_hand(heads.scale, image, text, negative, same), rel=1e-5)
+    assert loss.item() == pytest.approx(by_hand(heads.scale, image, text, negative, groups), rel=1e-5)
 
 
-def test_the_fused_path_and_the_masked_path_agree_in_value_and_gradient(heads):
-    results = []
-    for same in (None, torch.eye(3, dtype=torch.bool)):
-        torch.manual_seed(1)
-        image, text = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-        heads.logit_scale.grad = None
-        loss = contrastive_loss(heads, image, text, same_text=same)
-        loss.backward()
-        results.append((loss.detach(), image.grad, text.grad, heads.logit_scale.grad))
-    for fused, masked in zip(*results, strict=True):
-        torch.testing.assert_close(fused, masked)
+def masked(heads, image, text, same):
+    """The in-batch part over the whole matrix of logits, equal texts masked."""
+    logits = heads.scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    logits = logits.masked_fill(same & ~torch.eye(len(image), dtype=torch.bool), float("-inf"))
+    own = torch.arange(len(image))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+@pytest.mark.parametrize("groups", ["each its own", "some alike", "all alike"])
+def test_equal_texts_are_masked_in_value_and_gradient(heads, groups):
+    n = 37
+    number = {"each its own": torch.arange(n), "some alike": torch.arange(n) * 5 % 11, "all alike": torch.zeros(n)}
+    ids = number[groups].long()
+    image, text = torch.randn(n, 4), torch.randn(n, 4)
+    by_operator, right = [], []
+    for dtype, found in ((torch.float32, by_operator), (torch.float64, right)):
+        leaves = [value.to(dtype).requires_grad_() for value in (image, text)]
+        its = heads.to(dtype)
+        if found is right:
+            loss = masked(its, *leaves, ids[:, None] == ids)
+        else:
+            loss = contrastive_loss(its, *leaves, groups=ids)
+        found += [loss, *torch.autograd.grad(loss, [*leaves, its.logit_scale])]
+    for got, exact in zip(by_operator, right, strict=True):
+        torch.testing.assert_close(got.double(), exact.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrong_answer_is_no_negative_for_another_row(heads):
@@ -87,12 +101,11 @@ def test_training_by_it_makes_wrong_answers_score_low(heads):
         assert right.min() > heads.score(v, t.roll(1, 0)).max()
 
 
-def test_same_text_ignores_padding_but_not_tokens():
+def test_groups_of_texts_ignore_padding_but_not_tokens():
     ids = torch.tensor([[9, 1, 2], [1, 2, 0], [3, 1, 2], [1, 1, 2]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
-    expected = torch.eye(4, dtype=torch.bool)
-    expected[0, 1] = expected[1, 0] = True
-    assert torch.equal(same_text(packed_text(ids, mask)), expected)
+    first, second, *others = text_groups(packed_text(ids, mask)).tolist()
+    assert first == second and len({first, *others}) == 3
 
 
 @pytest.mark.parametrize(
@@ -102,7 +115,7 @@ def test_same_text_ignores_padding_but_not_tokens():
         {"text_negative": torch.randn(4, 4)},
         {"text_negative": torch.randn(0, 4)},
         {"text_negative": torch.randn(3, 5)},
-        {"same_text": torch.ones(2, 2, dtype=torch.bool)},
+        {"groups": torch.ones(2, dtype=torch.long)},
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(heads, change):

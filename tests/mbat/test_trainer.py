@@ -15,7 +15,7 @@ from cmai_fast.attacks import Passes, Victim
 from cmai_fast.bridge import Bridge, output_layer, task_loss
 from cmai_fast.bridge.output_layer import OutputLayer
 from cmai_fast.bridge.token_loss import token_losses
-from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, same_text
+from cmai_fast.cmcv import ConsistencyHeads, contrastive_loss, packed_text, text_groups
 from cmai_fast.mbat import MBATConfig, MBATTrainer, checkpoints, consistency, last_checkpoint
 from cmai_fast.mbat import step as step_module
 
@@ -28,9 +28,9 @@ def naive_loss(model, space, heads, batch, adv, lam, gamma):
     clean = bridge.encode_image(batch["pixel_values"])
     attacked = bridge.encode_image(space.to_model(adv))
     own, other = (heads.project_text(bridge.encode_text(**t).detach()) for t in (text, wrong))
-    same = same_text(packed_text(text["input_ids"], text["attention_mask"]))
+    groups = text_groups(packed_text(text["input_ids"], text["attention_mask"]))
     contrastive = [
-        contrastive_loss(heads, heads.project_image(h), own, other, same_text=same) for h in (clean, attacked)
+        contrastive_loss(heads, heads.project_image(h), own, other, groups=groups) for h in (clean, attacked)
     ]
     parts = {
         "loss_clean": task_loss(*bridge.fuse(clean, **text)).mean(),

@@ -29,8 +29,6 @@ _MODULES = {
     "cosine_heads_backward": "cosine_heads",
     "info_nce": "info_nce",
     "info_nce_backward": "info_nce",
-    "sigmoid_loss": "sigmoid_loss",
-    "sigmoid_loss_backward": "sigmoid_loss",
 }
 
 

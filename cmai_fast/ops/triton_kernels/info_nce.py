@@ -7,12 +7,14 @@ label j and R = exp(l - row_lse) - onehot, or (exp(l - row_lse) + n_j exp(l - co
 
     grad_query = scale/N R @ keys,  grad_keys = scale/N R.T @ query,  grad_scale = 1/N sum R * (query @ keys.T)
 
-query (N, D), keys (M, D) in float32, bfloat16 or float16, alike; labels (N,) int64; scale 0-d, read on the device; loss
-and log-sum-exps float32.
+With groups the logits of the other keys of the group of a row's own key are -inf, and R is 0 there.
 
-Forward: a program walks a group of row tiles against a span of key tiles, with a running maximum and sum per row, and
+query (N, D), keys (M, D) in float32, bfloat16 or float16, alike; labels (N,) and groups (M,) int64; scale 0-d, read on
+the device; loss and log-sum-exps float32.
+
+Forward: a program walks a run of row tiles against a span of key tiles, with a running maximum and sum per row, and
 leaves a log-sum-exp of its part for each row and each column, which a second kernel combines. Both directions so come
-from one pass over the logits. Groups and spans are at most _MOST_PARTS, so memory is O((N + M) D) for the gradients and
+from one pass over the logits. Runs and spans are at most _MOST_PARTS, so memory is O((N + M) D) for the gradients and
 O((N + M) _MOST_PARTS) for these. Backward: a kernel makes the logits again and writes R for a few thousand rows, whose
 products are the gradients (`logits.pull_back`). No two programs add to one number, so results do not depend on what
 runs first.
@@ -60,14 +62,22 @@ def _add_lse(one, other):
 
 
 @triton.jit
+def _left_out(own_groups_ptr, groups_ptr, row, column, label, rows, count):
+    """Where a tile has other keys of the group that its rows' own keys belong to."""
+    own_group = tl.load(own_groups_ptr + row, mask=row < rows, other=0)
+    group = tl.load(groups_ptr + column, mask=column < count, other=0)
+    return (own_group[:, None] == group[None, :]) & (label[:, None] != column[None, :])
+
+
+@triton.jit
 def _info_nce_forward_kernel(
-    query_ptr, keys_ptr, labels_ptr, scale_ptr, own_ptr, row_parts_ptr, column_parts_ptr, rows, count, size,
-    group, span, SYMMETRIC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query_ptr, keys_ptr, labels_ptr, scale_ptr, own_groups_ptr, groups_ptr, own_ptr, row_parts_ptr, column_parts_ptr,
+    rows, count, size, run, span, SYMMETRIC: tl.constexpr, GROUPED: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first_row, first_column = tl.program_id(0) * group, tl.program_id(1) * span
+    first_row, first_column = tl.program_id(0) * run, tl.program_id(1) * span
     scale = tl.load(scale_ptr).to(tl.float32)
-    for row_start in range(first_row, min(first_row + group, rows), BLOCK_A):
+    for row_start in range(first_row, min(first_row + run, rows), BLOCK_A):
         row = row_start + tl.arange(0, BLOCK_A)
         label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
         peak = tl.full([BLOCK_A], float("-inf"), tl.float32)
@@ -78,7 +88,10 @@ def _info_nce_forward_kernel(
             logits = scale * products(
                 query_ptr, keys_ptr, row_start, column_start, rows, count, size, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
             )
-            logits = tl.where((row < rows)[:, None] & (column < count)[None, :], logits, float("-inf"))
+            inside = (row < rows)[:, None] & (column < count)[None, :]
+            if GROUPED:
+                inside = inside & ~_left_out(own_groups_ptr, groups_ptr, row, column, label, rows, count)
+            logits = tl.where(inside, logits, float("-inf"))
             own += tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
             new_peak = tl.maximum(peak, tl.max(logits, 1))
             shift = _shift(new_peak)
@@ -113,9 +126,9 @@ def _combine_kernel(parts_ptr, lse_ptr, parts, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _info_nce_backward_kernel(
-    query_ptr, keys_ptr, labels_ptr, scale_ptr, row_lse_ptr, column_lse_ptr, owners_ptr, residual_ptr, parts_ptr,
-    rows, count, size, stride, SYMMETRIC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    query_ptr, keys_ptr, labels_ptr, scale_ptr, own_groups_ptr, groups_ptr, row_lse_ptr, column_lse_ptr, owners_ptr,
+    residual_ptr, parts_ptr, rows, count, size, stride, SYMMETRIC: tl.constexpr, GROUPED: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of R, and its sum of R * (query @ keys.T)."""
     row_start, column_start = tl.program_id(0) * BLOCK_A, tl.program_id(1) * BLOCK_B
@@ -131,7 +144,11 @@ def _info_nce_backward_kernel(
         residual = (residual + owners * tl.exp(logits - column_lse)) * 0.5
     label = tl.load(labels_ptr + row, mask=row < rows, other=-1)
     residual = tl.where(column[None, :] == label[:, None], residual - 1.0, residual)
-    residual = tl.where((row < rows)[:, None] & (column < count)[None, :], residual, 0.0)
+    inside = (row < rows)[:, None] & (column < count)[None, :]
+    if GROUPED:
+        inside = inside & ~_left_out(own_groups_ptr, groups_ptr, row, column, label, rows, count)
+    # Last, since a column that is left out in all rows has a log-sum-exp of -inf, and exp of that difference is NaN.
+    residual = tl.where(inside, residual, 0.0)
     store_tile(residual_ptr, residual, row_start, column_start, rows, count, stride, BLOCK_A, BLOCK_B)
     tl.store(parts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(residual * dots))
 
@@ -144,28 +161,39 @@ def _combine(parts: Tensor) -> Tensor:
     return lse
 
 
+def _own_groups(labels: Tensor, groups: Tensor | None) -> Tensor | None:
+    return None if groups is None else groups[labels]
+
+
 def _plan_info_nce(
-    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+    query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False, groups: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
     if not carries(query, keys, scale):
         return None
     (rows, size), count = query.shape, keys.shape[0]
-    blocks = blocks_of(query.dtype, size, "columns" if symmetric else "little")
-    # In one direction nothing is kept per column, and every row tile is a group.
-    groups, group = spans(rows, blocks.a, _MOST_PARTS if symmetric else rows)
-    parts, span = spans(count, blocks.b, min(_MOST_PARTS, useful(groups)))
+    blocks = blocks_of(query.dtype, size, columns=symmetric, grouped=groups is not None)
+    # In one direction nothing is kept per column, and every row tile is a run.
+    runs, run = spans(rows, blocks.a, _MOST_PARTS if symmetric else rows)
+    parts, span = spans(count, blocks.b, min(_MOST_PARTS, useful(runs)))
 
     def kernel(
-        query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, symmetric: bool = False
+        query: Tensor,
+        keys: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        symmetric: bool = False,
+        groups: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert_labels(labels, count)
         query, keys, labels = query.contiguous(), keys.contiguous(), labels.contiguous()
+        groups = None if groups is None else groups.contiguous()
         numbers = torch.empty(0, dtype=torch.float32, device=query.device)
         own, row_parts = numbers.new_empty(rows), numbers.new_empty(parts, rows)
-        column_parts = numbers.new_empty(groups, count) if symmetric else None
+        column_parts = numbers.new_empty(runs, count) if symmetric else None
         with torch.cuda.device_of(query):
-            _info_nce_forward_kernel[(groups, parts)](
-                query, keys, labels, scale, own, row_parts, column_parts, rows, count, size, group, span, symmetric,
+            _info_nce_forward_kernel[(runs, parts)](
+                query, keys, labels, scale, _own_groups(labels, groups), groups, own, row_parts, column_parts,
+                rows, count, size, run, span, symmetric, groups is not None,
                 blocks.a, blocks.b, blocks.d, precision(query.dtype), num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
             row_lse = _combine(row_parts)
@@ -178,29 +206,46 @@ def _plan_info_nce(
 
 
 def _plan_info_nce_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    groups: Tensor | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
     if not carries(query, keys, scale, grad) or row_lse.dtype != torch.float32 or column_lse.dtype != torch.float32:
         return None
     (rows, size), count = query.shape, keys.shape[0]
     symmetric = column_lse.shape[0] > 0
-    blocks = blocks_of(query.dtype, size, "little")
+    blocks = blocks_of(query.dtype, size)
 
     def kernel(
-        grad: Tensor, query: Tensor, keys: Tensor, labels: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+        grad: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        row_lse: Tensor,
+        column_lse: Tensor,
+        groups: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, keys, labels = query.contiguous(), keys.contiguous(), labels.contiguous()
         row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
         # Sums of ones: exact, so that their order does not matter.
         owners = column_lse.new_zeros(count).scatter_add_(0, labels, torch.ones_like(row_lse)) if symmetric else None
+        groups = None if groups is None else groups.contiguous()
+        own_groups = _own_groups(labels, groups)
         per_row = grad.float() / rows
         sums = []
 
         def write(chunk: slice, residual: Tensor) -> None:
             parts = row_lse.new_empty(blocks.grid(residual))
             _info_nce_backward_kernel[parts.shape](
-                query[chunk], keys, labels[chunk], scale, row_lse[chunk], column_lse if symmetric else None, owners,
-                residual, parts, *residual.shape, size, residual.stride(0), symmetric,
+                query[chunk], keys, labels[chunk], scale, None if own_groups is None else own_groups[chunk], groups,
+                row_lse[chunk], column_lse if symmetric else None, owners, residual, parts, *residual.shape, size,
+                residual.stride(0), symmetric, groups is not None,
                 blocks.a, blocks.b, blocks.d, precision(query.dtype), num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
             sums.append(parts.sum())

@@ -1,4 +1,4 @@
-"""Tiles of the logits scale * query @ keys.T, as the contrastive losses walk them, and what their backwards share.
+"""Tiles of the logits scale * query @ keys.T, which `info_nce.py` walks, and the gradients from a derivative by them.
 
 query (N, D) and keys (M, D) are contiguous and of one dtype: float32, bfloat16 or float16. Products are summed in
 float32. A tile of A rows and B columns reads its rows of query and keys BLOCK_D columns at a time, and is not kept.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
@@ -132,11 +131,13 @@ def _depth(size: int, most: int) -> int:
 # the tests compile them for all three.
 
 
-def blocks_of(dtype: torch.dtype, size: int, work: Literal["little", "much", "columns"]) -> Blocks:
-    """By what a kernel does with a tile: little beside a sum of each row, much arithmetic, or sums of columns too."""
-    if dtype == torch.float32 or work == "columns":
+def blocks_of(dtype: torch.dtype, size: int, *, columns: bool = False, grouped: bool = False) -> Blocks:
+    """By what a kernel holds beside a sum of each row while it walks: sums of columns, groups of rows and columns."""
+    if columns and grouped:
+        return Blocks(a=64, b=64, d=_depth(size, 32), warps=8, stages=3)
+    if dtype == torch.float32 or columns or grouped:
         return Blocks(a=128, b=64, d=_depth(size, 32), warps=8, stages=3)
-    return Blocks(a=128, b=128, d=_depth(size, 64 if work == "little" else 32), warps=8, stages=3)
+    return Blocks(a=128, b=128, d=_depth(size, 64), warps=8, stages=3)
 
 
 def matmul(one: Tensor, other: Tensor) -> Tensor:
