@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmai_fast.ops.schema import compute_dtype
+from cmai_fast.ops.schema import RATES, compute_dtype
 from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 # Vectors no longer than this count as zero: their direction is rounding noise.
@@ -354,3 +354,21 @@ def sigmoid_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_backward` with R = sigmoid of each logit - onehot(labels)."""
     return _backward(grad, query, keys, labels, scale, bias, lambda logits, chunk: logits.sigmoid_())
+
+
+def gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+    wide = x.to(compute_dtype(x))
+    value = wide * torch.sigmoid(RATES[kind] * wide)
+    return (value if other is None else value * other).to(x.dtype).contiguous()
+
+
+def gated_activation_backward(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """With s = sigmoid(r * x): grad_x = grad * other * (s + x * r * s * (1 - s)), grad_other = grad * x * s."""
+    wide, rate = x.to(compute_dtype(x)), RATES[kind]
+    sigmoid = torch.sigmoid(rate * wide)
+    # sigmoid(-z) for 1 - sigmoid(z), of whose digits little would be left for large z.
+    slope = sigmoid + wide * (rate * (sigmoid * torch.sigmoid(-rate * wide)))
+    grad_x = (grad * slope if other is None else grad.to(wide.dtype) * other * slope).to(x.dtype).contiguous()
+    if other is None:
+        return grad_x, x.new_empty(0)
+    return grad_x, (grad * (wide * sigmoid)).to(x.dtype).contiguous()

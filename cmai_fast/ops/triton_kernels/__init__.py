@@ -31,6 +31,8 @@ _MODULES = {
     "info_nce_backward": "info_nce",
     "sigmoid_loss": "sigmoid_loss",
     "sigmoid_loss_backward": "sigmoid_loss",
+    "gated_activation": "gated_activation",
+    "gated_activation_backward": "gated_activation",
 }
 
 
