@@ -76,13 +76,14 @@ def test_error_is_at_most_that_of_plain_pytorch(
     for mine, theirs, right in zip(got, by_plain, exact, strict=True):
         error, allowed = (mine.double() - right).abs(), (theirs.double() - right).abs()
         if dtype == torch.float32:
-            # Both round several times; the kernels' exponential is good to two units in the last place.
-            assert error.max() <= 2 * allowed.max() + 2**-22, f"{error.max():.3e}, plain PyTorch {allowed.max():.3e}"
+            # Both round several times; exponential and quotient are good to two units in the last place.
+            most = 2 * allowed.max() + 2**-22 * right.abs().max()
+            assert error.max() <= most, f"error {error.max():.3e}, plain PyTorch {allowed.max():.3e}"
         else:
             # Rounded once: half a unit in the last place, which float32 arithmetic before it moves by a little.
             half_unit = torch.finfo(dtype).eps / 2 * right.abs()
             assert (error <= 1.01 * half_unit + torch.finfo(dtype).smallest_normal * 2**-10 + 1e-6).all()
-            assert error.square().mean() <= allowed.square().mean() * (1 + 1e-6)
+            assert error.square().mean() <= 1.01 * allowed.square().mean()
 
 
 @carried
@@ -241,26 +242,23 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m gpu")
 def test_a_graph_records_forward_and_backward() -> None:
-    x, other, grad = (t.cuda() for t in make((577, 1024), torch.bfloat16, True))  # type: ignore[union-attr]
-    still = [torch.zeros_like(t).requires_grad_() for t in (x, other)]
+    x, other, grad = (t.cuda() for t in make((577, 1024), torch.bfloat16, True) if t is not None)
+    leaves = [x.requires_grad_(), other.requires_grad_()]
 
-    def differentiate(*leaves: Tensor) -> list[Tensor]:
+    def differentiate() -> list[Tensor]:
         out = ops.gated_activation(*leaves, kind="quick_gelu")
-        return [out, *torch.autograd.grad(out, leaves, grad)]
+        return [t.detach() for t in (out, *torch.autograd.grad(out, leaves, grad))]
 
-    right = differentiate(x.requires_grad_(), other.requires_grad_())
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        differentiate(*still)
-    torch.cuda.current_stream().wait_stream(stream)
+    before = differentiate()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = differentiate(*still)
+        recorded = differentiate()
     with torch.no_grad():
-        for leaf, value in zip(still, (x, other), strict=True):
-            leaf.copy_(value)
+        x.mul_(0.5)
     graph.replay()
+    right = differentiate()
     assert all(torch.equal(a, b) for a, b in zip(recorded, right, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, right, strict=True))
 
 
 @pytest.mark.gpu
