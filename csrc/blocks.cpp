@@ -1,21 +1,7 @@
 #include "blocks.h"
 
-#include <cstring>
-
 namespace cmai_fast {
 namespace {
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 CMAI_FAST_CLONES void widen_bf16(const uint16_t* in, float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = from_bits(static_cast<uint32_t>(in[i]) << 16);
@@ -93,6 +79,20 @@ const float* load(const void* tensor, Type type, const Block& block, float* buff
   return buffer;
 }
 
+float* room(void* tensor, Type type, const Block& block, float* buffer) {
+  return type == Type::kFloat32 ? static_cast<float*>(tensor) + block.offset : buffer;
+}
+
+void store(const float* values, void* tensor, Type type, const Block& block) {
+  if (type == Type::kFloat32) return;
+  uint16_t* half = static_cast<uint16_t*>(tensor) + block.offset;
+  if (type == Type::kBFloat16) {
+    narrow_bf16(values, half, block.count);
+  } else {
+    narrow_fp16(values, half, block.count);
+  }
+}
+
 const float* load_gradient(const void* grad, Type type, const Block& block, int64_t* nonfinite, float* buffer) {
   const float* values = load(grad, type, block, buffer);
   // Counting reads the block while it is in the first-level cache; finite gradients, the usual case, skip the copy.
@@ -122,8 +122,7 @@ void write_model_input(const Layout& layout, const float* image, const float* me
                        const Block& block) {
   if (model_input == nullptr) return;
   float buffer[kBlock];
-  const bool narrow = layout.model_input != Type::kFloat32;
-  float* out = narrow ? buffer : static_cast<float*>(model_input) + block.offset;
+  float* out = room(model_input, layout.model_input, block, buffer);
   if (mean == nullptr) {
     std::copy_n(image, block.count, out);
   } else {
@@ -131,13 +130,7 @@ void write_model_input(const Layout& layout, const float* image, const float* me
       normalise(image + first, out + first, count, mean[channel], std[channel]);
     });
   }
-  if (!narrow) return;
-  uint16_t* half = static_cast<uint16_t*>(model_input) + block.offset;
-  if (layout.model_input == Type::kBFloat16) {
-    narrow_bf16(buffer, half, block.count);
-  } else {
-    narrow_fp16(buffer, half, block.count);
-  }
+  store(out, model_input, layout.model_input, block);
 }
 
 CMAI_FAST_CLONES Sums l2_sums(const float* adv, const float* grad, const float* clean, int64_t count) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "scalar.h"
 #include "step.h"
@@ -33,6 +34,18 @@ struct Block {
 
 inline int64_t blocks_per_row(const Layout& layout) { return (layout.row_size() + kBlock - 1) / kBlock; }
 
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 // Calls body(block) for every block of every active row (null: all). Blocks do not depend on the threads, so neither do
 // results.
 template <class Body>
@@ -60,6 +73,12 @@ void for_each_channel(const Layout& layout, const Block& block, Body body) {
 
 // The block's elements as float32: where they are, or widened into `buffer`. 8-bit pixels are scaled to [0, 1].
 const float* load(const void* tensor, Type type, const Block& block, float* buffer);
+
+// Where a kernel writes the block, as float32: into the tensor itself, or into `buffer` if it is narrower.
+float* room(void* tensor, Type type, const Block& block, float* buffer);
+
+// Rounds what was written there to nearest even, into the tensor; nothing where it is there already.
+void store(const float* values, void* tensor, Type type, const Block& block);
 
 // `load` of a gradient, which adds to nonfinite[row] (may be null) and in which NaN counts as 0.
 const float* load_gradient(const void* grad, Type type, const Block& block, int64_t* nonfinite, float* buffer);

@@ -2,7 +2,11 @@
 
 A gated MLP computes act(gate) * up, and autograd stores gate, act(gate) and up: with frozen weights, half of what a
 language model's layer stores. Computing act(gate) from gate takes one pass over memory, so it is recomputed. For CLIP's
-x * sigmoid(1.702 x) only x is stored. The arithmetic is the module's own, so results and gradients are bit-identical.
+x * sigmoid(1.702 x) only x is stored.
+
+SiLU and QuickGELU are the operator `gated_activation`, which rounds once where the module rounds after every operation:
+results differ from the module's own in their last bits, and in half precision are closer to the exact ones. Other
+activation functions run as they are, and again in the backward pass: their results and gradients are bit-identical.
 """
 
 from __future__ import annotations
@@ -15,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import NewGELUActivation, QuickGELUActivation
+from transformers.activations import NewGELUActivation, QuickGELUActivation, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from cmai_fast.bridge.replaced import replaced
+from cmai_fast.ops import gated_activation
 
-_WASTEFUL = (NewGELUActivation, QuickGELUActivation)  # of several operations, each of which stores something
+# Those of the operator, by its names. Not their subclasses, which may compute something else.
+_KINDS = {nn.SiLU: "silu", SiLUActivation: "silu", QuickGELUActivation: "quick_gelu"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _code(forward: Callable[..., Any]) -> tuple[Any, ...]:
@@ -44,10 +51,13 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if "forward" in module.__dict__:
             continue
-        if isinstance(module, _WASTEFUL):
+        if type(module) is QuickGELUActivation:
+            forwards[module] = functools.partial(gated_activation, kind="quick_gelu")
+        elif isinstance(module, (NewGELUActivation, QuickGELUActivation)):
+            # Of several operations, each of which stores something. SiLU is one, which stores its input.
             forwards[module] = functools.partial(_activate, module.forward)
         elif _is_gated(module):
-            forwards[module] = functools.partial(_gated, module)
+            forwards[module] = functools.partial(_gated, module, _kind(module.act_fn))
     with replaced(forwards):
         yield
 
@@ -60,8 +70,16 @@ def _is_gated(module: nn.Module) -> bool:
     return hasattr(forward, "__code__") and _code(forward) in _GATED
 
 
-def _gated(mlp: Any, x: Tensor) -> Tensor:
+def _kind(act: nn.Module) -> str | None:
+    """The operator's name of an activation function that nothing else watches."""
+    watched = "forward" in act.__dict__ or any(getattr(act, hooks) for hooks in _HOOKS)
+    return None if watched else _KINDS.get(type(act))
+
+
+def _gated(mlp: Any, kind: str | None, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if kind is not None and gate.shape == up.shape and gate.dtype == up.dtype:
+        return mlp.down_proj(gated_activation(gate, up, kind))
     if gate.shape == up.shape and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return mlp.down_proj(_Activation.apply(mlp.act_fn, gate, up))
     return mlp.down_proj(mlp.act_fn(gate) * up)
@@ -72,7 +90,7 @@ def _activate(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class _Activation(torch.autograd.Function):
-    """act(x) * other, or act(x); stores x and other."""
+    """act(x) * other, or act(x), by the function itself; stores x and other."""
 
     @staticmethod
     def forward(ctx: Any, act: Callable[[Tensor], Tensor], x: Tensor, other: Tensor | None) -> Tensor:

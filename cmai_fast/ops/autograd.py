@@ -30,12 +30,21 @@ def _info_nce_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor,
     return grad_query, grad_keys, None, grad_scale, None, None
 
 
+def _save_gated_activation(ctx: Any, inputs: tuple[Tensor, Tensor | None, str], output: Tensor) -> None:
+    x, other, ctx.kind = inputs
+    ctx.save_for_backward(x, other)
+
+
+def _gated_activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, other = ctx.saved_tensors
+    grad_x, grad_other = torch.ops.cmai_fast.gated_activation_backward(grad, x, other, ctx.kind)
+    return grad_x, None if other is None else grad_other, None
+
+
 def _refuse_second_derivative(name: str) -> None:
     # Without a rule PyTorch would treat the gradients as constants, and second derivatives would be wrong.
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"cmai_fast::{name} has no second derivative; for one, write the score with torch.nn.functional"
-        )
+        raise RuntimeError(f"cmai_fast::{name} has no second derivative; for one, write it with torch.nn.functional")
 
     torch.library.register_autograd(f"cmai_fast::{name}_backward", backward, lib=LIBRARY)
 
@@ -44,5 +53,8 @@ torch.library.register_autograd(
     "cmai_fast::cosine_heads", _cosine_heads_backward, setup_context=_save_inputs, lib=LIBRARY
 )
 torch.library.register_autograd("cmai_fast::info_nce", _info_nce_backward, setup_context=_save_info_nce, lib=LIBRARY)
-for _name in ("cosine_heads", "info_nce"):
+torch.library.register_autograd(
+    "cmai_fast::gated_activation", _gated_activation_backward, setup_context=_save_gated_activation, lib=LIBRARY
+)
+for _name in ("cosine_heads", "info_nce", "gated_activation"):
     _refuse_second_derivative(_name)

@@ -3,7 +3,7 @@
 It supports the steps of PGD and APGD and the random start, for contiguous tensors with `adv` in float32, `clean` in
 float32 or uint8, and `grad` and `model_input` in float32, bfloat16 or float16. Everything else (float64, strided or
 channels-last tensors) runs the reference: a copy into a contiguous buffer would cost what the kernel saves, and would
-be wrong for mutated arguments.
+be wrong for mutated arguments. It supports the gated activation in float32, bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmai_fast.ops.schema import RATES
 from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 
@@ -228,4 +229,47 @@ def planners(launcher: Launcher, device: str, prefix: str = "") -> dict[str, Cal
     }
 
 
-KERNELS = planners(_launcher, "cpu")
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _carries_activation(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0
+
+
+def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Callable[..., Tensor] | None:
+    if not _carries_activation(x):
+        return None
+    native, layout = _C.gated_activation, (TYPES[x.dtype], x.numel(), RATES[kind])
+
+    def kernel(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+        x, other, out = x.contiguous(), _contiguous(other), x.new_empty(x.shape)
+        native(*layout, x.data_ptr(), _pointer(other), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    return kernel
+
+
+def _plan_gated_activation_backward(
+    grad: Tensor, x: Tensor, other: Tensor | None, kind: str
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    if not _carries_activation(x):
+        return None
+    native, layout = _C.gated_activation_backward, (TYPES[x.dtype], x.numel(), RATES[kind])
+
+    def kernel(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+        grad, x, other = grad.contiguous(), x.contiguous(), _contiguous(other)
+        grad_x, grad_other = x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
+        native(
+            *layout, x.data_ptr(), _pointer(other), grad.data_ptr(), grad_x.data_ptr(), grad_other.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, grad_other
+
+    return kernel
+
+
+KERNELS = planners(_launcher, "cpu") | {
+    "gated_activation": _plan_gated_activation,
+    "gated_activation_backward": _plan_gated_activation_backward,
+}

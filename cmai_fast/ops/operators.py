@@ -155,3 +155,21 @@ def info_nce(
         if 0 < len(query) * len(keys) <= _FEW_LOGITS and chosen_backend() == "automatic":
             return whole_info_nce(query, keys, labels, scale, symmetric, groups)
     return torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric, groups)[0]
+
+
+def gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+    """The activation of an MLP, times the other branch of a gated one: x * sigmoid(r * x) * other.
+
+    Forward and backward are one pass over memory each, and only x and other are stored. Inside is float32 (float64 for
+    float64), rounded once, so half-precision results are not those of the separate operations, but closer to the exact
+    ones. An element's result does not depend on the others.
+
+    Args:
+        x: any shape, any float dtype. Differentiable once, like other.
+        other: like x, of the same shape and dtype; None: 1.
+        kind: "silu", r = 1 (Hendrycks and Gimpel 2016), or "quick_gelu", r = 1.702 (the same, section 2; CLIP's).
+
+    Returns:
+        Like x, contiguous.
+    """
+    return torch.ops.cmai_fast.gated_activation(x, other, kind)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cmai_fast.ops.schema import compute_dtype
+from cmai_fast.ops.schema import RATES, compute_dtype
 from cmai_fast.ops.signatures import ApgdStep, PgdStep, RandomStart
 
 # Vectors no longer than this count as zero: their direction is rounding noise.
@@ -342,3 +342,21 @@ def info_nce_backward(
         grad_query[chunk] = pulled.mul_(wide_scale * per_row)
         grad_keys.addmm_(residual.T, wide_query)
     return grad_query, grad_keys.mul_(wide_scale * per_row).to(keys.dtype), (per_row * grad_scale).to(scale.dtype)
+
+
+def gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+    wide = x.to(compute_dtype(x))
+    value = wide * torch.sigmoid(RATES[kind] * wide)
+    return (value if other is None else value * other).to(x.dtype).contiguous()
+
+
+def gated_activation_backward(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """With s = sigmoid(r * x): grad_x = grad * other * (s + x * r * s * (1 - s)), grad_other = grad * x * s."""
+    wide, rate = x.to(compute_dtype(x)), RATES[kind]
+    sigmoid = torch.sigmoid(rate * wide)
+    # sigmoid(-z) for 1 - sigmoid(z), of whose digits little would be left for large z.
+    slope = sigmoid + wide * (rate * (sigmoid * torch.sigmoid(-rate * wide)))
+    grad_x = (grad * slope if other is None else grad.to(wide.dtype) * other * slope).to(x.dtype).contiguous()
+    if other is None:
+        return grad_x, x.new_empty(0)
+    return grad_x, (grad * (wide * sigmoid)).to(x.dtype).contiguous()

@@ -30,7 +30,13 @@ SCHEMAS = {
         "Tensor? groups=None) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "gated_activation": '(Tensor x, Tensor? other=None, str kind="silu") -> Tensor',
+    # Without other its gradient has shape (0,).
+    "gated_activation_backward": "(Tensor grad, Tensor x, Tensor? other, str kind) -> (Tensor, Tensor)",
 }
+
+# The rate r of each activation x * sigmoid(r * x).
+RATES = {"silu": 1.0, "quick_gelu": 1.702}
 
 _STATE_DTYPES = (torch.float32, torch.float64)
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -257,6 +263,24 @@ def check_info_nce_backward(
     )
 
 
+def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
+    _check_shape(name, tensor, x.shape, "like x")
+    torch._check(tensor.dtype == x.dtype, lambda: f"{name} has dtype {tensor.dtype}, expected {x.dtype} like x")
+    _check_device(name, tensor, "x", x)
+
+
+def check_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> None:
+    _check_float("x", x)
+    if other is not None:
+        _check_like_x("other", other, x)
+    torch._check(kind in RATES, lambda: f"kind is {kind!r}, expected one of {', '.join(RATES)}")
+
+
+def check_gated_activation_backward(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> None:
+    check_gated_activation(x, other, kind)
+    _check_like_x("grad", grad, x)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "pgd_linf_step_": check_pgd_step,
     "pgd_l2_step_": check_pgd_step,
@@ -267,6 +291,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "cosine_heads_backward": check_cosine_heads_backward,
     "info_nce": check_info_nce,
     "info_nce_backward": check_info_nce_backward,
+    "gated_activation": check_gated_activation,
+    "gated_activation_backward": check_gated_activation_backward,
 }
 
 
@@ -296,12 +322,22 @@ def _fake_info_nce_backward(
     return query.new_empty(query.shape), keys.new_empty(keys.shape), scale.new_empty(())
 
 
+def _fake_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_gated_activation_backward(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
+
+
 # Other operators write into their arguments and return nothing.
 _FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "cosine_heads": _fake_cosine_heads,
     "cosine_heads_backward": _fake_cosine_heads_backward,
     "info_nce": _fake_info_nce,
     "info_nce_backward": _fake_info_nce_backward,
+    "gated_activation": _fake_gated_activation,
+    "gated_activation_backward": _fake_gated_activation_backward,
 }
 
 

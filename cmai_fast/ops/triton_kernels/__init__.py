@@ -29,6 +29,8 @@ _MODULES = {
     "cosine_heads_backward": "cosine_heads",
     "info_nce": "info_nce",
     "info_nce_backward": "info_nce",
+    "gated_activation": "gated_activation",
+    "gated_activation_backward": "gated_activation",
 }
 
 
