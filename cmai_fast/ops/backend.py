@@ -27,6 +27,8 @@ _READY = "ready"
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton_kernels}
 # By the device of a call's tensors: the first backend that is ready and supports the call is used.
 _SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# Bound here, since every call of an operator asks them.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 # A model has few shapes, and an attack's batch shrinks; more signatures than this would be a leak.
 _MOST_PLANS = 4096
 
@@ -163,12 +165,7 @@ def _kernel_of(name: str) -> Callable[..., Any]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether nothing but PyTorch's own kernels would see an operation on it: no compiler, mode or transform."""
-    return (
-        type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return type(tensor) is Tensor and not torch.compiler.is_compiling() and _modes() == 0 and _transforms() is None
 
 
 def call(name: str) -> Callable[..., None]:
