@@ -3,6 +3,7 @@ take."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -51,6 +52,7 @@ def some_groups(count: int) -> Tensor:
     return number // 2 + (number % 2 << 32) - 3
 
 
+@functools.cache  # a CUDA graph captures no copy from the host
 def options_of(name: str, count: int, device: str | torch.device = "cpu") -> dict[str, Any]:
     groups = some_groups(count).to(device) if "grouped" in name else None
     return {"symmetric": "symmetric" in name, "groups": groups}
@@ -125,8 +127,11 @@ def assert_error_is_at_most_twice_that_of_plain_pytorch(
         error, allowed = (mine.double() - right).abs().max(), (theirs.double() - right).abs().max()
         size = max(1.0, float(right.abs().max()))
         # A single number may come out exact in plain PyTorch by luck; half a unit in the last place is always allowed.
-        # And exp(logit - lse) is off by what float32 rounds from an lse, here of about the size of the scale.
-        floor = (torch.finfo(mine.dtype).eps + 2**-24 * float(scale)) * size
+        # And exp(logit - lse) is off by what float32 rounds from an lse, here of about the size of the scale. Where
+        # groups leave a row its own key alone, the loss is the difference of two such numbers, each off by a unit in
+        # the last place.
+        rounded = 2**-22 if "grouped" in name else 2**-24
+        floor = (torch.finfo(mine.dtype).eps + rounded * float(scale)) * size
         assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}"
 
 
