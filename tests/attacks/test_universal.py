@@ -110,6 +110,24 @@ def test_it_is_found_once_per_run_on_the_training_samples(halves):
     assert found["samples"] == 6 and found["passes"]["full_backward"] == 12
 
 
+@pytest.mark.parametrize("surface", [Surface("upload"), Surface("patch", size=0.25)], ids=lambda s: s.name)
+def test_it_is_one_change_of_every_uploaded_picture(halves, surface):
+    pipeline, training, held_out = halves
+    threat, spec = ThreatModel("linf", 32 / 255, surface), AttackSpec("universal", 4, settings={"batch": 6})
+    runner = Runner(pipeline, held_out, training=training, surface=surface)
+    attacked = runner.attack(spec, threat, keep=True)
+    own = [runner.images([row])[0] for row in range(len(held_out))]
+    changes = torch.stack([attacked.images[row] - image for row, image in enumerate(own)])
+    assert 0 < float(changes.abs().max()) <= threat.eps + 1e-6
+    # One delta, but for where 0 and 1 cut it; 8-bit pictures stay 8-bit pictures.
+    delta = runner.universal.find(spec, threat)
+    for row, image in enumerate(own):
+        levels = 255 * attacked.images[row]
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+        away = (attacked.images[row] - (image + delta.cpu()).clamp(0, 1)).abs().max()
+        assert away <= 1 / 255 + 1e-6
+
+
 def test_it_breaks_held_out_samples_of_the_bundled_model_more_than_noise_does():
     training, held_out = (
         asked(DataSource("easyvqa"), split, "vqa", n, 0) for split, n in (("train", 96), ("test", 64))
