@@ -120,8 +120,10 @@ def measure_time(args: argparse.Namespace) -> None:
             for _ in range(steps):
                 step(batch)
             seconds[row].append((time.perf_counter() - start) / steps)
-    record = {row: statistics.median(values[1:]) for row, values in seconds.items()} | {"fit": fit}
-    write_results({"seconds_a_step": record, "rounds": args.rounds, "versions": versions()}, args.out / "times.json")
+    path = args.out / "times.json"
+    record = json.loads(path.read_text())["seconds_a_step"] if path.exists() else {}
+    record |= {row: statistics.median(values[1:]) for row, values in seconds.items()} | {"fit": fit}
+    write_results({"seconds_a_step": record, "rounds": args.rounds, "versions": versions()}, path)
     print(json.dumps(record, indent=2))
 
 
