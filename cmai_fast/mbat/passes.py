@@ -26,10 +26,12 @@ class StepSettings:
 @dataclass(frozen=True)
 class StepPasses:
     """`outer`: of the clean and the adversarial branch, whose backward passes also compute the gradients of weights;
-    `inner`: of the attack, whose backward passes only propagate to pixels or to the bridge."""
+    `inner`: of the attack, whose backward passes only propagate to pixels or to the bridge, and which takes a `share` of
+    the batch. Both are counted in whole batches."""
 
     outer: Passes
     inner: Passes
+    share: float = 1.0
 
     @property
     def total(self) -> Passes:
@@ -52,7 +54,7 @@ def step_passes(args: StepSettings | Any, texts: int = 0) -> StepPasses:
     if args.split:
         if args.inner == "bridge" and not args.split_memory and needs_gradient(args.inner_steps, args.refreshes):
             attack = attack + _full(1)  # p of the clean images
-        return StepPasses(_full(1) + texts_read, attack.of(args.lam))
+        return StepPasses(_full(1) + texts_read, attack.of(args.lam), args.lam)
     if args.inner == "none":
         return StepPasses(_full(1) + texts_read, attack)
     wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps
