@@ -26,8 +26,8 @@ SOLVERS: Mapping[str, dict[str, Any] | None] = {
     "consistency": None,
 }
 _WEIGHT = {4: 0.516, 8: 1.0}  # bytes of a quantised weight: NF4 with a scale of 8 bits per 64 weights; a scale per row
-# Bytes that the kernels between products move in a forward pass, per byte that it stores: counted by hand, 5.0 for a layer
-# of CLIP's tower and 6.0 for one of Llama, in eager PyTorch under autocast.
+# Bytes that the kernels between products move in a forward pass, per byte that it stores: counted by hand, 5.0 for a
+# layer of CLIP's tower and 6.0 for one of Llama, in eager PyTorch under autocast.
 _TRAFFIC = 5
 _IN_CHUNKS = 1 << 26  # logits beyond which `OutputLayer` makes them in chunks
 
@@ -133,43 +133,49 @@ def _update(sizes: ModelSizes, how: Training) -> float:
     trained = _trained(sizes, how)
     own = trained / (how.cards if how.sharded else 1)
     seconds = how.through_memory(7 * own * how.element)  # reads and writes of weights, gradients and both moments
-    if how.muon:  # five iterations, each of two products with the Gram matrix of a layer's width, and that of itself
-        sides = [sizes.vision, sizes.language] if how.language_learns else [sizes.vision]
-        flops = sum(5 * 6 * layer.weights * layer.width for side in sides for layer in side.layers)
+    if how.muon:  # five iterations of three products (`muon.orthogonal`), most of them with a layer's width
+        flops = sum(5 * 6 * layer.weights * layer.width for side in _learning(sizes, how) for layer in side.layers)
         seconds += flops / (how.device.peak[how.element] * how.device.products)
     return seconds + how.exchanged((1 if how.sharded else 2) * trained * how.element)
 
 
+def _learning(sizes: ModelSizes, how: Training) -> list[Side]:
+    return [sizes.vision, sizes.language] if how.language_learns else [sizes.vision]
+
+
 def _trained(sizes: ModelSizes, how: Training) -> int:
-    return sizes.vision.weights + (sizes.language.weights if how.language_learns else 0)
+    return sum(side.weights for side in _learning(sizes, how))
 
 
 def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettings | None) -> float:
-    """Weights and state, and the most of what is there beside them: at the end of the adversarial branch's forward pass,
-    in the attack, or when the optimiser steps."""
+    """Weights, the optimiser's state, and the most that is there beside them at one of four times."""
+    parts, element = how.cards if how.sharded else 1, how.element
     fare = step is not None and step.objective == "fare"
-    both = step is not None and not step.split and step.inner != "none" and not (fare and step.lam == 1)
-    element, parts = how.element, how.cards if how.sharded else 1
     quantised = sizes.language.quantisable if how.bits else 0
-    weights = (sizes.vision.weights * (2 if fare else 1) + sizes.language.weights - quantised) * element
-    weights += quantised * _WEIGHT.get(how.bits or 0, 0)
+    weights = float(sizes.vision.weights * (2 if fare else 1) + sizes.language.weights - quantised) * element
+    weights += quantised * _WEIGHT.get(how.bits or 0, 0.0)
     trained = _trained(sizes, how)
-    gradients, of_language = trained * element, (trained - sizes.vision.weights) * element
-    matrices = sum(layer.weights for layer in sizes.vision.layers)
-    matrices += sum(layer.weights for layer in sizes.language.layers) if how.language_learns else 0
-    state = (2 * trained - (matrices if how.muon else 0)) * element
+    gradients, of_language = trained * element / parts, (trained - sizes.vision.weights) * element / parts
+    # AdamW keeps two numbers per weight, Muon one.
+    matrices = sum(layer.weights for side in _learning(sizes, how) for layer in side.layers) if how.muon else 0
+    state = (2 * trained - matrices) * element
     logits = min(how.batch * sizes.logits, _IN_CHUNKS) * (element + 2 * 4)  # and float32 copies in the loss
     vision, attacked = (_graph(sizes.vision, how, "vision", learns) for learns in (True, False))
-    language = _graph(sizes.language, how, "language", how.language_learns) + logits
-    read = _graph(sizes.language, how, "language", False) + logits
-    before = (vision + of_language / parts) if both else 0.0  # the clean branch is there
-    branch = before + vision + (language if passes.outer.full_forward else 0)
-    attack = before + passes.share * (attacked + (read if passes.inner.full_forward else 0)) if step is None or (
-        step.inner != "none"
-    ) else 0.0
-    update = gradients / parts + trained * element / parts  # and a temporary of AdamW
-    backward = (vision * (1 + both)) + gradients / parts
-    return how.device.process + (weights + state) / parts + _gathered(sizes, how) + max(branch, attack, update, backward)
+    language, read = (
+        _graph(sizes.language, how, "language", learns) + logits for learns in (how.language_learns, False)
+    )
+    # A clean view, and what its branch left, are there during the attack, but for split steps and features alone.
+    clean = step is not None and step.inner != "none" and not step.split and not (fare and step.lam == 1)
+    before = clean * (vision + of_language)
+    times = {
+        "attack": before + passes.share * (attacked + bool(passes.inner.full_forward) * read),
+        "adversarial branch": before + vision + bool(passes.outer.full_forward) * language,
+        "backward pass of the vision side": (1 + clean) * vision + gradients,
+        "optimiser's step": gradients + trained * element / parts,  # AdamW needs a temporary copy
+    }
+    if not passes.inner.vision_forward and not passes.inner.full_forward:
+        del times["attack"]
+    return how.device.process + (weights + state) / parts + _gathered(sizes, how) + max(times.values())
 
 
 def _graph(side: Side, how: Training, name: str, learns: bool) -> float:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cmai_fast.bridge import DualBridge, EncoderDecoderBridge, bridge_of
 
-_TEXT_SIZE = 448  # pixels, where a model takes pictures of any size and none is given
+_ANY_SIZE = 448  # pixels, where a model takes pictures of any size and none is given
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,14 @@ def model_sizes(
     bridge: Any = bridge_of(model, empty=True)
     dual, crossed = isinstance(bridge, DualBridge), isinstance(bridge, EncoderDecoderBridge)
     side = image_size or _first(bridge.image_size)
-    notes = [] if side else [f"pictures of {_TEXT_SIZE} x {_TEXT_SIZE} (set the size of an image for others)"]
+    notes = [] if side else [f"pictures of {_ANY_SIZE} x {_ANY_SIZE} (set the size of an image for others)"]
     tower, *after = bridge.vision_side
-    patches = (( side or _TEXT_SIZE) // _patch(tower)) ** 2
+    patches = ((side or _ANY_SIZE) // _patch(tower)) ** 2
     out = 1 if dual else _image_tokens(model.config, patches)
     tokens = 0 if dual else prompt + answer + (0 if crossed else out * tiles)
     vision, language = Side(), Side()
-    _add(vision, tower, patches, out, tiles)
+    summary = any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
+    _add(vision, tower, patches, out, tiles, summary)
     for part in after:
         _add(vision, part, out, out, tiles)
     vision.weights = sum(p.numel() for p in bridge.vision_parameters)
@@ -139,17 +140,19 @@ def _empty(config: Any) -> Any:
         return kind.from_config(config)
 
 
-def _add(side: Side, part: nn.Module, tokens: int, out: int, tiles: int) -> None:
-    """Adds the layers of `part`, which see `tokens` of each tile, and its other products: convolutions cut the picture
-    into as many patches, and linear layers make its `out` tokens."""
+def _add(side: Side, part: nn.Module, tokens: int, out: int, tiles: int, summary: int = 0) -> None:
+    """Adds the layers of `part`, which see `tokens` of each tile and `summary` more, and its other products:
+    convolutions cut the picture into as many patches, and linear layers make its `out` tokens."""
     layers = [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer)]
-    layers = [m for m in layers if not any(m is inner for other in layers if other is not m for inner in other.modules())]
+    layers = [
+        m for m in layers if not any(m is inner for other in layers if other is not m for inner in other.modules())
+    ]
     inside = {id(m) for layer in layers for m in layer.modules()}
     if not layers and sum(isinstance(m, nn.Conv2d) for m in part.modules()) > 1:
         raise ValueError(
-            f"{type(part).__name__} is not made of transformer layers, whose cost is known here; time a few steps instead"
+            f"{type(part).__name__} has no transformer layers, whose cost alone is known here; time a few steps instead"
         )
-    side.layers += [_layer(layer, tokens * tiles, tokens) for layer in layers]
+    side.layers += [_layer(layer, (tokens + summary) * tiles, tokens + summary) for layer in layers]
     for module in part.modules():
         if id(module) not in inside and isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             side.rest += 2 * module.weight.numel() * tiles * (out if isinstance(module, nn.Linear) else tokens)

@@ -25,9 +25,9 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepPasses:
-    """`outer`: of the clean and the adversarial branch, whose backward passes also compute the gradients of weights;
-    `inner`: of the attack, whose backward passes only propagate to pixels or to the bridge, and which takes a `share` of
-    the batch. Both are counted in whole batches."""
+    """`outer`: of the clean and the adversarial branch, whose backward passes also compute gradients of weights;
+    `inner`: of the attack, whose backward passes only propagate to pixels or to the bridge, on a `share` of the batch.
+    Both are counted in whole batches."""
 
     outer: Passes
     inner: Passes
