@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def _at_size(name: str, record: dict[str, Any]) -> Iterator[Row]:
     config = MODELS[settings["model"]]().config
     sizes = model_sizes(config, prompt=settings["prompt"], answer=settings["answer"])
     for step, seconds in record["seconds_a_step"].items():
-        cost = _cost(sizes, how, {"inner_steps": settings["inner_steps"], **at_size.STEPS[step]})
+        values = {"inner_steps": settings["inner_steps"], **at_size.STEPS[step]}
+        cost = _cost(sizes, replace(how, cuda_graphs=values.get("cuda_graphs", False)), values)
         yield Row(name, step, "time", cost.seconds, seconds)
         yield Row(name, step, "memory", cost.peak, record["peak_bytes"][step])
 

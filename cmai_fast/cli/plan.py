@@ -46,6 +46,9 @@ def plan(
     sharded: Annotated[
         bool, typer.Option("--sharded", help="Shard the model over the cards (FSDP2); else each has a copy.")
     ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="The inner problem's vision side as CUDA graphs.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the training.")] = 1000,
     price: Annotated[float | None, typer.Option(help="Price of a card per hour, in any currency.")] = None,
     json: Annotated[Path | None, typer.Option(help="File for the whole record; - is standard output.")] = None,
@@ -59,7 +62,8 @@ def plan(
     settings = workflow.PlanSettings(
         model=model, gpu=gpu, inner_steps=inner_steps, batch=batch, bits=None if bits == "none" else int(bits),
         recompute=recompute, trainable=trainable, dtype=dtype, muon=muon, prompt=prompt, answer=answer,
-        image_size=image_size, tiles=tiles, gpus=gpus, sharded=sharded, steps=steps, price=price,
+        image_size=image_size, tiles=tiles, gpus=gpus, sharded=sharded, cuda_graphs=cuda_graphs,
+        steps=steps, price=price,
     )  # fmt: skip
     record = workflow.plan(settings)
     if not options.is_stdout(json):

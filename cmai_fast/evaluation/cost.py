@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cmai_fast.attacks import Passes
 from cmai_fast.evaluation.devices import MACHINE, NETWORK, Device
 from cmai_fast.evaluation.sizes import ModelSizes, Side
 from cmai_fast.mbat.passes import StepPasses, StepSettings, consistency_passes, step_passes
@@ -41,7 +42,7 @@ class Training:
         element: bytes of an activation, of a weight that is not quantised and of a number of the optimiser's state.
         bits: of the language model's linear layers; None: as the others.
         learns: `all`, or `vision`; a quantised language model never learns.
-        recompute, muon: as in `MBATConfig`.
+        recompute, muon, cuda_graphs: as in `MBATConfig`.
         cards: each has a copy of the model or, `sharded` (FSDP2), its share of weights, gradients and state.
     """
 
@@ -54,6 +55,7 @@ class Training:
     muon: bool = False
     cards: int = 1
     sharded: bool = False
+    cuda_graphs: bool = False
 
     @property
     def language_learns(self) -> bool:
@@ -103,13 +105,15 @@ def _seconds(sizes: ModelSizes, how: Training, passes: StepPasses) -> float:
         ):
             for way in ("forward", "backward"):
                 runs = getattr(part, f"{name}_{way}") / share if share else 0
-                total += runs * _pass(how, sides, how.batch * share * tokens, way == "backward", learns)
+                # The host launches a graph at once.
+                host = 0.0 if how.cuda_graphs and name == "vision" and not learns else how.device.host
+                total += runs * _pass(how, sides, how.batch * share * tokens, way == "backward", learns, host)
     return total
 
 
-def _pass(how: Training, sides: Mapping[str, Side], samples: float, backward: bool, learns: bool) -> float:
-    """Seconds of one pass of these sides, forward or backward, of as many samples."""
-    card = host = 0.0
+def _pass(how: Training, sides: Mapping[str, Side], samples: float, backward: bool, learns: bool, host: float) -> float:
+    """Seconds of one pass of these sides, forward or backward, of as many samples; `host` as of `Device`."""
+    card = launched = 0.0
     for name, side in sides.items():
         taught = learns and (name == "vision" or how.language_learns)
         again = how.recomputed(name) if backward else "none"
@@ -123,9 +127,9 @@ def _pass(how: Training, sides: Mapping[str, Side], samples: float, backward: bo
             card += (1 + (again == "full")) * how.through_memory(dequantised)
         stored = samples * sum(layer.stored(how.element, False) for layer in side.layers)
         card += how.through_memory(_TRAFFIC * stored * ((2 if backward else 1) + (again != "none")))
-        host += len(side.layers) * how.device.host * ((2 if backward else 1) + (again != "none")) / 3
+        launched += len(side.layers) * host * ((2 if backward else 1) + (again != "none")) / 3
     gathered = sum(side.weights for side in sides.values()) * how.element if how.sharded else 0.0
-    return max(card, host, how.exchanged(gathered))
+    return max(card, launched, how.exchanged(gathered))
 
 
 def _update(sizes: ModelSizes, how: Training) -> float:
@@ -167,15 +171,16 @@ def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettin
     # A clean view, and what its branch left, are there during the attack, but for split steps and features alone.
     clean = step is not None and step.inner != "none" and not step.split and not (fare and step.lam == 1)
     before = clean * (vision + of_language)
+    attacks = passes.inner != Passes()
+    captured = attacked if how.cuda_graphs and attacks else 0.0  # a graph keeps its memory between attacks
     times = {
-        "attack": before + passes.share * (attacked + bool(passes.inner.full_forward) * read),
+        "attack": before + attacks * passes.share * (attacked - captured + bool(passes.inner.full_forward) * read),
         "adversarial branch": before + vision + bool(passes.outer.full_forward) * language,
         "backward pass of the vision side": (1 + clean) * vision + gradients,
         "optimiser's step": gradients + trained * element / parts,  # AdamW needs a temporary copy
     }
-    if not passes.inner.vision_forward and not passes.inner.full_forward:
-        del times["attack"]
-    return how.device.process + (weights + state) / parts + _gathered(sizes, how) + max(times.values())
+    held = how.device.process + (weights + state) / parts + _gathered(sizes, how) + captured
+    return held + max(times.values())
 
 
 def _graph(side: Side, how: Training, name: str, learns: bool) -> float:

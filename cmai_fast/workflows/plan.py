@@ -24,8 +24,8 @@ class PlanSettings:
     """`model`: as for `resolve`, or a `config.json`; its weights are not read. `batch` samples per card, with `prompt`
     and `answer` tokens each beside those of the image (`image_size`, `tiles`: as of `model_sizes`).
 
-    `bits`, `recompute`, `trainable`, `muon` and `inner_steps` are as in training; the record has all `bits` and
-    `recompute`. `steps` of training and the `price` per card and hour give hours and money.
+    `bits`, `recompute`, `trainable`, `muon`, `cuda_graphs` and `inner_steps` are as in training; the record has all
+    `bits` and `recompute`. `steps` of training and the `price` per card and hour give hours and money.
     """
 
     model: str
@@ -43,6 +43,7 @@ class PlanSettings:
     tiles: int = 1
     gpus: int = 1
     sharded: bool = False
+    cuda_graphs: bool = False
     steps: int = 1000
     price: float | None = None
 
@@ -61,6 +62,9 @@ class PlanSettings:
             raise ValueError(
                 f"sharded is set and {what}; FSDP2 here shards 16- or 32-bit weights over several cards, with AdamW"
             )
+        if self.cuda_graphs and (self.gpu == "cpu" or self.recompute != "none"):
+            what = "gpu is 'cpu'" if self.gpu == "cpu" else f"recompute is {self.recompute!r}"
+            raise ValueError(f"cuda_graphs is set and {what}; expected a card, and recompute 'none'")
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
@@ -113,15 +117,17 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
 
     rows = []
     for bits in BITS[:1] if settings.sharded else BITS:
-        for recompute in RECOMPUTE:
+        for recompute in RECOMPUTE[:1] if settings.cuda_graphs else RECOMPUTE:
             how = Training(
                 DEVICES[settings.gpu], settings.batch, DTYPES[settings.dtype], bits, settings.trainable, recompute,
-                settings.muon, settings.gpus, settings.sharded,
+                settings.muon, settings.gpus, settings.sharded, settings.cuda_graphs,
             )  # fmt: skip
             clean = 0.0
             for name, fields in SOLVERS.items():
-                if settings.sharded and (fields is None or fields.get("split") or "objective" in fields):
-                    continue  # refused with FSDP2
+                split, features = (fields or {}).get("split"), "objective" in (fields or {})
+                # What training refuses.
+                if (settings.sharded and (fields is None or split or features)) or (settings.cuda_graphs and split):
+                    continue
                 refreshes = (fields or {}).get("refreshes", 0)
                 if refreshes > settings.inner_steps:
                     continue

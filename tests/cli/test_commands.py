@@ -345,6 +345,8 @@ def test_plan_leaves_out_what_shards_refuse_and_marks_what_is_too_large(run):
     shards = plan_workflow.plan(plan_workflow.PlanSettings(MODEL, gpus=2, sharded=True))["rows"]
     assert {r["step"] for r in shards} == {"clean", "pgd", "bridge R=0", "bridge R=1", "bridge R=2"}
     assert {r["bits"] for r in shards} == {None}
+    graphs = plan_workflow.plan(plan_workflow.PlanSettings(MODEL, cuda_graphs=True))["rows"]
+    assert {r["recompute"] for r in graphs} == {"none"} and not any("split" in r["step"] for r in graphs)
     done = run("plan", "--model", MODEL, "--gpu", "4090", "--batch", "100000")
     assert done.exit_code == 0 and "!" in done.stdout.replace("!: more", "")
 

@@ -159,6 +159,7 @@ BAD_NAMES = [
     ("plan --model no-such-model", "unknown model 'no-such-model'"),
     ("plan --model easyvqa-llava --price -1", "--price is -1.0; expected the price of one card"),
     ("plan --model easyvqa-llava --sharded", "--gpus is 1"),
+    ("plan --model easyvqa-llava --cuda-graphs --recompute full", "--recompute is 'full'; expected a card"),
     ("plan --model easyvqa-llava --sharded --gpus 2 --bits 4", "--bits is 4"),
     ("plan --model easyvqa-llava --gpu b300", "'b300' is not one of 'h100'"),
     ("attack --model easyvqa-llava --attack cw2 --out x", "unknown attack 'cw2'"),

@@ -119,6 +119,8 @@ def test_several_cards(sizes):
 def test_a_side_that_is_too_small_waits_for_the_host(sizes):
     few, one = (cost(sizes, "consistency", batch=n, device=DEVICES["h200"]) for n in (2, 1))
     assert few.seconds == one.seconds == pytest.approx(4 * 4 * DEVICES["h200"].host, rel=0.01)  # passes, layers
+    graphs = cost(sizes, "consistency", batch=1, device=DEVICES["h200"], cuda_graphs=True)
+    assert graphs.seconds == pytest.approx(4 * DEVICES["h200"].host, rel=0.1) and graphs.peak > one.peak
 
 
 def test_the_modes_of_recomputation_are_those_of_training():
