@@ -15,7 +15,7 @@ from cmai_fast.evaluation.devices import MACHINE, NETWORK, Device
 from cmai_fast.evaluation.sizes import ModelSizes, Side
 from cmai_fast.mbat.passes import StepPasses, StepSettings, consistency_passes, step_passes
 
-# What is trained in a step, by name: fields of `StepSettings`; None: S_c alone.
+# What is trained in a step, by name: fields of `StepSettings`, with gamma 0; None: S_c alone.
 SOLVERS: Mapping[str, dict[str, Any] | None] = {
     "clean": {"inner": "none"},
     "pgd": {"inner": "pgd"},
@@ -168,15 +168,19 @@ def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettin
     language, read = (
         _graph(sizes.language, how, "language", learns) + logits for learns in (how.language_learns, False)
     )
-    # A clean view, and what its branch left, are there during the attack, but for split steps and features alone.
-    clean = step is not None and step.inner != "none" and not step.split and not (fare and step.lam == 1)
-    before = clean * (vision + of_language)
+    # The clean branch leaves gradients; its view of the images waits for the contrastive loss, or that of features.
+    if step is None or step.split or step.inner == "none":
+        branches, waits = False, False
+    else:
+        branches = step.objective == "task"
+        waits = bool(step.gamma) if branches else not (fare and step.lam == 1)
+    before = waits * vision + branches * (of_language if waits else gradients)
     attacks = passes.inner != Passes()
     captured = attacked if how.cuda_graphs and attacks else 0.0  # a graph keeps its memory between attacks
     times = {
         "attack": before + attacks * passes.share * (attacked - captured + bool(passes.inner.full_forward) * read),
         "adversarial branch": before + vision + bool(passes.outer.full_forward) * language,
-        "backward pass of the vision side": (1 + clean) * vision + gradients,
+        "backward pass of the vision side": (1 + waits) * vision + gradients,
         "optimiser's step": gradients + trained * element / parts,  # AdamW needs a temporary copy
     }
     held = how.device.process + (weights + state) / parts + _gathered(sizes, how) + captured

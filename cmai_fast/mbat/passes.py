@@ -12,7 +12,7 @@ from cmai_fast.mbat.verifier import INNER_STEPS
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The fields of `MBATConfig` that decide it, with its defaults."""
+    """The fields of `MBATConfig` that decide it, with its defaults; gamma counts in memory alone."""
 
     inner: str = "bridge"
     inner_steps: int = 10
@@ -21,6 +21,7 @@ class StepSettings:
     split: bool = False
     split_memory: int = 0
     objective: str = "task"
+    gamma: float = 0.1
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
                 refreshes = (fields or {}).get("refreshes", 0)
                 if refreshes > settings.inner_steps:
                     continue
-                step = None if fields is None else StepSettings(inner_steps=settings.inner_steps, **fields)
+                step = None if fields is None else StepSettings(inner_steps=settings.inner_steps, gamma=0.0, **fields)
                 cost = step_cost(sizes, how, step)
                 clean = clean or cost.seconds
                 hours = cost.seconds * settings.steps / 3600

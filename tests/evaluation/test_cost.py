@@ -88,7 +88,7 @@ def sizes():
 
 def cost(sizes, name="bridge R=0", **how):
     fields = SOLVERS[name]
-    step = None if fields is None else StepSettings(**fields)
+    step = None if fields is None else StepSettings(**{"gamma": 0.0, **fields})
     at_once = replace(DEVICES["h200"], host=0.0)  # else a model so small takes the time of the host alone
     return step_cost(sizes, replace(Training(at_once, batch=512), **how), step)
 
@@ -106,6 +106,12 @@ def test_what_costs_more_is_predicted_to(sizes):
     full, selective, encoder = (cost(sizes, recompute=mode) for mode in ("full", "selective", "encoder"))
     assert full.peak < selective.peak and full.peak < encoder.peak < plain.peak
     assert full.seconds > selective.seconds > plain.seconds and full.seconds > encoder.seconds > plain.seconds
+
+
+def test_with_a_contrastive_loss_the_clean_images_wait_for_the_attack(sizes):
+    how = Training(DEVICES["h200"], batch=512)
+    with_it, without = (step_cost(sizes, how, StepSettings(gamma=gamma)) for gamma in (0.1, 0.0))
+    assert with_it.passes == without.passes and with_it.peak > 1.2 * without.peak
 
 
 def test_several_cards(sizes):
