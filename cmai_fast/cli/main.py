@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cmai_fast import __version__
-from cmai_fast.cli import attack, calibrate, demo, evaluate, guard, immunize, info, report, transfer
+from cmai_fast.cli import attack, calibrate, demo, evaluate, guard, immunize, info, plan, report, transfer
 from cmai_fast.cli.command import ExampleCommand, FaultyGroup
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for module in (demo, immunize, attack, transfer, evaluate, calibrate, guard, report, info):
+for module in (demo, plan, immunize, attack, transfer, evaluate, calibrate, guard, report, info):
     name = module.__name__.rsplit(".", 1)[1]
     app.command(name, cls=ExampleCommand, epilog=module.EXAMPLE)(getattr(module, name))
 

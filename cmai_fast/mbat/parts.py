@@ -19,6 +19,8 @@ from cmai_fast.pipeline import out_of_memory
 T = TypeVar("T")
 OF_SAMPLES = ("negative_", "statement_")  # keys that the model does not take
 WEIGHTS = "loss_weights"  # of the samples in the loss of a batch
+REMEDIES = "set recompute='full', let the processor make smaller images (its max_pixels or size)"
+_IN_4_BITS = "or load the language model in 4 bits (quantized_language_model); cmai-fast plan predicts what each saves"
 
 
 class DoesNotFitError(Exception):
@@ -149,12 +151,12 @@ def halved(size: int, error: DoesNotFitError, what: str, so: str = "") -> int:
     """How many samples are tried at once after `size` were too many."""
     if size == 1:
         raise torch.OutOfMemoryError(
-            f"a single sample does not fit into memory ({error}). Set recompute='full', load the language model in "
-            "4 bits (quantized_language_model), or let the processor make smaller images"
+            f"a single sample does not fit into memory ({error}). To need less, {REMEDIES}, {_IN_4_BITS}"
         ) from error
     half = (size + 1) // 2
     warnings.warn(
-        f"{size} samples at once do not fit into memory ({error}). From now on {what} takes at most {half} at once{so}",
+        f"{size} samples at once do not fit into memory ({error}). From now on {what} takes at most {half} at once{so}"
+        f". To need less, {REMEDIES}, {_IN_4_BITS}",
         RuntimeWarning,
         stacklevel=3,
     )

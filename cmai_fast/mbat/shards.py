@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cmai_fast.bridge import ModelBridge
+from cmai_fast.mbat.parts import REMEDIES
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ def whole_or_not(run: Callable[[], T], what: str = "A sharded model's step") -> 
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"{str(error).splitlines()[0]} {what} cannot be split: halve per_device_train_batch_size and double "
-            "gradient_accumulation_steps"
+            f"gradient_accumulation_steps, {REMEDIES}"
         ) from error
 
 

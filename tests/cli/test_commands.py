@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from importlib import import_module
@@ -14,10 +15,12 @@ import official_files as official
 from cmai_fast.data.sources import DataSource
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.suite import AttackSpec
+from cmai_fast.models import resolve
 from cmai_fast.threat import Surface, ThreatModel
+from cmai_fast.workflows import plan as plan_workflow
 from cmai_fast.workflows.settings import ImmunizeSettings
 
-COMMANDS = ("demo", "immunize", "attack", "transfer", "evaluate", "calibrate", "guard", "report", "info")
+COMMANDS = ("demo", "immunize", "attack", "transfer", "evaluate", "calibrate", "guard", "report", "info", "plan")
 ATTACKED = {"n": 9, "acc_clean": 1.0, "acc_robust": 0.25, "asr": 0.75, "asr_target": 0.625}
 MOVED = {"attacked": 8, "broken": 2, "asr": 0.25}
 TRANSFERRED = {
@@ -40,6 +43,11 @@ def mine(tmp_path):
 
 def example(command):
     return import_module(f"cmai_fast.cli.{command}").EXAMPLE
+
+
+@functools.cache
+def planned():
+    return plan_workflow.plan(plan_workflow.PlanSettings(MODEL, "a100", inner_steps=3, bits=4, price=2.0, gpus=2))
 
 
 def as_one_line(text):
@@ -294,6 +302,55 @@ def test_version(run):
     assert run("--version").stdout == f"cmai-fast {__version__}\n"
 
 
+def test_plan_hands_on_every_option(run, replace_workflow):
+    called = replace_workflow("plan", planned())
+    typed = (
+        f"plan --model {MODEL} --gpu 4090 --inner-steps 7 --batch 3 --bits 8 --recompute full --trainable vision "
+        "--dtype float32 --muon --prompt 5 --answer 6 --image-size 224 --tiles 4 --gpus 2 --steps 9 --price 0.5"
+    )
+    done = run(*shlex.split(typed))
+    assert done.exit_code == 0, done.output
+    assert called.args == (
+        plan_workflow.PlanSettings(
+            MODEL, "4090", inner_steps=7, batch=3, bits=8, recompute="full", trainable="vision", dtype="float32",
+            muon=True, prompt=5, answer=6, image_size=224, tiles=4, gpus=2, steps=9, price=0.5,
+        ),
+    )  # fmt: skip
+
+
+def test_plan_says_what_a_config_costs(run, tmp_path):
+    """A table, or the same numbers as JSON, from a config alone."""
+    (tmp_path / "mine.json").write_text((resolve(MODEL) / "config.json").read_text())
+    options = "plan --model mine.json --gpu h100 --inner-steps 1 --steps 7200 --price 2 --gpus 3".split()
+    done = run(*options, "--json", "-")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert {(r["bits"], r["recompute"]) for r in record["rows"]} == {
+        (bits, mode) for bits in (None, 8, 4) for mode in plan_workflow.RECOMPUTE
+    }
+    steps = [r["step"] for r in record["rows"] if (r["bits"], r["recompute"]) == (None, "none")]
+    assert steps == ["clean", "pgd", "bridge R=0", "bridge R=1", "split R=0", "fare", "consistency"]  # R is at most K
+    for row in record["rows"]:
+        assert row["hours"] == pytest.approx(2 * row["seconds"]) and row["price"] == pytest.approx(6 * row["hours"])
+        assert row["peak_bytes"] > 0 and row["fits"]
+    shown = run(*options, "--json", "made.json")
+    assert json.loads(Path("made.json").read_text())["rows"] == record["rows"]
+    text = as_one_line(shown.stdout)
+    for part in ("bridge R=0", "price", "no step was ever measured on h100", "several cards were never measured"):
+        assert part in text, part
+    assert f"{record['rows'][1]['price']:.2f}" in text
+
+
+def test_plan_leaves_out_what_shards_refuse_and_marks_what_is_too_large(run):
+    shards = plan_workflow.plan(plan_workflow.PlanSettings(MODEL, gpus=2, sharded=True))["rows"]
+    assert {r["step"] for r in shards} == {"clean", "pgd", "bridge R=0", "bridge R=1", "bridge R=2"}
+    assert {r["bits"] for r in shards} == {None}
+    graphs = plan_workflow.plan(plan_workflow.PlanSettings(MODEL, cuda_graphs=True))["rows"]
+    assert {r["recompute"] for r in graphs} == {"none"} and not any("split" in r["step"] for r in graphs)
+    done = run("plan", "--model", MODEL, "--gpu", "4090", "--batch", "100000")
+    assert done.exit_code == 0 and "!" in done.stdout.replace("!: more", "")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_ends_with_an_example_that_can_be_copied(run, command):
     done = run(command, "--help")
@@ -317,6 +374,7 @@ def test_the_examples_work(run, replace_workflow, results, monkeypatch, line):
         replace_workflow(name, results)
     replace_workflow("attack", ATTACKED)
     replace_workflow("transfer", TRANSFERRED)
+    replace_workflow("plan", planned())
     replace_workflow("guard", 1)
     threshold = {"tau": 0.1, "samples": 9}
     replace_workflow("calibrate", {"threshold": threshold, "wrong_answers": {"auroc": 0.9, "rejected": 0.6}})

@@ -156,6 +156,12 @@ def test_wrong_usage_exits_2(run, replace_workflow, results, arguments):
 
 
 BAD_NAMES = [
+    ("plan --model no-such-model", "unknown model 'no-such-model'"),
+    ("plan --model easyvqa-llava --price -1", "--price is -1.0; expected the price of one card"),
+    ("plan --model easyvqa-llava --sharded", "--gpus is 1"),
+    ("plan --model easyvqa-llava --cuda-graphs --recompute full", "--recompute is 'full'; expected a card"),
+    ("plan --model easyvqa-llava --sharded --gpus 2 --bits 4", "--bits is 4"),
+    ("plan --model easyvqa-llava --gpu b300", "'b300' is not one of 'h100'"),
     ("attack --model easyvqa-llava --attack cw2 --out x", "unknown attack 'cw2'"),
     ("attack --model no-such-model --out x", "unknown model 'no-such-model'"),
     ("attack --model easyvqa-llava --data no.jsonl --out x", "unknown data 'no.jsonl'"),

@@ -19,6 +19,7 @@ from cmai_fast.pixels import PixelSpace
 from families import FAMILIES
 from training_steps import of_step, same, scarce
 
+REMEDIES = r"set recompute='full'.*smaller images \(its max_pixels or size\).*in 4 bits.*cmai-fast plan"
 PLACES = ("encode", "fuse", "clean backward", "attack", "adversarial branch", "second encode")
 
 
@@ -113,8 +114,8 @@ def test_a_failed_attempt_leaves_gradients_as_they_were(make_trainer, batch, mon
     before = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     scarce(trainer, 0, "clean backward", monkeypatch)
     with (
-        pytest.warns(RuntimeWarning),
-        pytest.raises(torch.OutOfMemoryError, match=r"a single sample does not fit.*Set recompute='full'"),
+        pytest.warns(RuntimeWarning, match=rf"at most 1 at once.*To need less, {REMEDIES}"),
+        pytest.raises(torch.OutOfMemoryError, match=rf"a single sample does not fit.*To need less, {REMEDIES}"),
     ):
         trainer.training_step(trainer.model, dict(batch))
     after = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
@@ -176,7 +177,7 @@ def test_a_sharded_model_says_what_to_do_instead(make_trainer, batch, monkeypatc
     monkeypatch.setattr(shards, "is_sharded", lambda model: True)
     scarce(trainer, 2, "fuse", monkeypatch)
     with pytest.raises(
-        torch.OutOfMemoryError, match=r"CUDA out of memory.*halve per_device_train_batch_size and double"
+        torch.OutOfMemoryError, match=r"CUDA out of memory.*halve per_device_train_batch_size and double.*max_pixels"
     ):
         trainer.training_step(trainer.model, dict(batch))
     assert trainer._rows_at_once is None

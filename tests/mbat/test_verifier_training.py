@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 
-from cmai_fast.attacks import Victim
+from cmai_fast.attacks import Passes, Victim
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.mbat.passes import consistency_passes
 from cmai_fast.mbat.verifier import INNER_STEPS, inconsistent
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel
@@ -135,7 +136,8 @@ def test_a_consistency_step_runs_the_vision_side_alone(trained_by, data):
         learning = {id(p) for p in trainer.model.parameters() if p.grad is not None and p.grad.any()}
         assert learning & vision and bool(learning - vision) is not alone
         if alone:  # the attack, and the adversarial branch
-            assert trainer.passes.vision_backward - before.vision_backward == INNER_STEPS + 1
+            assert trainer.passes == before + consistency_passes().total
+            assert consistency_passes().total == Passes(0, 0, INNER_STEPS + 1, INNER_STEPS + 1)
 
 
 def test_consistency_steps_are_logged_resumed_and_done_in_parts(trained_by, data, tmp_path):
