@@ -49,9 +49,7 @@ def _gated_activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor |
 def _refuse_second_derivative(name: str) -> None:
     # Without a rule PyTorch would treat the gradients as constants, and second derivatives would be wrong.
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"cmai_fast::{name} has no second derivative; for one, write it with torch.nn.functional"
-        )
+        raise RuntimeError(f"cmai_fast::{name} has no second derivative; for one, write it with torch.nn.functional")
 
     torch.library.register_autograd(f"cmai_fast::{name}_backward", backward, lib=LIBRARY)
 

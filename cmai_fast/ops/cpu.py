@@ -237,9 +237,7 @@ def _carries_activation(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0
 
 
-def _plan_gated_activation(
-    x: Tensor, other: Tensor | None = None, kind: str = "silu"
-) -> Callable[..., Tensor] | None:
+def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Callable[..., Tensor] | None:
     if not _carries_activation(x):
         return None
     native, layout = _C.gated_activation, (TYPES[x.dtype], x.numel(), RATES[kind])

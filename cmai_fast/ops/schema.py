@@ -343,9 +343,7 @@ def _fake_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "
     return x.new_empty(x.shape)
 
 
-def _fake_gated_activation_backward(
-    grad: Tensor, x: Tensor, other: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor]:
+def _fake_gated_activation_backward(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
 
 

@@ -190,9 +190,7 @@ def test_one_branch_alone_may_require_a_gradient(in_use: Implementation) -> None
     for number in (0, 1):
         leaves = [t.to(in_use.device, copy=True) for t in (x, other)]
         leaves[number].requires_grad_()
-        (alone,) = torch.autograd.grad(
-            in_use("gated_activation")(*leaves), leaves[number], grad.to(in_use.device)
-        )
+        (alone,) = torch.autograd.grad(in_use("gated_activation")(*leaves), leaves[number], grad.to(in_use.device))
         assert torch.equal(alone.cpu(), both[1 + number])
 
 

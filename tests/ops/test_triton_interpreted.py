@@ -21,7 +21,9 @@ HERE = Path(__file__).parent
 
 # Two processes, of about the same length: one for all would leave a core idle, and each imports PyTorch and Triton.
 @pytest.mark.parametrize(
-    "names", [("pgd_step", "apgd_step", "random_start"), ("cosine_heads", "info_nce", "gated_activation")], ids="steps losses".split()
+    "names",
+    [("pgd_step", "apgd_step", "random_start"), ("cosine_heads", "info_nce", "gated_activation")],
+    ids="steps losses".split(),
 )
 def test_kernels_in_the_interpreter(names: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CMAI_FAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"}

@@ -76,9 +76,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _plan_gated_activation(
-    x: Tensor, other: Tensor | None = None, kind: str = "silu"
-) -> Callable[..., Tensor] | None:
+def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Callable[..., Tensor] | None:
     if not _carries(x):
         return None
     size, rate = x.numel(), RATES[kind]
