@@ -70,7 +70,7 @@ def _is_gated(module: nn.Module) -> bool:
     return hasattr(forward, "__code__") and _code(forward) in _GATED
 
 
-def _kind(act: nn.Module) -> str | None:
+def _kind(act: Any) -> str | None:
     """The operator's name of an activation function that nothing else watches."""
     watched = "forward" in act.__dict__ or any(getattr(act, hooks) for hooks in _HOOKS)
     return None if watched else _KINDS.get(type(act))
