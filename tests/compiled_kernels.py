@@ -109,3 +109,16 @@ def _disassemble(name: str, kernel: Any) -> Binary:
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=kernel.metadata.shared,
     )
+
+
+def check_spills(binary: Binary) -> None:
+    assert binary.spilled == 0 and binary.count("LDL") == 0 and binary.count("STL") == 0, f"{binary} spills"
+
+
+def check_offsets(binary: Binary) -> None:
+    """A batch may have 2^31 elements and more: nothing is multiplied in 32 bits, and images are reached by 64."""
+    lines = binary.ttir.splitlines()
+    small = r"arith\.muli .* : (tensor<\d+x)?i32|tt\.addptr .*, tensor<\d+xi32>"
+    narrow = [line for line in lines if re.search(small, line)]
+    assert not narrow, f"{binary.name}: {narrow}"
+    assert any(re.search(r"tt\.addptr .*, tensor<\d+xi64>", line) for line in lines)

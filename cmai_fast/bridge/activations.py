@@ -43,7 +43,7 @@ _GATED = {_code(cls.forward) for cls in (LlamaMLP, Qwen2_5_VLMLP)}
 @contextmanager
 def lean_activations(model: nn.Module) -> Iterator[None]:
     """Inside, MLPs of `model` store only gate and up, or the input of their activation function. They are restored
-    afterwards, also after an exception.
+    afterwards, also after an exception. A pass without gradients gives what a pass with them gives.
 
     Other MLPs are not changed, nor are those whose `forward` was replaced in the instance.
     """

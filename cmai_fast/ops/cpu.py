@@ -229,7 +229,7 @@ def planners(launcher: Launcher, device: str, prefix: str = "") -> dict[str, Cal
     }
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
@@ -243,7 +243,7 @@ def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "
     native, layout = _C.gated_activation, (TYPES[x.dtype], x.numel(), RATES[kind])
 
     def kernel(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
-        x, other, out = x.contiguous(), _contiguous(other), x.new_empty(x.shape)
+        x, other, out = x.contiguous(), contiguous(other), x.new_empty(x.shape)
         native(*layout, x.data_ptr(), _pointer(other), out.data_ptr(), torch.get_num_threads())
         return out
 
@@ -258,7 +258,7 @@ def _plan_gated_activation_backward(
     native, layout = _C.gated_activation_backward, (TYPES[x.dtype], x.numel(), RATES[kind])
 
     def kernel(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-        grad, x, other = grad.contiguous(), x.contiguous(), _contiguous(other)
+        grad, x, other = grad.contiguous(), x.contiguous(), contiguous(other)
         grad_x, grad_other = x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
         native(
             *layout, x.data_ptr(), _pointer(other), grad.data_ptr(), grad_x.data_ptr(), grad_other.data_ptr(),

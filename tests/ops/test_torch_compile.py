@@ -61,6 +61,21 @@ def test_apgd_steps(step: Callable[..., None]) -> None:
         torch.testing.assert_close(results[1][name], plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_gated_activation_and_its_gradients(gated: bool) -> None:
+    def mlp(x: Tensor, other: Tensor) -> Tensor:
+        return ops.gated_activation(x * 2, other + 1 if gated else None, "quick_gelu").sum() + other.sum()
+
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(3, 5, generator=generator, requires_grad=True) for _ in range(2)]
+    results = []
+    for f in (mlp, torch.compile(mlp, backend="aot_eager", fullgraph=True)):
+        value = f(*leaves)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain)
+
+
 def test_losses_and_their_gradients() -> None:
     def loss(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
         own = torch.arange(len(query))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from cmai_fast.ops import triton_kernels
 from cmai_fast.ops.signatures import STEPS
-from compiled_kernels import CAPABILITIES, Binary, compile_launches
+from compiled_kernels import CAPABILITIES, Binary, check_offsets, check_spills, compile_launches
 
 # 224 x 224 pixels: a channel is a multiple of 16 elements, and too long for one program.
 IMAGES = (2, 3, 224, 224)
@@ -81,25 +80,12 @@ def case_of(name: str, shape: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
     return operator, arguments(operator, shape, **options)
 
 
-def check_spills(binary: Binary) -> None:
-    assert binary.spilled == 0 and binary.count("LDL") == 0 and binary.count("STL") == 0, f"{binary} spills"
-
-
 def check_widths(binary: Binary) -> None:
     _, loads, stores = BUDGETS[binary.name]
     assert binary.count("LDG.E.128") >= loads, f"{binary}: {binary.count('LDG.E.128')} of {loads} wide loads"
     assert binary.count("STG.E.128") >= stores, f"{binary}: {binary.count('STG.E.128')} of {stores} wide stores"
     # One register layout from load to store; the Gaussian alone, which loads nothing, has another to draw in.
     assert binary.ttgir.count("ttg.convert_layout") <= (binary.name == "_gaussian_kernel"), binary.name
-
-
-def check_offsets(binary: Binary) -> None:
-    """A batch may have 2^31 elements and more: nothing is multiplied in 32 bits, and images are reached by 64."""
-    lines = binary.ttir.splitlines()
-    small = r"arith\.muli .* : (tensor<\d+x)?i32|tt\.addptr .*, tensor<\d+xi32>"
-    narrow = [line for line in lines if re.search(small, line)]
-    assert not narrow, f"{binary.name}: {narrow}"
-    assert any(re.search(r"tt\.addptr .*, tensor<\d+xi64>", line) for line in lines)
 
 
 # A kernel takes seconds to compile: all for one GPU, the largest for the others.

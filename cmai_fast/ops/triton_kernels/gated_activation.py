@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmai_fast.ops import triton_kernels
+from cmai_fast.ops.cpu import contiguous
 from cmai_fast.ops.schema import RATES
 
 _CARRIED = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,10 +73,6 @@ def _carries(x: Tensor) -> bool:
     return x.dtype in _CARRIED and x.numel() > 0 and triton_kernels.runs_on(x)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Callable[..., Tensor] | None:
     if not _carries(x):
         return None
@@ -86,7 +83,7 @@ def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "
         # Not empty_like: it would keep the strides of an x that is not contiguous.
         out = x.new_empty(x.shape)
         with torch.cuda.device_of(x):
-            _gated_activation_kernel[grid](x.contiguous(), _contiguous(other), out, rate, size, BLOCK, **_OPTIONS)
+            _gated_activation_kernel[grid](x.contiguous(), contiguous(other), out, rate, size, BLOCK, **_OPTIONS)
         return out
 
     return kernel
@@ -104,7 +101,7 @@ def _plan_gated_activation_backward(
         grad_x, grad_other = x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
         with torch.cuda.device_of(x):
             _gated_activation_backward_kernel[grid](
-                grad.contiguous(), x.contiguous(), _contiguous(other), grad_x, grad_other, rate, size, BLOCK,
+                grad.contiguous(), x.contiguous(), contiguous(other), grad_x, grad_other, rate, size, BLOCK,
                 **_OPTIONS,
             )  # fmt: skip
         return grad_x, grad_other
