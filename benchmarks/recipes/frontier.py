@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CMCV, one
+from ablation import CMCV, _share, one
 from full_strength import DATA, TASK
 
 from cmai_fast.cmcv.verifier import Verifier
@@ -30,7 +30,9 @@ from cmai_fast.defences import defence
 from cmai_fast.evaluation.overhead import stepper
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
+from cmai_fast.files import write_text
 from cmai_fast.pipeline import Pipeline
+from cmai_fast.report.charts import Axis, Line, line_chart
 from cmai_fast.threat import parse_eps
 from cmai_fast.workflows.samples import training_batches, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
@@ -68,19 +70,19 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "bridge-r0-2e-3": ("bridge, R = 0, K = 10, learning rate 2e-3", {**BRIDGE, **FAST}),
     "half-r0-2e-3": ("bridge, R = 0, K = 10, batches of 32, learning rate 2e-3", {**BRIDGE, **HALF, **FAST}),
     "pgd-10-2e-3": ("exact PGD, K = 10, learning rate 2e-3", {**PLAIN, "inner": "pgd", **FAST}),
-    "alone-r0": ("S_c in the loss, 5 steps of 6 on S_c alone, R = 0, K = 4", {**ALONE, **HALF, **FAST}),
-    "alone-r1": ("the same, R = 1", {**ALONE, "refreshes": 1, **HALF, **FAST}),
-    "alone-r1-64": ("the same, R = 1, batches of 64", {**ALONE, "refreshes": 1, **FAST}),
-    "alone-r0-64": ("the same, R = 0, batches of 64", {**ALONE, **FAST}),
-    "alone-r0-beta": ("the same, R = 0, S_c in the attack too (beta = 1)", {**ALONE, "beta": 1.0, **HALF, **FAST}),
+    "alone-r0": ("CMAI: S_c in the loss, 5 steps of 6 on S_c alone, R = 0, K = 4", {**ALONE, **HALF, **FAST}),
+    "alone-r1": ("CMAI, R = 1", {**ALONE, "refreshes": 1, **HALF, **FAST}),
+    "alone-r1-64": ("CMAI, R = 1, batches of 64", {**ALONE, "refreshes": 1, **FAST}),
+    "alone-r0-64": ("CMAI, batches of 64", {**ALONE, **FAST}),
+    "alone-r0-beta": ("CMAI, S_c in the attack too (beta = 1)", {**ALONE, "beta": 1.0, **HALF, **FAST}),
     "alone-r0-arm": (
-        "the same with ARM, which moves beta from 0.1",
+        "CMAI with ARM, which moves beta from 0.1",
         {**ALONE, "beta": 0.1, "arm": True, **HALF, **FAST},
     ),
-    "alone-r0-11": ("R = 0, 11 steps of 12 on S_c alone", {**ALONE, "consistency_steps": 11, **HALF, **FAST}),
-    "alone-r0-2": ("R = 0, 2 steps of 3 on S_c alone", {**ALONE, "consistency_steps": 2, **HALF, **FAST}),
+    "alone-r0-11": ("CMAI, 11 steps of 12 on S_c alone", {**ALONE, "consistency_steps": 11, **HALF, **FAST}),
+    "alone-r0-2": ("CMAI, 2 steps of 3 on S_c alone", {**ALONE, "consistency_steps": 2, **HALF, **FAST}),
     "gamma-r0": ("S_c in the loss, no step on it alone, R = 0", {**ALONE, "consistency_steps": 0, **HALF, **FAST}),
-    "alone-r1-k10": ("the same, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
+    "alone-r1-k10": ("CMAI, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
 }
 for _row, (_title, _values) in ROWS.items():
     defence(f"frontier-{_row}", _title, **{k: v for k, v in _values.items() if k not in OF_RUN})
@@ -146,10 +148,72 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+# What of the rows, and of the table of full_strength.py, is one line of the plot; the most robust of a line at a time.
+LINES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "CMAI": (("alone-r0",), (), "#c2410c"),
+    "bridge": (
+        ("half-r0", "bridge-r0"),
+        ("mbat-bridge-r1", "mbat-bridge-r1-equal-time"),
+        "#1d4ed8",
+    ),
+    "exact PGD": (("pgd-10", "pgd-3"), ("mbat-pgd",), "#374151"),
+    "FARE": (("fare",), (), "#15803d"),
+    "Sim-CLIP": (("sim-clip",), (), "#a16207"),
+    "one step": (("fgsm-rs",), ("fgsm-rs", "fgsm-rs-equal-time"), "#7e22ce"),
+}
+STYLE = """text { font: 12px system-ui, sans-serif; fill: #6b7280 } .y { text-anchor: end } .x { text-anchor: middle }
+path { fill: none } .grid { stroke: #9ca3af55 } .axis { stroke: #9ca3af } .line { stroke-width: 2 }
+.marker { stroke-width: 2; fill: #fff } .hit { fill: none } text.end { font-weight: 650 }"""
+
+
 def table(args: argparse.Namespace) -> None:
     found = [json.loads(p.read_text()) for p in sorted((args.out / "runs").glob("*.json"))]
-    for r in sorted(found, key=lambda r: (r["budget"], -r["acc_robust"])):
-        print(r["budget"], r["row"], r["seed"], f"{r['acc_clean_whole_test_split']:.1%} {r['acc_robust']:.1%}")
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in found:
+        grouped.setdefault((record["budget"], record["row"]), []).append(record)
+    best_first = sorted(grouped.items(), key=lambda item: (item[0][0], -_mean(item[1], "acc_robust")))
+    lines = ["| Budget | Row | Seeds | Clean | Robust | ASR | Steps | Seconds per step |", "|" + "---|" * 8]
+    for (budget, row), mine in best_first:
+        title = ROWS[row][0] if row in ROWS else mine[0]["title"]
+        steps = mine[0]["settings"]["max_steps"]
+        shares = [_share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
+        pace = f"{mine[0]['seconds_by_cpu'] / steps:.2f}"
+        lines.append("| " + " | ".join([budget, title, str(len(mine)), *shares, str(steps), pace]) + " |")
+    write_text("\n".join(lines) + "\n", args.out / "table.md")
+    print("\n".join(lines))
+    write_text(plot(grouped, args.strength), args.out / "frontier.svg")
+
+
+def plot(grouped: dict[tuple[str, str], list[dict[str, Any]]], strength: Path) -> str:
+    """Robust accuracy over training time as an SVG file."""
+    others = {row["defence"]: row for row in json.loads(strength.read_text())["rows"]}
+    drawn = []
+    for name, (rows, defences, _) in LINES.items():
+        at: dict[float, float] = {}
+        for (budget, row), mine in grouped.items():
+            if row in rows and budget.endswith("-s"):
+                seconds = float(budget.removesuffix("-s"))
+                at[seconds] = max(at.get(seconds, 0.0), _mean(mine, "acc_robust"))
+        at |= {others[d]["seconds"]: others[d]["acc_robust"]["mean"] for d in defences}
+        if at:
+            drawn.append(Line(name, name.replace(" ", "-").lower(), sorted(at.items()), marker="circle"))
+    times = [seconds for line in drawn for seconds, _ in line.points]
+    ticks = tuple((float(t), f"{t:,}") for t in (100, 200, 400, 800, 1600) if min(times) <= 1.1 * t <= 1.3 * max(times))
+    x = Axis("training time, seconds of one CPU thread", 0.9 * min(times), 1.1 * max(times), ticks, log=True)
+    y = Axis("robust accuracy", 0.5, 0.9, tuple((v / 100, f"{v}%") for v in range(50, 91, 10)))
+    chart = line_chart(drawn, x, y, "Robust accuracy over training time, by way to train")
+    colours = "".join(
+        f".{name.replace(' ', '-').lower()} {{ stroke: {colour} }} text.{name.replace(' ', '-').lower()} "
+        f"{{ stroke: none; fill: {colour} }}"
+        for name, (_, _, colour) in LINES.items()
+    )
+    start = '<svg xmlns="http://www.w3.org/2000/svg"'
+    back = '<rect width="100%" height="100%" fill="#fff"/>'
+    return str(chart).replace("<svg", start, 1).replace(">", f"><style>{STYLE} {colours}</style>{back}", 1) + "\n"
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(r[key] for r in records)
 
 
 def main() -> None:
@@ -166,6 +230,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="test questions attacked")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="of time")
+    strength = Path("benchmarks/results/easyvqa/table.json")
+    parser.add_argument("--strength", type=Path, default=strength, help="of full_strength.py, for the plot")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     {"run": run, "time": measure_time, "table": table}[args.what](args)
