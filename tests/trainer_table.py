@@ -190,27 +190,6 @@ trainer = cf.MBATTrainer(model, cf.MBATConfig("out", eps=2 / 255, **DEFENCES["fa
 papers take CLIP's class token), and their squared distance is relative to the squared length of the original ones.
 With `lam` below 1, 1 - lam weighs the same distance of clean images. FSDP is refused.
 
-## Split batches
-
-A step runs the language side over the whole batch twice, clean with the weight 1 - lam and adversarial with lam. With
-`split=True` each sample of a step is adversarial with probability lam and clean otherwise, in one pass: over the draws
-loss and gradients have the same mean, with more variance. Attacks run on the adversarial samples alone; for the bridge
-solver these first run clean, without gradients of weights, for the gradient at the bridge. With `refreshes=0` and
-lam = 0.5 the language side thus runs forward and backward 1.5 times instead of twice, and the inner steps are those of
-half of the samples.
-
-The draw is a hash of seed, step and sample id (without `sample_ids`, of the place in the batch), so a step in parts and
-a resumed run draw alike. `loss_clean` and `loss_adv` are estimates from one draw. `passes` count those of the
-adversarial samples as their share of the batch. It needs objective task, modality image, `gamma=0` and
-`consistency_steps=0`, since these losses compare the two images of a sample; ARM (with `heads=`, set `arm=False`),
-`compute_loss_func` and FSDP are refused. `beta` works, with trained heads.
-
-With `split_memory=n` the gradient that a step leaves at the bridge of each sample, at its clean or its adversarial
-image, is kept in 8 bits for the sample's next attack, in place of the clean pass, so that the language side runs once.
-The n samples seen last are kept in the memory of the machine, each in T * (D + 4) bytes for T image tokens of D numbers
-(2.4 MB for LLaVA-1.5-7B), and in checkpoints; others take the clean pass. Such a gradient is as old as the sample's
-last step. It needs `inner="bridge"`, `sample_ids` and a single process.
-
 ## S_c: heads or a verifier
 
 Without `heads=` the trainer makes `ConsistencyHeads`, two projections whose cosine is S_c. A `Verifier` learns more

@@ -30,7 +30,6 @@ from cmai_fast.evaluation.overhead import CLEAN_STEP, peak_bytes
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATConfig, MBATTrainer
-from cmai_fast.mbat.split import adversarial_rows
 
 _ALONE: dict[str, Any] = {"beta": 0.0, "gamma": 0.0, "arm": False}  # without S_c
 _CONSISTENT: dict[str, Any] = {"gamma": 1.0, "beta": 0.0, "arm": False, "consistency_steps": 5}
@@ -40,8 +39,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "mbat-pgd": {"inner": "pgd"},
     "mbat-bridge-r0": {"inner": "bridge", "refreshes": 0},
     "bridge-r0": {"inner": "bridge", "refreshes": 0, **_ALONE},
-    "split-r0-memory": {"inner": "bridge", "refreshes": 0, "split": True, "split_memory": 64, **_ALONE},
-    "split-r0": {"inner": "bridge", "refreshes": 0, "split": True, **_ALONE},
     # The mean over a full step and five on S_c alone.
     "cmai-r0": {"inner": "bridge", "refreshes": 0, **_CONSISTENT},
     "cmai-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_CONSISTENT},
@@ -63,8 +60,7 @@ def steps(
         verifier = untrained_verifier(model) if config.consistency_steps else None
         trainer = MBATTrainer(model, config, processing_class=processor, heads=verifier)
         optimizer = optimizer or trainer.create_optimizer()
-        own = half_drawn(batch, trainer) if config.split else batch
-        own = stated(own) if verifier else own
+        own = stated(batch) if verifier else batch
 
         def step(trainer: MBATTrainer = trainer, optimizer: Any = optimizer, batch: dict[str, Tensor] = own) -> None:
             trainer.training_step(model, dict(batch))
@@ -108,16 +104,6 @@ def stated(batch: dict[str, Tensor], statements: int = 4, answers: int = 8, leng
     shape = len(batch["labels"]), statements, answers
     ids = torch.randint(3, int(batch["labels"].max()) + 1, (*shape, length), generator=torch.Generator().manual_seed(0))
     return {**batch, STATEMENT_IDS: ids, STATEMENT_ANSWERS: torch.ones(shape, dtype=torch.long)}
-
-
-def half_drawn(batch: dict[str, Tensor], trainer: MBATTrainer) -> dict[str, Tensor]:
-    """The batch, with sample ids of which every step here draws half."""
-    rows = len(batch["labels"])
-    for first in range(0, 1000 * rows, rows):
-        ids = torch.arange(first, first + rows)
-        if int(adversarial_rows(ids, trainer.lam, trainer.draw_seed).sum()) == rows // 2:
-            return {**batch, "sample_ids": ids.to(batch["labels"].device)}
-    raise ValueError(f"no draw of half of {rows} samples was found at lam {trainer.lam}")
 
 
 def main() -> None:

@@ -60,10 +60,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "half-pgd-10": ("exact PGD, K = 10, batches of 32", {**PLAIN, "inner": "pgd", **HALF}),
     "half-r0": ("bridge, R = 0, K = 10, batches of 32", {**BRIDGE, **HALF}),
     "half-r1": ("bridge, R = 1, K = 10, batches of 32", {**BRIDGE, "refreshes": 1, **HALF}),
-    "split-pgd-10": ("split batches, exact PGD, K = 10", {**PLAIN, "inner": "pgd", "split": True}),
-    "split-r0": ("split batches, bridge, R = 0, K = 10", {**BRIDGE, "split": True}),
-    "split-r1": ("split batches, bridge, R = 1, K = 10", {**BRIDGE, "refreshes": 1, "split": True}),
-    "memory-r0": ("split batches, remembered p, K = 10", {**BRIDGE, "split": True, "split_memory": 40_000}),
     "fare": ("FARE (image side alone), K = 10", {**FEATURES, "objective": "fare"}),
     "fare-2e-3": ("FARE, learning rate 2e-3", {**FEATURES, "objective": "fare", **FAST}),
     "sim-clip": ("Sim-CLIP (image side alone), K = 10", {**FEATURES, "objective": "sim-clip"}),
@@ -101,7 +97,7 @@ def steps_within(row: str, seconds: float, times: dict[str, float]) -> int:
 
 def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a step of each row, alternating in one process: the mean over a full step and those on S_c alone that
-    follow it, medians over rounds; and of fitting the verifier. `memory-r0` finds each sample it attacks."""
+    follow it, medians over rounds; and of fitting the verifier."""
     subject = Pipeline.load(BASE.model)
     subject.heads = subject.verifier = subject.threshold = None
     start = time.perf_counter()

@@ -3,6 +3,7 @@
     python benchmarks/recipes/plan_accuracy.py        # the tables of docs/plan.md
 
 The rows are those of `at_size.py` in benchmarks/results, whatever the file's name, and the times of `frontier.py`.
+Steps that these recipes no longer have are skipped.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def _at_size(name: str, record: dict[str, Any]) -> Iterator[Row]:
     config = MODELS[settings["model"]]().config
     sizes = model_sizes(config, prompt=settings["prompt"], answer=settings["answer"])
     for step, seconds in record["seconds_a_step"].items():
+        if step not in at_size.STEPS:
+            continue
         values = {"inner_steps": settings["inner_steps"], **at_size.STEPS[step]}
         cost = _cost(sizes, replace(how, cuda_graphs=values.get("cuda_graphs", False)), values)
         yield Row(name, step, "time", cost.seconds, seconds)

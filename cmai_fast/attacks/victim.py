@@ -41,19 +41,15 @@ Scorer = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 class Passes:
     """Model passes, counted in batches: `full` runs the whole model, `vision` and `text` one side alone."""
 
-    full_forward: float = 0
-    full_backward: float = 0
-    vision_forward: float = 0
-    vision_backward: float = 0
-    text_forward: float = 0
-    text_backward: float = 0
+    full_forward: int = 0
+    full_backward: int = 0
+    vision_forward: int = 0
+    vision_backward: int = 0
+    text_forward: int = 0
+    text_backward: int = 0
 
     def __add__(self, other: Passes) -> Passes:
         return Passes(**{k: v + getattr(other, k) for k, v in vars(self).items()})
-
-    def of(self, share: float) -> Passes:
-        """These passes of a `share` of a batch, counted in whole batches."""
-        return Passes(**{k: v * share for k, v in vars(self).items()})
 
 
 @dataclass

@@ -90,7 +90,7 @@ def _show(record: dict[str, Any]) -> None:
         if (row["bits"], row["recompute"]) == (settings["bits"], settings["recompute"]):
             money = () if row["price"] is None else (f"{row['price']:.2f}",)
             table.add_row(
-                row["step"], f"{row['passes']['full_forward']:g}", f"{row['passes']['vision_forward']:g}",
+                row["step"], str(row["passes"]["full_forward"]), str(row["passes"]["vision_forward"]),
                 f"{row['seconds']:.3g}", f"{row['over_clean']:.2f}", _memory(row), f"{row['hours']:.3g}", *money,
             )  # fmt: skip
     console.print(table)

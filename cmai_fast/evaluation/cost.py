@@ -22,7 +22,6 @@ SOLVERS: Mapping[str, dict[str, Any] | None] = {
     "bridge R=0": {"refreshes": 0},
     "bridge R=1": {"refreshes": 1},
     "bridge R=2": {"refreshes": 2},
-    "split R=0": {"refreshes": 0, "split": True},
     "fare": {"objective": "fare", "inner": "pgd", "lam": 1.0},
     "consistency": None,
 }
@@ -97,17 +96,17 @@ def step_cost(sizes: ModelSizes, how: Training, step: StepSettings | None, texts
 
 def _seconds(sizes: ModelSizes, how: Training, passes: StepPasses) -> float:
     whole, total = {"vision": sizes.vision, "language": sizes.language}, _update(sizes, how)
-    for part, share, learns in ((passes.outer, 1.0, True), (passes.inner, passes.share, False)):
+    for part, learns in ((passes.outer, True), (passes.inner, False)):
         for name, sides, tokens in (
             ("full", whole, 1.0),
             ("vision", {"vision": sizes.vision}, 1.0),
             ("text", {"language": sizes.language}, sizes.text),
         ):
             for way in ("forward", "backward"):
-                runs = getattr(part, f"{name}_{way}") / share if share else 0
+                runs = getattr(part, f"{name}_{way}")
                 # The host launches a graph at once.
                 host = 0.0 if how.cuda_graphs and name == "vision" and not learns else how.device.host
-                total += runs * _pass(how, sides, how.batch * share * tokens, way == "backward", learns, host)
+                total += runs * _pass(how, sides, how.batch * tokens, way == "backward", learns, host)
     return total
 
 
@@ -169,7 +168,7 @@ def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettin
         _graph(sizes.language, how, "language", learns) + logits for learns in (how.language_learns, False)
     )
     # The clean branch leaves gradients; its view of the images waits for the contrastive loss, or that of features.
-    if step is None or step.split or step.inner == "none":
+    if step is None or step.inner == "none":
         branches, waits = False, False
     else:
         branches = step.objective == "task"
@@ -178,7 +177,7 @@ def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettin
     attacks = passes.inner != Passes()
     captured = attacked if how.cuda_graphs and attacks else 0.0  # a graph keeps its memory between attacks
     times = {
-        "attack": before + attacks * passes.share * (attacked - captured + bool(passes.inner.full_forward) * read),
+        "attack": before + attacks * (attacked - captured + bool(passes.inner.full_forward) * read),
         "adversarial branch": before + vision + bool(passes.outer.full_forward) * language,
         "backward pass of the vision side": (1 + waits) * vision + gradients,
         "optimiser's step": gradients + trained * element / parts,  # AdamW needs a temporary copy

@@ -19,9 +19,7 @@ from cmai_fast.pipeline import Pipeline
 
 # Settings that turn an MBAT step into the clean fine-tuning step it is compared with.
 CLEAN_STEP: dict[str, Any] = {
-    "split_memory": 0,  # first, then split, then objective: the others would be refused
-    "split": False,
-    "objective": "task",
+    "objective": "task",  # first: the others would be refused
     "inner": "none",
     "gamma": 0.0,
     "beta": 0.0,

@@ -18,27 +18,24 @@ from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import shards
 from cmai_fast.mbat.adapters import WEIGHTS, check_saving, has_adapters, load_adapters
 from cmai_fast.mbat.adaptive import AdaptiveTrainer
-from cmai_fast.mbat.memory import GradientMemory
 from cmai_fast.mbat.quantized import is_quantized
 
 COMPLETE = "complete"  # written last; a checkpoint without it was interrupted
 _STATE = "mbat.json"
 _HEADS_OPTIMIZER = "heads_optimizer.pt"
-_MEMORY = "bridge_gradients.safetensors"
 # `eps` in the [0, 1] pixel range.
 _IN_CARD = (
-    "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "split", "split_memory",
-    "gamma", "arm", "beta_max", "eps_max", "lam_max", "trainable", "modality", "text_eps", "text_norm",
+    "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "beta_max", "eps_max",
+    "lam_max", "trainable", "modality", "text_eps", "text_norm",
 )  # fmt: skip
 
 
 class CheckpointedTrainer(AdaptiveTrainer):
     """A `Trainer` whose checkpoints hold the heads (`cmcv/`) and their optimizer, ARM's state and the passes so far
-    (`mbat.json`), with `split_memory` the kept gradients and, written last, the file `complete`."""
+    (`mbat.json`) and, written last, the file `complete`."""
 
     optimizer: Any
     passes: Passes
-    _memory: GradientMemory | None = None  # with `split_memory`
 
     def _let_heads_learn(self) -> None:
         raise NotImplementedError
@@ -80,9 +77,6 @@ class CheckpointedTrainer(AdaptiveTrainer):
             return
         state = {"arm": self.schedule and self.schedule.state_dict(), "passes": vars(self.passes)}
         (folder / _STATE).write_text(json.dumps(state))
-        (folder / _MEMORY).unlink(missing_ok=True)  # of an earlier run in the same folder
-        if self._memory is not None:
-            self._memory.save(folder / _MEMORY)
         for path in folder.rglob("*"):
             if path.is_file():
                 _flush(path)
@@ -173,9 +167,6 @@ class CheckpointedTrainer(AdaptiveTrainer):
             self.heads.load_state_dict((saved.network if isinstance(saved, Verifier) else saved).state_dict())
         state = json.loads((folder / _STATE).read_text())
         self.passes = Passes(**state["passes"])
-        self._memory = GradientMemory(self.args.split_memory) if self.args.split_memory else None
-        if self._memory is not None and (folder / _MEMORY).is_file():
-            self._memory.load(folder / _MEMORY)
         if self.schedule is not None:
             self.schedule.load_state_dict(state["arm"] or {})
 

@@ -77,20 +77,6 @@ class MBATConfig(TrainingArguments):
         },
     )
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
-    split: bool = field(
-        default=False,
-        metadata={
-            "help": "Each sample of a step is adversarial with probability lam, and clean otherwise, in one pass of "
-            "the language side: the same loss in expectation."
-        },
-    )
-    split_memory: int = field(
-        default=0,
-        metadata={
-            "help": "With split and inner bridge: of how many samples the last gradient at the bridge is kept, in 8 "
-            "bits, for their next attack, which then takes no clean pass; 0: none."
-        },
-    )
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
     )
@@ -213,7 +199,6 @@ class MBATConfig(TrainingArguments):
         requirements = {
             "inner_steps": (self.inner_steps >= 1, "at least 1 step of the inner problem"),
             "consistency_steps": (self.consistency_steps >= 0, "at least 0"),
-            "split_memory": (self.split_memory >= 0, "a number of samples, or 0 for none"),
             "eval_attack_steps": (self.eval_attack_steps >= 0, "at least 1, or 0 for no attack"),
             "inner_step_size": (
                 self.inner_step_size is None or 0 < self.inner_step_size < math.inf, "above 0 and finite, or None"
@@ -241,16 +226,8 @@ class MBATConfig(TrainingArguments):
             parse_eps(self.eps_max, self.norm, "eps_max")
         if self.objective != "task":
             self._check_features()
-        if self.split:
-            self._check_split()
-        if self.split_memory:
-            self._check_memory()
         if self.cuda_graphs:
-            needed = {
-                "recompute": (self.recompute == "none", "'none'"),
-                "split": (not self.split, "False: how many samples are attacked differs from step to step"),
-            }
-            self._check_beside("cuda_graphs True", needed)
+            self._check_beside("cuda_graphs True", {"recompute": (self.recompute == "none", "'none'")})
         if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
@@ -274,29 +251,6 @@ class MBATConfig(TrainingArguments):
             "lam": (self.objective != "sim-clip" or self.lam == 1, "1: clean images are in its loss already"),
         }
         self._check_beside(f"objective {self.objective!r}", needed)
-
-    def _check_split(self) -> None:
-        """Raises ValueError for settings that split batches have not."""
-        needed = {
-            "objective": (self.objective == "task", "'task'"),
-            "inner": (self.inner != "none", "pgd, bridge or fgsm: there is no adversarial share without an attack"),
-            "modality": (self.modality == "image", "'image'"),
-            "gamma": (self.gamma == 0, "0: the contrastive loss is of all samples, clean and adversarial"),
-            "consistency_steps": (self.consistency_steps == 0, "0"),
-            "arm": (not self.arm, "False: ARM compares S_c of the same samples, clean and adversarial"),
-        }
-        self._check_beside("split True", needed)
-
-    def _check_memory(self) -> None:
-        """Raises ValueError where no step leaves a gradient for the next attack."""
-        needed = {
-            "split": (self.split, "True"),
-            "inner": (self.inner == "bridge", "'bridge'"),
-            "label_smoothing_factor": (
-                not getattr(self, "label_smoothing_factor", 0), "0: attacks maximise the loss without it"
-            ),
-        }  # fmt: skip
-        self._check_beside(f"split_memory {self.split_memory}", needed)
 
     def _check_beside(self, setting: str, needed: dict[str, tuple[bool, str]]) -> None:
         for name, (met, expected) in needed.items():

@@ -16,10 +16,10 @@ from cmai_fast.mbat import ranks, shards
 from cmai_fast.mbat.batches import checked, no_features, rows_with_images
 from cmai_fast.mbat.parts import OF_SAMPLES, DoesNotFitError, agreed, halved
 from cmai_fast.mbat.robust_eval import on_words, untouched, verdicts
-from cmai_fast.mbat.split import SplitTrainer
+from cmai_fast.mbat.step import StepTrainer
 
 
-class EvaluatingTrainer(SplitTrainer):
+class EvaluatingTrainer(StepTrainer):
     """Evaluation and prediction of `MBATTrainer`."""
 
     _looks_at_once: int | None = None  # set when memory ran out in an evaluation

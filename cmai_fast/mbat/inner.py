@@ -29,7 +29,6 @@ from cmai_fast.attacks.losses import Loss, weighted
 from cmai_fast.attacks.state import Tally, prepare
 from cmai_fast.attacks.victim import Passes, Victim, attack_mode
 from cmai_fast.attacks.words import Words
-from cmai_fast.bridge.backward import differentiate
 from cmai_fast.threat import ThreatModel
 
 SOLVERS = ("pgd", "bridge", "fgsm")
@@ -93,23 +92,6 @@ def maximise(
     gradient: Gradient = StaleBridge(refreshes, bridge_gradient, staleness) if solver == "bridge" else Exact()
     loss, sizes = weighted(alpha, beta, balance=balance), inner_sizes(solver, threat.eps, steps, step_size)
     return climbed(victim, clean, threat, loss, gradient, sizes, seed, sample_ids, staleness)
-
-
-def needs_gradient(steps: int, refreshes: int) -> bool:
-    """Whether `bridge` begins with a `bridge_gradient`: if not, its step 0 refreshes it anyway."""
-    return 0 not in refresh_steps(steps, refreshes)
-
-
-def bridge_gradient(victim: Victim) -> Tensor:
-    """p (N, T, D) of each sample at its own image, as `maximise` takes it, by one forward pass of the whole model and a
-    backward pass of its language side, without gradients of weights. It is not counted in `victim.passes`."""
-    with victim.attack_mode():
-        with torch.no_grad():
-            features = victim.encode(victim.space.to_model(victim.pixels()))
-        with torch.enable_grad():
-            features = features.detach().requires_grad_()
-            losses, _ = victim.bridge.losses(features, **victim.batch)
-            return differentiate(victim.bridge.model, losses, features)
 
 
 def inner_sizes(solver: str, eps: float, steps: int, step_size: float | None) -> list[float]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmai_fast.attacks import Passes
-from cmai_fast.mbat.inner import needs_gradient
 from cmai_fast.mbat.verifier import INNER_STEPS
 
 
@@ -18,8 +17,6 @@ class StepSettings:
     inner_steps: int = 10
     refreshes: int = 0
     lam: float = 0.5
-    split: bool = False
-    split_memory: int = 0
     objective: str = "task"
     gamma: float = 0.1
 
@@ -27,12 +24,10 @@ class StepSettings:
 @dataclass(frozen=True)
 class StepPasses:
     """`outer`: of the clean and the adversarial branch, whose backward passes also compute gradients of weights;
-    `inner`: of the attack, whose backward passes only propagate to pixels or to the bridge, on a `share` of the batch.
-    Both are counted in whole batches."""
+    `inner`: of the attack, whose backward passes only propagate to pixels or to the bridge."""
 
     outer: Passes
     inner: Passes
-    share: float = 1.0
 
     @property
     def total(self) -> Passes:
@@ -45,17 +40,11 @@ def step_passes(args: StepSettings | Any, texts: int = 0) -> StepPasses:
     Args:
         args: `StepSettings`, or an `MBATConfig` that attacks images.
         texts: how many texts of a sample `ConsistencyHeads` read: its own, and with gamma a wrong answer if it has one.
-
-    A split step counts the share `lam` of its samples in the attack, which is their mean number.
     """
     texts_read = Passes(text_forward=texts)
     if args.objective != "task":
         return _on_features(args)
     attack = _attack(args)
-    if args.split:
-        if args.inner == "bridge" and not args.split_memory and needs_gradient(args.inner_steps, args.refreshes):
-            attack = attack + _full(1)  # p of the clean images
-        return StepPasses(_full(1) + texts_read, attack.of(args.lam), args.lam)
     if args.inner == "none":
         return StepPasses(_full(1) + texts_read, attack)
     wants_p = args.inner == "bridge" and args.refreshes < args.inner_steps
@@ -81,9 +70,9 @@ def _on_features(args: Any) -> StepPasses:
     return StepPasses(outer, _vision(1 if args.inner == "fgsm" else args.inner_steps))
 
 
-def _full(count: float) -> Passes:
+def _full(count: int) -> Passes:
     return Passes(full_forward=count, full_backward=count)
 
 
-def _vision(count: float) -> Passes:
+def _vision(count: int) -> Passes:
     return Passes(vision_forward=count, vision_backward=count)

@@ -119,31 +119,6 @@ def check_graphs(trainer: Any) -> None:
         )
 
 
-def check_split(trainer: Any) -> None:
-    """Raises ValueError for what a trainer of split batches cannot have."""
-    if not trainer.args.split:
-        return
-    if trainer.compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func is given and split is True, which needs the loss of each sample; expected one of the two"
-        )
-    if trainer.args.split_memory and ranks.count() > 1:
-        raise ValueError(
-            f"split_memory is {trainer.args.split_memory} and there are {ranks.count()} processes, each of which would "
-            "remember the samples that it happened to see; expected one process, or split_memory 0"
-        )
-    if trainer.is_fsdp_enabled:
-        raise ValueError(
-            "split is True, and the model is to be sharded by FSDP2: its processes would attack different numbers of "
-            "samples, and wait for each other; leave fsdp or split out"
-        )
-    if trainer.schedule is not None:
-        raise ValueError(
-            "split is True, and heads are given, with which ARM is on: it compares S_c of the same samples, clean and "
-            "adversarial. Set arm=False"
-        )
-
-
 def check_dispatch(trainer: Any) -> None:
     """Leaves the batches of a stream whole where accelerate would cut every tensor to as many rows: in one process, and
     for dual encoders, whose texts belong to all samples.

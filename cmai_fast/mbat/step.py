@@ -58,7 +58,7 @@ class StepTrainer(FeatureTrainer):
             looked = [part for part in parts if part.views]
             if self._of_consistency and looked:
                 found |= self._verify(looked)
-            elif self.heads is not None and looked and not args.split:  # no branch has all samples there
+            elif self.heads is not None and looked:
                 found |= self._verify(looked) if self.verifier else self._contrast(looked, self.bridge.inputs(seen)[1])
         weights = {"loss_clean": 1 - self.lam if args.inner != "none" else 1.0, "loss_adv": self.lam}
         weights |= {"loss_contrastive": args.gamma, "loss_consistency": 1.0}
@@ -117,14 +117,11 @@ class StepTrainer(FeatureTrainer):
             loss = users_loss(self.compute_loss_func, self.bridge, features, text, self._items)
             across = self.args.average_tokens_across_devices and self._items is not None
             return loss * ((ranks.count() if across else 1) / self._share)  # it is already the share of the whole step
-        losses = self._sample_losses(features, text)
-        return (weights.to(losses) * losses).sum()
-
-    def _sample_losses(self, features: Tensor, text: dict[str, Tensor]) -> Tensor:
-        """The losses of these samples (n,), differentiable."""
         if self.args.label_smoothing_factor:
-            return smoothed_losses(self.bridge, features, text, self.args.label_smoothing_factor)
-        return self.bridge.losses(features, **text)[0]
+            losses = smoothed_losses(self.bridge, features, text, self.args.label_smoothing_factor)
+        else:
+            losses = self.bridge.losses(features, **text)[0]
+        return (weights.to(losses) * losses).sum()
 
     def _language_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
         """The clean branch, the attack and the adversarial branch. Gradients stay at the language model and the leaves

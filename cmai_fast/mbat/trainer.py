@@ -27,14 +27,7 @@ from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.evaluating import EvaluatingTrainer
 from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, halved
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
-from cmai_fast.mbat.refused import (
-    check_arguments,
-    check_dispatch,
-    check_graphs,
-    check_loss,
-    check_sharding,
-    check_split,
-)
+from cmai_fast.mbat.refused import check_arguments, check_dispatch, check_graphs, check_loss, check_sharding
 from cmai_fast.pixels import PixelSpace
 
 
@@ -131,7 +124,6 @@ class MBATTrainer(EvaluatingTrainer):
             check_sharding(self)
         self._check_embeddings()
         check_loss(self)
-        check_split(self)
         check_graphs(self)
         check_dispatch(self)
         if self._original is not None:
@@ -199,7 +191,6 @@ class MBATTrainer(EvaluatingTrainer):
         args = self.args
         check_arguments(self, args, {})
         self._check_arm(args)
-        check_split(self)
         check_graphs(self)
         self._check_embeddings()
         for name, value in self._made_for.items():
@@ -267,11 +258,6 @@ class MBATTrainer(EvaluatingTrainer):
         if callable(getattr(self.optimizer, "train", None)):  # of a schedule-free optimizer
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
-        if self.args.split_memory and inputs.get("sample_ids") is None:
-            raise ValueError(
-                f"split_memory is {self.args.split_memory}, and the batch has no sample_ids to remember samples by; "
-                "give records an id, or set split_memory to 0"
-            )
         inputs = checked(self.bridge, inputs)
         rows = len(inputs["labels"])
         ranks.check_equal(rows)

@@ -124,9 +124,7 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
             )  # fmt: skip
             clean = 0.0
             for name, fields in SOLVERS.items():
-                split, features = (fields or {}).get("split"), "objective" in (fields or {})
-                # What training refuses.
-                if (settings.sharded and (fields is None or split or features)) or (settings.cuda_graphs and split):
+                if settings.sharded and (fields is None or "objective" in fields):  # training refuses it
                     continue
                 refreshes = (fields or {}).get("refreshes", 0)
                 if refreshes > settings.inner_steps:

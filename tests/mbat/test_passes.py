@@ -6,21 +6,16 @@ from typing import Any
 
 import pytest
 
-from cmai_fast.attacks import Passes
 from cmai_fast.data import VQACollator
 from cmai_fast.mbat import MBATConfig, MBATTrainer
-from cmai_fast.mbat import split as split_module
 from cmai_fast.mbat.passes import StepSettings, step_passes
 
 
 @pytest.fixture
-def trainer_of(make_tiny, tmp_path, monkeypatch):
-    """`trainer_of(**config)` without S_c unless it is asked for; a split draws half of a batch of four."""
+def trainer_of(make_tiny, tmp_path):
+    """`trainer_of(**config)` without S_c unless it is asked for."""
 
     def make(**config: Any) -> MBATTrainer:
-        monkeypatch.setattr(
-            split_module, "adversarial_rows", lambda ids, share, seed: ids.new_tensor([1, 0, 1, 0]).bool()
-        )
         settings: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "inner_steps": 3}
         model, processor = make_tiny()
         args = MBATConfig(**settings | {"beta": 0.0, "gamma": 0.0, "arm": False} | config)
@@ -41,10 +36,6 @@ def trainer_of(make_tiny, tmp_path, monkeypatch):
         {"inner": "bridge", "refreshes": 1},
         {"inner": "bridge", "refreshes": 2},
         {"inner": "bridge", "refreshes": 3},
-        {"inner": "bridge", "split": True},
-        {"inner": "bridge", "split": True, "refreshes": 1},
-        {"inner": "bridge", "split": True, "refreshes": 3},
-        {"inner": "pgd", "split": True},
         {"objective": "fare", "inner": "pgd", "lam": 1.0},
         {"objective": "fare", "inner": "pgd", "lam": 0.5},
         {"objective": "sim-clip", "inner": "fgsm", "lam": 1.0},
@@ -54,14 +45,6 @@ def test_passes_of_a_step(trainer_of, batch, config):
     trainer = trainer_of(**config)
     trainer.training_step(trainer.model, batch)
     assert trainer.passes == step_passes(trainer.args).total == step_passes(StepSettings(inner_steps=3, **config)).total
-
-
-def test_a_remembered_gradient_costs_nothing(trainer_of, batch):
-    trainer = trainer_of(inner="bridge", split=True, split_memory=4)
-    trainer.training_step(trainer.model, dict(batch))
-    trainer.passes = Passes()
-    trainer.training_step(trainer.model, dict(batch))
-    assert trainer.passes == step_passes(trainer.args).total
 
 
 def test_heads_read_texts(trainer_of, batch):
