@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from cmai_fast.cmcv import ConsistencyHeads
@@ -123,6 +124,14 @@ def uneven(samples, texts: bool) -> list[Sample]:
     ]  # fmt: skip
 
 
+class Stream(IterableDataset):
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+
 def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
@@ -136,13 +145,15 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # heads of its own, until it is given those of the first
     width = model.config.get_text_config().hidden_size
     texts = settings.pop("texts", False)
+    samples = uneven(load_dataset("easyvqa", "train", 48, seed=3), texts)
+    data = Stream(samples) if settings.pop("stream", False) else samples
     heads = None if texts else ConsistencyHeads(width, width, dim=8, hidden=16).double()
     args = MBATConfig(output_dir=str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
     trainer = (ShardedOnTheCPU if args.fsdp else MBATTrainer)(
         model,
         args,
         heads=heads,
-        train_dataset=uneven(load_dataset("easyvqa", "train", 48, seed=3), texts),
+        train_dataset=data,
         eval_dataset=load_dataset("easyvqa", "test", 10, seed=3),
         data_collator=VQACollator(processor, negatives=0 if texts else 1),
         processing_class=processor,

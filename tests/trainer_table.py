@@ -92,7 +92,7 @@ WORKS = {
     "seed": "works, also for new heads and the random starts of attacks",
     "data_seed": "own",
     "use_cpu": "works",
-    "accelerator_config": "works; `dispatch_batches` is off in a single process unless it is set",
+    "accelerator_config": "works; `dispatch_batches` is off unless it is set",
     "dataloader_drop_last": "works",
     "dataloader_num_workers": "works",
     "dataloader_pin_memory": "own",

@@ -11,7 +11,6 @@ from typing import Any
 from transformers import Trainer
 
 from cmai_fast.bridge import DualBridge
-from cmai_fast.mbat import ranks
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.quantized import is_quantized
 
@@ -120,19 +119,19 @@ def check_graphs(trainer: Any) -> None:
 
 
 def check_dispatch(trainer: Any) -> None:
-    """Leaves the batches of a stream whole where accelerate would cut every tensor to as many rows: in one process, and
-    for dual encoders, whose texts belong to all samples.
+    """Leaves the batches of a stream as the collator made them, unless asked otherwise: accelerate would have the
+    first process read for all, cut every tensor to as many rows, and not join texts of different lengths.
 
     Raises:
-        ValueError: it was asked to cut those.
+        ValueError: it was asked to cut the texts of a dual encoder, which belong to all samples.
     """
-    asked, dual = trainer.accelerator.dispatch_batches, isinstance(trainer.bridge, DualBridge)
-    if asked and dual:
+    asked = trainer.accelerator.dispatch_batches
+    if asked and isinstance(trainer.bridge, DualBridge):
         raise ValueError(
             "dispatch_batches is set, which MBATTrainer does not support for dual encoders: accelerate would cut the "
             "texts, which belong to all samples of a batch. Leave it out"
         )
-    if asked is None and (dual or ranks.count() == 1):
+    if asked is None:
         trainer.accelerator.dataloader_config.dispatch_batches = False
 
 

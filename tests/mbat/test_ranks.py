@@ -91,6 +91,11 @@ def test_unequal_parts_of_a_batch_are_named(monkeypatch: pytest.MonkeyPatch) -> 
             ranks.check_equal(3)
 
 
+def test_two_processes_share_a_stream_whose_texts_differ_in_length(train: Train) -> None:
+    changes = {"stream": True, "eval_strategy": "no", "save_strategy": "no", "max_steps": 2}
+    assert_same(train("one-stream", 1, **changes)[0], train("two-stream", 2, **changes)[0])
+
+
 MUON = {"gradient_accumulation_steps": 2, "inner": "pgd", "muon": True, "learning_rate": 0.02}
 
 
