@@ -139,7 +139,9 @@ class StepTrainer(FeatureTrainer):
             assert words is not None
             part.sums |= self._on_words(words, clean.leaf, text, weights)
             return part
-        if not args.gamma:  # nothing will add to the gradient at h_v: its graph need not wait for the attack
+        # Without gamma nothing will add to the gradient at h_v, and its graph need not wait for the attack. In FSDP2 it
+        # does: the attack would drop the gradients that its backward pass leaves at weights of the root.
+        if not args.gamma and not shards.is_sharded(self.model):
             self._vision_side([part])
             clean.leaf.grad = clean.features = None
         victim = self._victim(inputs, part.own, part.stated, scores=self.beta > 0)

@@ -176,10 +176,13 @@ ADAPTIVE = {
 ADVERSARIAL = {"lam": 1.0, "inner": "pgd", "gradient_accumulation_steps": 2, "eval_strategy": "no"}
 # The last pass of the language model in a step is one without a gradient (E_t), which leaves parameters gathered.
 LANGUAGE = {"freeze": ["vision_tower", "multi_modal_projector"], "inner": "none", "eval_strategy": "no"}
+# Nothing but L_task gives the clean images a gradient, which the attack must not touch.
+ALONE = {"gamma": 0.0, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
 
 
 @pytest.mark.parametrize(
-    "tag, changes", [("-adaptive", ADAPTIVE), ("-adversarial", ADVERSARIAL), ("-language", LANGUAGE)]
+    "tag, changes",
+    [("-adaptive", ADAPTIVE), ("-adversarial", ADVERSARIAL), ("-language", LANGUAGE), ("-alone", ALONE)],
 )
 def test_shards_train_as_one_process_with_the_whole_model(train: Train, tag: str, changes: dict[str, Any]) -> None:
     one, one_said = train(f"one{tag}", 1, **changes)
