@@ -226,12 +226,12 @@ class MBATConfig(TrainingArguments):
             parse_eps(self.eps_max, self.norm, "eps_max")
         if self.objective != "task":
             self._check_features()
-        if self.cuda_graphs:
-            self._check_beside("cuda_graphs True", {"recompute": (self.recompute == "none", "'none'")})
         if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
         new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
         theirs = "activation_checkpointing" if new else "gradient_checkpointing"
+        if self.cuda_graphs:
+            self._check_graphs(theirs)
         if self.recompute != "none" and getattr(self, theirs):
             raise ValueError(
                 f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "
@@ -251,6 +251,17 @@ class MBATConfig(TrainingArguments):
             "lam": (self.objective != "sim-clip" or self.lam == 1, "1: clean images are in its loss already"),
         }
         self._check_beside(f"objective {self.objective!r}", needed)
+
+    def _check_graphs(self, theirs: str) -> None:
+        """Raises ValueError where no image is attacked, or layers recompute activations, which cannot be captured."""
+        alone = self.consistency_steps > 0  # these steps attack images whatever the others do
+        needed = {
+            "recompute": (self.recompute == "none", "'none'"),
+            theirs: (not getattr(self, theirs), "False"),
+            "inner": (self.inner != "none" or alone, "pgd, bridge or fgsm: graphs are of the inner problem"),
+            "modality": (self.modality != "text" or alone, "image or both: graphs are of the vision side"),
+        }
+        self._check_beside("cuda_graphs True", needed)
 
     def _check_beside(self, setting: str, needed: dict[str, tuple[bool, str]]) -> None:
         for name, (met, expected) in needed.items():

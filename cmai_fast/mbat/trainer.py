@@ -275,6 +275,7 @@ class MBATTrainer(EvaluatingTrainer):
                 except DoesNotFitError as error:
                     self._rows_at_once = halved(size, error, "a step", "; its gradients are those of the whole batch")
                 # Out of `except`, which holds on to all that the attempt had made.
+                self._graphs = None  # of batches that will not come again, with the memory of a pass each
                 clear_device_cache(garbage_collection=True)
                 for p in trained:
                     p.grad = None

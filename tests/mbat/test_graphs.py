@@ -49,9 +49,37 @@ def test_each_attack_of_a_trainer_uses_the_same_graphs(make_trainer, batch, monk
     assert (trainer._graphs.asked, trainer._graphs.ran) == (2, 6)  # asked once per victim
 
 
-def test_what_cannot_be_captured_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="recompute is 'full' and cuda_graphs True; expected recompute 'none'"):
-        MBATConfig(output_dir=str(tmp_path), report_to="none", cuda_graphs=True, recompute="full")
+def test_graphs_of_a_batch_that_did_not_fit_are_let_go(make_trainer, batch, monkeypatch) -> None:
+    """They would keep the memory of its passes."""
+    trainer = make_trainer(beta=0.0, gamma=0.0, arm=False, inner="bridge", inner_steps=3)
+    monkeypatch.setattr("cmai_fast.mbat.trainer.check_graphs", lambda trainer: None)
+    monkeypatch.setattr("cmai_fast.mbat.consistency.EncoderGraphs", Recorded)
+    trainer.args.cuda_graphs, branch, first = True, trainer._adversarial_branch, []
+
+    def scarce(leaf, *rest):
+        if len(leaf) > 2:
+            first.append(trainer._graphs)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return branch(leaf, *rest)
+
+    monkeypatch.setattr(trainer, "_adversarial_branch", scarce)
+    with pytest.warns(RuntimeWarning, match="takes at most 2 at once"):
+        trainer.training_step(trainer.model, batch)
+    assert len(first) == 1 and trainer._graphs is not first[0] and trainer._graphs.ran == 6
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"recompute": "full"}, "recompute is 'full' and cuda_graphs True; expected recompute 'none'"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is True and cuda_graphs True; expected .* False"),
+        ({"inner": "none"}, "inner is 'none' and cuda_graphs True; expected inner pgd, bridge or fgsm"),
+        ({"modality": "text"}, "modality is 'text' and cuda_graphs True; expected modality image or both"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(tmp_path, settings, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        MBATConfig(output_dir=str(tmp_path), report_to="none", cuda_graphs=True, **settings)
 
 
 def test_a_cpu_has_no_graphs(make_trainer) -> None:
