@@ -7,7 +7,7 @@ through memory. On a GPU it takes the time in which the host launches it, if tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cmai_fast.attacks import Passes
@@ -91,6 +91,8 @@ def step_cost(sizes: ModelSizes, how: Training, step: StepSettings | None, texts
         texts: as of `step_passes`.
     """
     passes = consistency_passes() if step is None else step_passes(step, texts)
+    if step is not None and step.objective != "task":
+        how = replace(how, learns="vision")  # the language side does not run, so nothing of it gets a gradient
     return Cost(passes, _seconds(sizes, how, passes), _peak(sizes, how, passes, step))
 
 
@@ -167,12 +169,13 @@ def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettin
     language, read = (
         _graph(sizes.language, how, "language", learns) + logits for learns in (how.language_learns, False)
     )
-    # The clean branch leaves gradients; its view of the images waits for the contrastive loss, or that of features.
+    # The clean branch leaves gradients; its view of the images waits for the contrastive loss, or that of features, and
+    # in FSDP2 for the end of the step.
     if step is None or step.inner == "none":
         branches, waits = False, False
     else:
         branches = step.objective == "task"
-        waits = bool(step.gamma) if branches else not (fare and step.lam == 1)
+        waits = bool(step.gamma) or how.sharded if branches else not (fare and step.lam == 1)
     before = waits * vision + branches * (of_language if waits else gradients)
     attacks = passes.inner != Passes()
     captured = attacked if how.cuda_graphs and attacks else 0.0  # a graph keeps its memory between attacks

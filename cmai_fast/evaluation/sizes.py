@@ -97,7 +97,8 @@ def model_sizes(
         tiles: pictures of that size that a sample is cut into (LLaVA-NeXT, InternVL, Idefics3).
 
     Raises:
-        ValueError: the model cannot be bridged, or is not made of transformer layers with linear layers.
+        ValueError: the model cannot be bridged, or is not made of transformer layers with linear layers; an image is
+            too small.
     """
     model = _empty(config)
     bridge: Any = bridge_of(model, empty=True)
@@ -107,6 +108,11 @@ def model_sizes(
     tower, *after = bridge.vision_side
     patches = ((side or _ANY_SIZE) // _patch(tower)) ** 2
     out = 1 if dual else _image_tokens(model.config, patches)
+    if not patches or not out:
+        raise ValueError(
+            f"image_size is {side}, of which the model makes no image token; expected several times the "
+            f"{_patch(tower)} pixels of a patch's side"
+        )
     tokens = 0 if dual else prompt + answer + (0 if crossed else out * tiles)
     vision, language = Side(), Side()
     summary = any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())

@@ -16,7 +16,7 @@ BITS = (None, 8, 4)
 DTYPES = {"bfloat16": 2, "float32": 4}
 RECOMPUTE = ("none", "encoder", "selective", "full")
 TRAINABLE = ("all", "vision")
-_COUNTS = ("inner_steps", "batch", "answer", "tiles", "gpus", "steps")
+_LEAST = dict.fromkeys(("inner_steps", "batch", "answer", "image_size", "tiles", "gpus", "steps"), 1) | {"prompt": 0}
 
 
 @dataclass
@@ -52,9 +52,10 @@ class PlanSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, known))}")
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
         if self.price is not None and not 0 <= self.price < math.inf:
             raise ValueError(f"price is {self.price}; expected the price of one card for an hour, at least 0")
         if self.sharded and (self.bits or self.muon or self.gpus < 2):
@@ -145,6 +146,7 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
 
 
 def _config(model: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from cmai_fast.models.loading import read_config
@@ -153,5 +155,5 @@ def _config(model: str) -> Any:
         return read_config(model)[1]
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:  # the last: a field has a value of another type
         raise ValueError(f"{model} is not the config of a model that transformers knows: {error}") from error

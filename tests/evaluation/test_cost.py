@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from cmai_fast.evaluation.overhead import SavedActivations
 from cmai_fast.evaluation.sizes import model_sizes
 from cmai_fast.mbat.passes import StepSettings
 from cmai_fast.models import resolve
-from cmai_fast.workflows.plan import RECOMPUTE
+from cmai_fast.workflows.plan import RECOMPUTE, PlanSettings, plan
 from families import FAMILIES, Family
 
 TILES = {"LLaVA-NeXT": 3, "LLaVA-OneVision": 3, "SmolVLM": 5, "Idefics3": 5}
@@ -59,6 +60,26 @@ def test_operations_are_those_that_run(family: Family):
 def test_a_tower_without_transformer_layers_is_refused():
     with pytest.raises(ValueError, match="LiteTower has no transformer layers"):
         model_sizes(AutoConfig.from_pretrained(resolve("photo-dual-encoder")))
+
+
+def test_an_image_without_a_patch_is_refused():
+    config = AutoConfig.from_pretrained(resolve("easyvqa-llava"))
+    with pytest.raises(ValueError, match=r"image_size is 8, of which the model makes no image token; .* the 16 pixels"):
+        model_sizes(config, image_size=8)
+
+
+@pytest.mark.parametrize("name, value, least", [("image_size", 0, 1), ("prompt", -1, 0), ("gpus", 0, 1)])
+def test_settings_of_a_plan_that_are_too_small_are_named(name, value, least):
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected at least {least}"):
+        PlanSettings("easyvqa-llava", **{name: value})
+
+
+def test_a_config_with_a_field_of_another_type_is_named(tmp_path):
+    config = json.loads((resolve("easyvqa-llava") / "config.json").read_text())
+    config["text_config"]["hidden_size"] = "wide"
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"mine\.json is not the config .*hidden_size"):
+        plan(PlanSettings(str(tmp_path / "mine.json")))
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -108,10 +129,17 @@ def test_what_costs_more_is_predicted_to(sizes):
     assert full.seconds > selective.seconds > plain.seconds and full.seconds > encoder.seconds > plain.seconds
 
 
+def test_training_on_features_teaches_the_vision_side_alone(sizes):
+    for muon in (False, True):
+        assert cost(sizes, "fare", learns="all", muon=muon) == cost(sizes, "fare", learns="vision", muon=muon)
+
+
 def test_with_a_contrastive_loss_the_clean_images_wait_for_the_attack(sizes):
     how = Training(DEVICES["h200"], batch=512)
     with_it, without = (step_cost(sizes, how, StepSettings(gamma=gamma)) for gamma in (0.1, 0.0))
     assert with_it.passes == without.passes and with_it.peak > 1.2 * without.peak
+    shards = replace(how, cards=2, sharded=True)
+    assert len({step_cost(sizes, shards, StepSettings(gamma=gamma)).peak for gamma in (0.1, 0.0)}) == 1
 
 
 def test_several_cards(sizes):
