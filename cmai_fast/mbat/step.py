@@ -140,7 +140,7 @@ class StepTrainer(FeatureTrainer):
             part.sums |= self._on_words(words, clean.leaf, text, weights)
             return part
         # Without gamma nothing will add to the gradient at h_v, and its graph need not wait for the attack. In FSDP2 it
-        # does: the attack would drop the gradients that its backward pass leaves at weights of the root.
+        # does: a backward pass here leaves no gradient at weights that the root gathers, such as the projector's.
         if not args.gamma and not shards.is_sharded(self.model):
             self._vision_side([part])
             clean.leaf.grad = clean.features = None
