@@ -85,7 +85,11 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         image_size=settings.image_size,
         tiles=settings.tiles,
     )
-    notes = list(sizes.notes)
+    notes = [
+        "full steps are without S_c (beta and gamma 0); with heads, the default of training, they also read the texts, "
+        "and keep the clean images' activations to their end",
+        *sizes.notes,
+    ]
     if not device.measured:
         notes.append(
             f"no step was ever measured on {settings.gpu} ({device.name}): its data sheet, at the shares that an H200 "

@@ -336,7 +336,8 @@ def test_plan_says_what_a_config_costs(run, tmp_path):
     shown = run(*options, "--json", "made.json")
     assert json.loads(Path("made.json").read_text())["rows"] == record["rows"]
     text = as_one_line(shown.stdout)
-    for part in ("bridge R=0", "price", "no step was ever measured on h100", "several cards were never measured"):
+    said = ("bridge R=0", "price", "no step was ever measured on h100", "several cards were never measured")
+    for part in (*said, "without S_c (beta and gamma 0)"):
         assert part in text, part
     assert f"{record['rows'][1]['price']:.2f}" in text
 
