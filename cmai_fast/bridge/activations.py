@@ -23,8 +23,8 @@ from transformers.activations import NewGELUActivation, QuickGELUActivation, SiL
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
+from cmai_fast import ops
 from cmai_fast.bridge.replaced import replaced
-from cmai_fast.ops import gated_activation
 
 # Those of the operator, by its names. Not their subclasses, which may compute something else.
 _KINDS = {nn.SiLU: "silu", SiLUActivation: "silu", QuickGELUActivation: "quick_gelu"}
@@ -52,7 +52,7 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
         if "forward" in module.__dict__:
             continue
         if type(module) is QuickGELUActivation:
-            forwards[module] = functools.partial(gated_activation, kind="quick_gelu")
+            forwards[module] = functools.partial(ops.gated_activation, kind="quick_gelu")
         elif isinstance(module, (NewGELUActivation, QuickGELUActivation)):
             # Of several operations, each of which stores something. SiLU is one, which stores its input.
             forwards[module] = functools.partial(_activate, module.forward)
@@ -79,7 +79,7 @@ def _kind(act: Any) -> str | None:
 def _gated(mlp: Any, kind: str | None, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     if kind is not None and gate.shape == up.shape and gate.dtype == up.dtype:
-        return mlp.down_proj(gated_activation(gate, up, kind))
+        return mlp.down_proj(ops.gated_activation(gate, up, kind))
     if gate.shape == up.shape and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return mlp.down_proj(_Activation.apply(mlp.act_fn, gate, up))
     return mlp.down_proj(mlp.act_fn(gate) * up)
