@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,24 @@ def measure_time(args: argparse.Namespace) -> None:
         statements = verifier.statements if needs_consistency(settings) else None
         batches = training_batches(subject, samples, BASE.batch_size, 0, statements)
         runs[row] = settings, batches, stepper(subject, arguments, {}, verifier)[1]
-    seconds: dict[str, list[float]] = {row: [] for row in runs}
-    for _ in range(args.rounds + 1):
-        for row, (settings, batches, step) in runs.items():
-            start = time.perf_counter()
-            for _ in range(settings.consistency_steps + 1):
-                step(next(batches))
-            seconds[row].append((time.perf_counter() - start) / (settings.consistency_steps + 1))
-    record = {row: statistics.median(values[1:]) for row, values in seconds.items()} | {"fit": fit}
+    record = alternating(
+        {row: (k.consistency_steps + 1, lambda b=b: next(b), step) for row, (k, b, step) in runs.items()}, args.rounds
+    ) | {"fit": fit}
     write_results({"seconds_a_step": record, "rounds": args.rounds, "versions": versions()}, args.out / "times.json")
     print(json.dumps(record, indent=2))
+
+
+def alternating(runs: dict[str, tuple[int, Callable[[], Any], Callable[[Any], None]]], rounds: int) -> dict[str, float]:
+    """Seconds of a step of each, from (steps that repeat, what gives a batch, the step): means over the steps that
+    repeat, medians over rounds; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, (steps, batch, step) in runs.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                step(batch())
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def run(args: argparse.Namespace) -> None:

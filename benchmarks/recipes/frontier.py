@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CMCV, _share, one
+from ablation import CMCV, _share, alternating, one
 from full_strength import DATA, TASK
 
 from cmai_fast.cmcv.verifier import Verifier
-from cmai_fast.defences import defence
+from cmai_fast.defences import DEFENCES, defence
 from cmai_fast.evaluation.overhead import stepper
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
@@ -80,13 +80,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gamma-r0": ("S_c in the loss, no step on it alone, R = 0", {**ALONE, "consistency_steps": 0, **HALF, **FAST}),
     "alone-r1-k10": ("CMAI, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
 }
-for _row, (_title, _values) in ROWS.items():
-    defence(f"frontier-{_row}", _title, **{k: v for k, v in _values.items() if k not in OF_RUN})
 
 
 def settings_of(row: str, eps: float, seed: int, steps: int) -> ImmunizeSettings:
-    own = {k: v for k, v in ROWS[row][1].items() if k in OF_RUN}
-    return replace(BASE, defence=f"frontier-{row}", eps=eps, seed=seed, max_steps=steps, **own)
+    title, values = ROWS[row]
+    own = {k: v for k, v in values.items() if k in OF_RUN}
+    if (name := f"frontier-{row}") not in DEFENCES.names():
+        defence(name, title, **{k: v for k, v in values.items() if k not in OF_RUN})
+    return replace(BASE, defence=name, eps=eps, seed=seed, max_steps=steps, **own)
 
 
 def steps_within(row: str, seconds: float, times: dict[str, float]) -> int:
@@ -110,17 +111,10 @@ def measure_time(args: argparse.Namespace) -> None:
         arguments = training_arguments(settings, args.work)
         heads = verifier if needs_consistency(settings) else None
         batch = next(training_batches(subject, samples, settings.batch_size, 0, heads and heads.statements))
-        runs[row] = arguments.consistency_steps + 1, batch, stepper(subject, arguments, {}, heads)[1]
-    seconds: dict[str, list[float]] = {row: [] for row in runs}
-    for _ in range(args.rounds + 1):
-        for row, (steps, batch, step) in runs.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                step(batch)
-            seconds[row].append((time.perf_counter() - start) / steps)
+        runs[row] = (arguments.consistency_steps + 1, lambda b=batch: b, stepper(subject, arguments, {}, heads)[1])
     path = args.out / "times.json"
     record = json.loads(path.read_text())["seconds_a_step"] if path.exists() else {}
-    record |= {row: statistics.median(values[1:]) for row, values in seconds.items()} | {"fit": fit}
+    record |= alternating(runs, args.rounds) | {"fit": fit}
     write_results({"seconds_a_step": record, "rounds": args.rounds, "versions": versions()}, path)
     print(json.dumps(record, indent=2))
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ def recipes(monkeypatch):
         "on_gpu",
         "peers",
         "profile_step",
+        "frontier",
+        "ablation",
         "scenes",
     ):
         sys.modules.pop(name, None)
@@ -314,3 +317,42 @@ def test_a_step_is_profiled_by_part_and_operator(recipes, tmp_path, monkeypatch,
     steps = [row for row in found["rows"] if row["part"] == "pgd_linf_step_" and row["operator"] == "(Python)"]
     assert [row["calls"] for row in steps] == [2]
     assert "by operator" in capsys.readouterr().out
+
+
+def test_the_frontier_is_tabled_and_drawn(recipes, tmp_path, monkeypatch):
+    import frontier
+
+    def ran(row, budget, seed, robust):
+        shares = {"acc_clean_whole_test_split": 0.9, "acc_robust": robust, "asr": 0.1}
+        record = shares | {"settings": {"max_steps": 10}, "seconds_by_cpu": 5.0, "title": "as it was called"}
+        path = tmp_path / "runs" / f"{row}-{budget}-seed{seed}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record | {"row": row, "budget": budget, "seed": seed}))
+
+    for seed, robust in ((0, 0.7), (1, 0.8)):
+        ran("alone-r0", "420-s", seed, robust)
+    ran("half-r0", "420-s", 0, 0.6)
+    ran("dropped-row", "500-steps", 0, 0.5)
+    strength = tmp_path / "strength.json"
+    defences = {d for _, names, _ in frontier.LINES.values() for d in names}
+    rows = [{"defence": d, "seconds": 1000.0, "acc_robust": {"mean": 0.7}} for d in defences]
+    strength.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(sys, "argv", ["frontier.py", "table", "--out", str(tmp_path), "--strength", str(strength)])
+    frontier.main()
+    lines = (tmp_path / "table.md").read_text().splitlines()[2:]
+    assert lines[0] == (
+        "| 420-s | CMAI: S_c in the loss, 5 steps of 6 on S_c alone, R = 0, K = 4 | 2 | 90.0% \u00b1 0.0% | "
+        "75.0% \u00b1 7.1% | 10.0% \u00b1 0.0% | 10 | 0.50 |"
+    )
+    assert [line.split(" | ")[1] for line in lines[1:]] == [frontier.ROWS["half-r0"][0], "as it was called"]
+    drawn = ElementTree.fromstring((tmp_path / "frontier.svg").read_text())
+    names = [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.get("class", "").startswith("end")]
+    assert sorted(names) == sorted({"CMAI", *(n for n, line in frontier.LINES.items() if line[1] or n == "bridge")})
+
+
+def test_a_budget_in_seconds_pays_for_the_verifier(recipes):
+    import frontier
+
+    times = {"alone-r0": 0.5, "half-r0": 0.5, "fit": 20.0}
+    assert frontier.steps_within("alone-r0", 100.0, times) == 160
+    assert frontier.steps_within("half-r0", 100.0, times) == 200

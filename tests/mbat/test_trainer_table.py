@@ -106,7 +106,7 @@ def run(make_trainer: Any, **options: Any) -> Any:
 CHANGES_NOTHING = {
     "torch_empty_cache_steps": 1, "auto_find_batch_size": True, "dataloader_num_workers": 1,
     "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2, "skip_memory_metrics": False,
-    "include_num_input_tokens_seen": "non_padding", "logging_first_step": True, "debug": "underflow_overflow",
+    "include_num_input_tokens_seen": "non_padding", "logging_first_step": True,
     "activation_checkpointing": True, "use_cache": True, "eval_on_start": True, "eval_attack_steps": 0,
 }  # fmt: skip
 
@@ -118,6 +118,15 @@ def test_what_must_not_change_the_weights_does_not(make_trainer, data):
     for p, q in zip(weights(plain), weights(other), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert other.state.num_input_tokens_seen > 0
+
+
+def test_modules_that_are_watched_change_only_the_rounding(make_trainer):
+    """Hooks on an activation function have to see it, so it is not fused with what follows."""
+    plain, watched = (
+        run(make_trainer, max_steps=1, logging_steps=1, **options).state.log_history[0]
+        for options in ({}, {"debug": "underflow_overflow"})
+    )
+    assert watched["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
 CHANGES = {
