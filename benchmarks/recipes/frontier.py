@@ -113,9 +113,11 @@ def measure_time(args: argparse.Namespace) -> None:
         batch = next(training_batches(subject, samples, settings.batch_size, 0, heads and heads.statements))
         runs[row] = (arguments.consistency_steps + 1, lambda b=batch: b, stepper(subject, arguments, {}, heads)[1])
     path = args.out / "times.json"
-    record = json.loads(path.read_text())["seconds_a_step"] if path.exists() else {}
-    record |= alternating(runs, args.rounds) | {"fit": fit}
-    write_results({"seconds_a_step": record, "rounds": args.rounds, "versions": versions()}, path)
+    before = json.loads(path.read_text()) if path.exists() else {"seconds_a_step": {}, "measured": []}
+    found = alternating(runs, args.rounds) | {"fit": fit}
+    record = before["seconds_a_step"] | found
+    measured = [*before["measured"], {"rows": list(found), "rounds": args.rounds, "versions": versions()}]
+    write_results({"seconds_a_step": record, "measured": measured}, path)
     print(json.dumps(record, indent=2))
 
 
@@ -127,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
         name = f"{row}-{budget}-seed{seed}"
         path = args.out / "runs" / f"{name}.json"
         if path.exists():
+            if (eps := json.loads(path.read_text())["settings"]["eps"]) != args.eps:
+                raise ValueError(f"{path} was run at eps {eps}, not {args.eps}; name another folder with --out")
             continue
         steps = args.steps or steps_within(row, args.seconds, times)
         print(f"== {name}: {steps} steps", flush=True)
