@@ -197,7 +197,8 @@ from the same data:
 
 ```python
 verifier = cf.Verifier.for_data(model, processor, records)
-trainer = cf.MBATTrainer(model, cf.MBATConfig("out", gamma=1.0, beta=0.0, arm=False, consistency_steps=5), heads=verifier, ...)
+config = cf.MBATConfig("out", gamma=1.0, beta=0.0, arm=False, consistency_steps=5)
+trainer = cf.MBATTrainer(model, config, heads=verifier, ...)
 ```
 
 Per picture it reads everything that the records say of it, each question with its answer and wrong ones, where L_task
