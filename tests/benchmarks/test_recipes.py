@@ -17,7 +17,7 @@ from cmai_fast.pipeline import Pipeline
 @pytest.fixture
 def recipes(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "recipes"))
-    DEFENCES.names()  # loads them
+    DEFENCES.items()  # imports them
     monkeypatch.setattr(DEFENCES, "_things", dict(DEFENCES._things))  # the frontier adds its rows
     yield
     for name in (
