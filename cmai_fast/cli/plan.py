@@ -79,9 +79,9 @@ def plan(
 def _show(record: dict[str, Any]) -> None:
     """The steps as they were asked for, then the memory and time of one of them in all other ways."""
     console, settings, model = Console(highlight=False), record["settings"], record["model"]
-    billions = (model["vision_parameters"] / 1e9, model["language_parameters"] / 1e9)
+    millions = (model["vision_parameters"] / 1e6, model["language_parameters"] / 1e6)
     console.print(
-        f"{billions[0]:.2f} + {billions[1]:.2f} billion parameters (vision, language), {model['image_tokens']} of "
+        f"{millions[0]:,.1f} + {millions[1]:,.1f} million parameters (vision, language), {model['image_tokens']} of "
         f"{model['tokens']} tokens are an image's; {settings['gpus']} x {record['device']['name']}, predicted:"
     )
     costs = ("price",) if settings["price"] is not None else ()
@@ -107,4 +107,4 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def _memory(row: dict[str, Any]) -> str:
-    return f"{row['peak_bytes'] / 2**30:.1f}{'' if row['fits'] else '!'}"
+    return f"{row['peak_bytes'] / 2**30:.3g}{'' if row['fits'] else '!'}"
