@@ -156,19 +156,19 @@ def table(args: argparse.Namespace) -> None:
     ]
     for row, (title, _) in ROWS.items():
         if mine := [r for r in found if r["row"] == row]:
-            shares = [_share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
+            shares = [share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
             guards = [
                 [r["detection"] for r in mine if r.get("detection")],
                 [r["adaptive"]["detection"] for r in mine if "adaptive" in r],
             ]
-            shares += [_share([d["fooled_and_accepted"] for d in guard]) if guard else "" for guard in guards]
+            shares += [share([d["fooled_and_accepted"] for d in guard]) if guard else "" for guard in guards]
             cells = [title, str(len(mine)), *shares, str(mine[0]["settings"]["max_steps"]), f"{times[row]:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     write_text("\n".join(lines) + "\n", args.out / "table.md")
     print("\n".join(lines))
 
 
-def _share(values: list[float]) -> str:
+def share(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1%}{spread}"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CMCV, _share, alternating, one
+from ablation import CMCV, alternating, one, share
 from full_strength import DATA, TASK
 
 from cmai_fast.cmcv.verifier import Verifier
@@ -170,7 +170,7 @@ def table(args: argparse.Namespace) -> None:
     for (budget, row), mine in best_first:
         title = ROWS[row][0] if row in ROWS else mine[0]["title"]
         steps = mine[0]["settings"]["max_steps"]
-        shares = [_share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
+        shares = [share([r[key] for r in mine]) for key in ("acc_clean_whole_test_split", "acc_robust", "asr")]
         pace = f"{mine[0]['seconds_by_cpu'] / steps:.2f}"
         lines.append("| " + " | ".join([budget, title, str(len(mine)), *shares, str(steps), pace]) + " |")
     write_text("\n".join(lines) + "\n", args.out / "table.md")
