@@ -150,10 +150,11 @@ def info_nce(
     Raises:
         RuntimeError: also for a label outside 0 .. M-1 (on a GPU: its own device-side assertion).
     """
-    if query.device.type == "cpu" and is_plain(query) and not torch.is_autocast_enabled("cpu"):
+    few = query.dim() == keys.dim() == 2 and 0 < len(query) * len(keys) <= _FEW_LOGITS
+    automatic = query.device.type == "cpu" and chosen_backend() == "automatic"
+    if few and automatic and is_plain(query) and not torch.is_autocast_enabled("cpu"):
         check_info_nce(query, keys, labels, scale, symmetric, groups)
-        if 0 < len(query) * len(keys) <= _FEW_LOGITS and chosen_backend() == "automatic":
-            return whole_info_nce(query, keys, labels, scale, symmetric, groups)
+        return whole_info_nce(query, keys, labels, scale, symmetric, groups)
     return torch.ops.cmai_fast.info_nce(query, keys, labels, scale, symmetric, groups)[0]
 
 
