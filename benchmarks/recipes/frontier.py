@@ -5,10 +5,13 @@
     python benchmarks/recipes/frontier.py run --seconds 420 --seeds 0 1 2    # equal time, by times.json
     python benchmarks/recipes/frontier.py table                             # and the plot
 
-Every row starts from the undefended `easyvqa-llava`. The suite is that of the headline results: PGD-50 with two
-restarts and APGD-CE-100; a question is robust if its answer stays right under both. `run` writes one JSON file per row,
-budget and seed, so several processes may share the work by `--only` or `--share`. Times are those of one CPU thread
-wherever the runs themselves take place.
+    python benchmarks/recipes/deepen_language.py --layers 24 --out runs/deep/model   # a model of a deep language side
+    python benchmarks/recipes/frontier.py run --model runs/deep/model --out benchmarks/results/frontier-deep ...
+
+Every row starts from the undefended `easyvqa-llava`, or from `--model`. The suite is that of the headline results:
+PGD-50 with two restarts and APGD-CE-100; a question is robust if its answer stays right under both. `run` writes one
+JSON file per row, budget and seed, so several processes may share the work by `--only` or `--share`. Times are those of
+one CPU thread wherever the runs themselves take place.
 """
 
 from __future__ import annotations
@@ -21,11 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ablation import CMCV, alternating, one, share
 from full_strength import DATA, TASK
 
 from cmai_fast.cmcv.verifier import Verifier
+from cmai_fast.data.easyvqa import SPLITS, EasyVQA
+from cmai_fast.data.formats import FORMATS
+from cmai_fast.data.formats.format import data_format
 from cmai_fast.defences import DEFENCES, defence
 from cmai_fast.evaluation.overhead import stepper
 from cmai_fast.evaluation.results import write_results
@@ -44,8 +51,9 @@ FEATURES = {**PLAIN, "inner": "pgd", "trainable": "vision", "lam": 1.0}
 BRIDGE = {**PLAIN, "inner": "bridge"}
 ALONE = {**CMCV, "beta": 0.0, "arm": False, "inner": "bridge", "inner_steps": 4, "consistency_steps": 5}
 HALF, FAST = {"batch_size": 32}, {"learning_rate": 2e-3}
+ONE = {"data": "easyvqa-one"}
 # What of a row belongs to the settings of a run; the rest are values of `MBATConfig`.
-OF_RUN = ("batch_size", "learning_rate")
+OF_RUN = ("batch_size", "learning_rate", "data")
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd-10": ("exact PGD, K = 10", {**PLAIN, "inner": "pgd"}),
     "pgd-5": ("exact PGD, K = 5", {**PLAIN, "inner": "pgd", "inner_steps": 5}),
@@ -78,36 +86,56 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alone-r0-11": ("CMAI, 11 steps of 12 on S_c alone", {**ALONE, "consistency_steps": 11, **HALF, **FAST}),
     "alone-r0-2": ("CMAI, 2 steps of 3 on S_c alone", {**ALONE, "consistency_steps": 2, **HALF, **FAST}),
     "gamma-r0": ("S_c in the loss, no step on it alone, R = 0", {**ALONE, "consistency_steps": 0, **HALF, **FAST}),
+    "alone-r0-k2": ("CMAI, K = 2", {**ALONE, "inner_steps": 2, **HALF, **FAST}),
+    "alone-r0-one": ("CMAI, trained on one question of each picture", {**ALONE, **HALF, **FAST, **ONE}),
+    "half-r0-one": ("bridge, R = 0, K = 10, on one question of each picture", {**BRIDGE, **HALF, **ONE}),
     "alone-r1-k10": ("CMAI, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
 }
 
 
-def settings_of(row: str, eps: float, seed: int, steps: int) -> ImmunizeSettings:
+class OneQuestion(EasyVQA):
+    """easy-VQA with one question of each picture, drawn once; of the test split, all."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(split)
+        if split != "test":
+            shuffled = np.random.default_rng(0).permutation(self.sample_ids).tolist()
+            self.sample_ids = sorted({self.image_ids[i]: i for i in shuffled}.values())
+
+
+def settings_of(row: str, eps: float, seed: int, steps: int, model: str = BASE.model) -> ImmunizeSettings:
     title, values = ROWS[row]
     own = {k: v for k, v in values.items() if k in OF_RUN}
+    if own.get("data") == ONE["data"] and ONE["data"] not in FORMATS.names():
+        named = data_format(ONE["data"], takes="", splits=lambda place: SPLITS, fingerprint=lambda place: ONE["data"])
+        named(lambda place, split, fields: OneQuestion(split))
     if (name := f"frontier-{row}") not in DEFENCES.names():
         defence(name, title, **{k: v for k, v in values.items() if k not in OF_RUN})
-    return replace(BASE, defence=name, eps=eps, seed=seed, max_steps=steps, **own)
+    return replace(BASE, model=model, defence=name, eps=eps, seed=seed, max_steps=steps, **own)
 
 
 def steps_within(row: str, seconds: float, times: dict[str, float]) -> int:
     """Optimizer steps that fit into these seconds of one CPU thread, beside fitting a verifier where one is needed."""
     fit = times["fit"] if needs_consistency(settings_of(row, 16 / 255, 0, 1)) else 0.0
-    return max(1, round((seconds - fit) / times[row]))
+    return max(1, round((seconds - fit) / step_time(row, times)))
+
+
+def step_time(row: str, times: dict[str, float]) -> float:
+    return times[row.removesuffix("-one")]  # the same step on other questions
 
 
 def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a step of each row, alternating in one process: the mean over a full step and those on S_c alone that
     follow it, medians over rounds; and of fitting the verifier."""
-    subject = Pipeline.load(BASE.model)
+    subject = Pipeline.load(args.model)
     subject.heads = subject.verifier = subject.threshold = None
     start = time.perf_counter()
-    verifier = fitted(subject, settings_of("alone-r0", args.eps, 0, 1))
+    verifier = fitted(subject, settings_of("alone-r0", args.eps, 0, 1, args.model))
     fit = time.perf_counter() - start
     assert isinstance(verifier, Verifier)
     samples, runs = training_samples(DATA, TASK), {}
-    for row in args.only or ROWS:
-        settings = settings_of(row, args.eps, 0, 1)
+    for row in args.only or [row for row in ROWS if not row.endswith("-one")]:
+        settings = settings_of(row, args.eps, 0, 1, args.model)
         arguments = training_arguments(settings, args.work)
         heads = verifier if needs_consistency(settings) else None
         batch = next(training_batches(subject, samples, settings.batch_size, 0, heads and heads.statements))
@@ -134,9 +162,9 @@ def run(args: argparse.Namespace) -> None:
             continue
         steps = args.steps or steps_within(row, args.seconds, times)
         print(f"== {name}: {steps} steps", flush=True)
-        record = one(settings_of(row, args.eps, seed, steps), args.work / name, args)
+        record = one(settings_of(row, args.eps, seed, steps, args.model), args.work / name, args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        budgets = {"budget": budget, "seconds_by_cpu": steps * times[row]}
+        budgets = {"budget": budget, "seconds_by_cpu": steps * step_time(row, times)}
         write_results(
             record | {"row": row, "title": ROWS[row][0], "seed": seed} | budgets | {"versions": versions()}, path
         )
@@ -215,6 +243,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "time", "table"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frontier"))
     parser.add_argument("--work", type=Path, default=Path("runs/frontier"), help="checkpoints and trained models")
+    parser.add_argument("--model", default=BASE.model, help="what every row starts from; with another, name --out")
     parser.add_argument("--eps", type=parse_eps, default=16 / 255)
     parser.add_argument("--steps", type=int, help="as many optimizer steps for each row")
     parser.add_argument("--seconds", type=float, default=420.0, help="without --steps: of training, by times.json")
