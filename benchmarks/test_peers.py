@@ -82,17 +82,30 @@ def test_a_training_step_with_exact_pgd(side_by_side, peers, tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize(("name", "most"), [("easyvqa-llava", 0.5), ("easyvqa-llava-immune", 0.7)])
-def test_fooled_pictures_leave_the_batch(side_by_side, peers, name: str, most: float) -> None:
-    """APGD-50 at 16/255, 64 pictures: the same robust accuracy with and without."""
+@pytest.mark.parametrize(
+    ("name", "eps", "most"),
+    [("easyvqa-llava", 16, 0.5), ("easyvqa-llava-immune", 16, 0.7), ("easyvqa-llava-immune", 32, 0.7)],
+)
+def test_fooled_pictures_leave_the_batch(side_by_side, peers, name: str, eps: int, most: float) -> None:
+    """APGD-50, 64 pictures: the same robust accuracy with and without. Passes are what time cannot fall below: of a
+    model that hardly anything fools, hardly anything leaves."""
     x, y = peers.pictures(64)
     model = peers.Colours(Pipeline.load(name)).eval()
     ways = {}
     for way, stop in (("fooled ones leave", True), ("all stay", False)):
         plan = [AttackSpec("apgd", 50, settings={"early_stop": stop})]
-        ways[way] = functools.partial(peers.robust, model, plan, x, y, 16 / 255)
-    assert len({run()["final"] for run in ways.values()}) == 1
-    side_by_side(f"APGD-50 of 64 pictures, {name}", ways, device=CPU, targets={"all stay": ("at most", most)}, rounds=3)
+        ways[way] = functools.partial(peers.robust, model, plan, x, y, eps / 255)
+    found = {way: run() for way, run in ways.items()}
+    assert len({record["final"] for record in found.values()}) == 1
+    left = [found[way]["forward_per_image"] for way in ways]
+    side_by_side(
+        f"APGD-50 of 64 pictures at {eps}/255, {name}, {found['all stay']['final']:.0%} robust",
+        ways,
+        device=CPU,
+        targets={"all stay": ("at most", most)},
+        figures={"passes, of all stay": (left[0] / left[1], "at most", most)},
+        rounds=3,
+    )
 
 
 def test_the_protocol_of_robustvlm_in_batches(side_by_side) -> None:

@@ -41,8 +41,8 @@ from cmai_fast.workflows.settings import ImmunizeSettings
 from cmai_fast.workflows.training import fitted, needs_consistency, train, training_arguments
 
 BASE = ImmunizeSettings(
-    learning_rate=1e-3, muon=True, batch_size=32, inner_steps=4, refreshes=1, beta=0.0, gamma=0.0, arm=False,
-    save_steps=500,
+    defence="mbat", learning_rate=1e-3, muon=True, batch_size=32, inner_steps=4, refreshes=1, beta=0.0, gamma=0.0,
+    arm=False, save_steps=500,
 )  # fmt: skip
 CMCV = {"gamma": 1.0, "beta": 1.0}
 ALONE = {"consistency_steps": 5, "learning_rate": 2e-3}

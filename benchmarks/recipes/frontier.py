@@ -20,27 +20,34 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from ablation import CMCV, alternating, one, share
 from full_strength import DATA, TASK
+from one_pass import NFGSM, Free
 
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data.easyvqa import SPLITS, EasyVQA
 from cmai_fast.data.formats import FORMATS
 from cmai_fast.data.formats.format import data_format
 from cmai_fast.defences import DEFENCES, defence
+from cmai_fast.evaluation import overhead
 from cmai_fast.evaluation.overhead import stepper
 from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 from cmai_fast.files import write_text
+from cmai_fast.mbat import MBATTrainer
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.report.charts import Axis, Line, line_chart
 from cmai_fast.threat import parse_eps
+from cmai_fast.workflows import training
 from cmai_fast.workflows.samples import training_batches, training_samples
 from cmai_fast.workflows.settings import ImmunizeSettings
 from cmai_fast.workflows.training import fitted, needs_consistency, training_arguments
@@ -60,6 +67,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd-3": ("exact PGD, K = 3", {**PLAIN, "inner": "pgd", "inner_steps": 3}),
     "pgd-2": ("exact PGD, K = 2", {**PLAIN, "inner": "pgd", "inner_steps": 2}),
     "fgsm-rs": ("one step from a random start", {**PLAIN, "inner": "fgsm"}),
+    "n-fgsm": ("N-FGSM, one step from noise of 2 eps", {**PLAIN, "inner": "fgsm"}),
+    "free": ("Free, each batch 4 times", {**PLAIN, "inner": "fgsm", "lam": 1.0}),
     "bridge-r0": ("bridge, R = 0, K = 10", BRIDGE),
     "bridge-r0-k5": ("bridge, R = 0, K = 5", {**BRIDGE, "inner_steps": 5}),
     "bridge-r1": ("bridge, R = 1, K = 10", {**BRIDGE, "refreshes": 1}),
@@ -92,6 +101,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alone-r1-k10": ("CMAI, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
 }
 
+TRAINERS: dict[str, type[MBATTrainer]] = {"n-fgsm": NFGSM, "free": Free}  # of rows that are no solver of the package
+
 
 class OneQuestion(EasyVQA):
     """easy-VQA with one question of each picture, drawn once; of the test split, all."""
@@ -112,6 +123,14 @@ def settings_of(row: str, eps: float, seed: int, steps: int, model: str = BASE.m
     if (name := f"frontier-{row}") not in DEFENCES.names():
         defence(name, title, **{k: v for k, v in values.items() if k not in OF_RUN})
     return replace(BASE, model=model, defence=name, eps=eps, seed=seed, max_steps=steps, **own)
+
+
+@contextmanager
+def trained_by(row: str) -> Iterator[None]:
+    """Inside, models are trained by the trainer of this row."""
+    kind = TRAINERS.get(row, MBATTrainer)
+    with mock.patch.object(training, "MBATTrainer", kind), mock.patch.object(overhead, "MBATTrainer", kind):
+        yield
 
 
 def steps_within(row: str, seconds: float, times: dict[str, float]) -> int:
@@ -139,7 +158,9 @@ def measure_time(args: argparse.Namespace) -> None:
         arguments = training_arguments(settings, args.work)
         heads = verifier if needs_consistency(settings) else None
         batch = next(training_batches(subject, samples, settings.batch_size, 0, heads and heads.statements))
-        runs[row] = (arguments.consistency_steps + 1, lambda b=batch: b, stepper(subject, arguments, {}, heads)[1])
+        with trained_by(row):
+            step = stepper(subject, arguments, {}, heads)[1]
+        runs[row] = (arguments.consistency_steps + 1, lambda b=batch: b, step)
     path = args.out / "times.json"
     before = json.loads(path.read_text()) if path.exists() else {"seconds_a_step": {}, "measured": []}
     found = alternating(runs, args.rounds) | {"fit": fit}
@@ -162,7 +183,8 @@ def run(args: argparse.Namespace) -> None:
             continue
         steps = args.steps or steps_within(row, args.seconds, times)
         print(f"== {name}: {steps} steps", flush=True)
-        record = one(settings_of(row, args.eps, seed, steps, args.model), args.work / name, args)
+        with trained_by(row):
+            record = one(settings_of(row, args.eps, seed, steps, args.model), args.work / name, args)
         path.parent.mkdir(parents=True, exist_ok=True)
         budgets = {"budget": budget, "seconds_by_cpu": steps * step_time(row, times)}
         write_results(

@@ -43,11 +43,11 @@ from cmai_fast.pipeline import Pipeline
 from cmai_fast.threat import ThreatModel, parse_eps
 from cmai_fast.workflows.immunize import ImmunizeSettings
 from cmai_fast.workflows.samples import asked, training_batches, training_samples
-from cmai_fast.workflows.training import fitted, train, training_arguments
+from cmai_fast.workflows.training import fitted, needs_consistency, train, training_arguments
 
 DATA, TASK = DataSource("easyvqa"), "vqa"
 SUITE = (AttackSpec("pgd", 50, 2), AttackSpec("apgd", 100, 1))
-BASE = ImmunizeSettings(max_steps=1000, learning_rate=1e-3, muon=True)
+BASE = ImmunizeSettings(defence="mbat", max_steps=1000, learning_rate=1e-3, muon=True)
 EQUAL_TIME = "-equal-time"
 COMPARED = {"max_steps": 500}
 PLAIN = {"beta": 0.0, "gamma": 0.0, "arm": False}
@@ -114,8 +114,7 @@ def run_one(defence: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
         record["hardening"] = json.loads((Path(settings.model) / RECORD).read_text())
     if not (work / "trained.json").exists():
         subject, start = Pipeline.load(settings.model), time.process_time()
-        needed = settings.beta or settings.gamma or settings.arm
-        heads = fitted(subject, settings) if needed else None
+        heads = fitted(subject, settings) if needs_consistency(settings) else None
         with Overall({"training": 1.0, "calibration": 0.1}) as progress:
             trained = train(subject, heads, settings, work, True, progress)
         write_results(trained | {"cpu_seconds": time.process_time() - start}, work / "trained.json")

@@ -23,6 +23,11 @@ def _step(name: str) -> Any:
     )
 
 
+def _of_defence(text: str, panel: str, *names: str, **settings: Any) -> Any:
+    """An option whose default is the defence's."""
+    return typer.Option(*names, help=text, show_default="that of the defence", rich_help_panel=panel, **settings)
+
+
 def immunize(
     ctx: typer.Context,
     *,
@@ -35,43 +40,32 @@ def immunize(
     missing: options.Missing = 0,
     task: options.Task = "vqa",
     defence: Annotated[
-        str,
-        typer.Option(help="What is trained; --list shows them. Its settings replace options left at their defaults."),
-    ] = "mbat",
+        str | None,
+        typer.Option(
+            help="What is trained; --list shows them.", show_default="cmai, or mbat for a dual encoder, as CLIP is"
+        ),
+    ] = None,
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     out: Annotated[Path, typer.Option(help="Folder of the run: new or empty, or one to --resume.")],
     resume: options.Resume = False,
     inner: Annotated[
-        Literal["bridge", "pgd", "fgsm", "none"],
-        typer.Option(help="Solver of the inner problem; none is clean fine-tuning.", rich_help_panel=_INNER),
-    ] = "bridge",
-    inner_steps: Annotated[
-        int, typer.Option("--steps", min=1, help="K, steps of the inner problem.", rich_help_panel=_INNER)
-    ] = 10,
+        Literal["bridge", "pgd", "fgsm", "none"] | None,
+        _of_defence("Solver of the inner problem; none is clean fine-tuning.", _INNER),
+    ] = None,
+    inner_steps: Annotated[int | None, _of_defence("K, steps of the inner problem.", _INNER, "--steps", min=1)] = None,
     refreshes: Annotated[
-        int, typer.Option(min=0, help="R, refreshes of the bridge gradient, at most K.", rich_help_panel=_INNER)
-    ] = 0,
+        int | None, _of_defence("R, refreshes of the bridge gradient, at most K.", _INNER, min=0)
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Weight of the task loss in the attack.", rich_help_panel=_INNER)] = 1.0,
-    beta: Annotated[
-        float, typer.Option(help="Weight of consistency in the attack, where ARM starts.", rich_help_panel=_INNER)
-    ] = 0.1,
+    beta: Annotated[float | None, _of_defence("Weight of consistency in the attack, where ARM starts.", _INNER)] = None,
     consistency_steps: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Steps on S_c alone after each full step; they run the vision side only.",
-            rich_help_panel=_INNER,
-        ),
-    ] = 0,
+        int | None,
+        _of_defence("Steps on S_c alone after each full step; they run the vision side only.", _INNER, min=0),
+    ] = None,
     arm: Annotated[
         bool | None,
-        typer.Option(
-            "--arm/--no-arm",
-            help="Let ARM raise beta, eps and lam while S_c of adversarial images is low.",
-            show_default="on if beta or gamma is above 0",
-            rich_help_panel=_ARM,
-        ),
+        _of_defence("Let ARM raise beta, eps and lam while S_c of adversarial images is low.", _ARM, "--arm/--no-arm"),
     ] = None,
     tau_train: Annotated[
         float | None,
@@ -102,11 +96,9 @@ def immunize(
         float | None, typer.Option(help="Bound of lam.", show_default="lam is not moved", rich_help_panel=_ARM)
     ] = None,
     lam_step: Annotated[float | None, _step("lam")] = None,
-    lam: Annotated[float, typer.Option(help="Weight of the adversarial branch, 0 to 1.", rich_help_panel=_LOSS)] = 0.5,
-    gamma: Annotated[float, typer.Option(help="Weight of the contrastive loss.", rich_help_panel=_LOSS)] = 0.1,
-    trainable: Annotated[
-        Literal["all", "vision"], typer.Option(help="Weights to train.", rich_help_panel=_TRAINING)
-    ] = "all",
+    lam: Annotated[float | None, _of_defence("Weight of the adversarial branch, 0 to 1.", _LOSS)] = None,
+    gamma: Annotated[float | None, _of_defence("Weight of the contrastive loss.", _LOSS)] = None,
+    trainable: Annotated[Literal["all", "vision"] | None, _of_defence("Weights to train.", _TRAINING)] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.", rich_help_panel=_TRAINING)] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 5e-4,
@@ -140,7 +132,8 @@ def immunize(
 
     from cmai_fast.defences import DEFENCES
 
-    DEFENCES.check(defence)
+    if defence is not None:
+        DEFENCES.check(defence)
     options.check([model], source, ("train", "calibration", "test"), task)
 
     from cmai_fast.workflows import immunize as workflow

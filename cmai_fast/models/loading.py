@@ -102,6 +102,16 @@ def read_config(name: str | Path) -> tuple[str | Path, Any]:
         raise ValueError(f"cannot load the model {str(name)!r}: {reason(where, error)}") from error
 
 
+def is_dual_encoder(name: str | Path) -> bool:
+    """Whether a model chooses its answers among texts, by its config; another writes them.
+
+    Raises:
+        ValueError: no such model.
+    """
+    _, config = read_config(name)
+    return type(config) not in AutoModelForImageTextToText._model_mapping
+
+
 def _base(where: str | Path) -> str | Path:
     """The base model of a folder of adapters; else `where` itself."""
     folder = Path(where)

@@ -46,6 +46,7 @@ def immunize(settings: ImmunizeSettings, out: Path, *, resume: bool = False, pro
     """
     out = Path(out)
     TASKS.check(settings.task)
+    settings = training.resolved(settings)
     began_with = asdict(settings) | data_settings(settings.source)
     if (finished := check_folder(out, began_with, resume)) is not None:
         return finished
@@ -120,6 +121,8 @@ def _training_stages(settings: ImmunizeSettings, before: Pipeline) -> dict[str, 
     """Stages up to the first attack, with the approximate number of forward passes per sample of each."""
     stage = HEADS if before.chooses else VERIFIER
     found = {stage: 3.0 * training.HEAD_STEPS * settings.batch_size} if training.must_fit(before, settings) else {}
-    a_step = 9 + settings.inner_steps * (3 if settings.inner == "pgd" else 1)
-    found[training.TRAINING] = float(a_step * settings.max_steps * settings.batch_size)
+    assert settings.inner_steps is not None and settings.consistency_steps is not None  # resolved
+    full, alone = 9 + settings.inner_steps * (3 if settings.inner == "pgd" else 1), settings.consistency_steps
+    a_step = (full + 6 * alone) / (1 + alone)
+    found[training.TRAINING] = a_step * settings.max_steps * settings.batch_size
     return found | {training.CALIBRATION: 6.0 * settings.calibration_samples}

@@ -9,15 +9,18 @@ from typing import Any
 
 from cmai_fast.data.sources import DataSource
 
+OF_DEFENCE = ("inner", "inner_steps", "refreshes", "beta", "consistency_steps", "lam", "gamma", "arm", "trainable")
+
 
 @dataclass
 class ImmunizeSettings:
     """One immunisation. `eps` in the [0, 1] pixel range; `max_steps` are optimiser steps of `batch_size` samples.
 
-    `data`, `fields`, `split_seed`, `split` and `missing` are those of a `DataSource`. Values of the `defence` (a name
-    of `DEFENCES`) replace fields left at their defaults; a field that differs from its default takes precedence.
-    `max_new_tokens` None: that of the threshold's calibration, else 16. `arm` and what follows it are those of
-    `MBATConfig`.
+    `data`, `fields`, `split_seed`, `split` and `missing` are those of a `DataSource`. `defence` is a name of
+    `DEFENCES`; None: `cmai`, or `mbat` for a dual encoder, which has no verifier. The fields of `OF_DEFENCE` that are
+    None are those of the defence, else of `MBATConfig`; another field that a defence sets is its own if it is left at
+    its default. `max_new_tokens` None: that of the threshold's calibration, else 16. `tau_train` and what follows it
+    are those of `MBATConfig`.
     """
 
     model: str = "easyvqa-llava"
@@ -27,17 +30,17 @@ class ImmunizeSettings:
     split: str | None = None
     missing: int = 0
     task: str = "vqa"
-    defence: str = "mbat"
+    defence: str | None = None
     eps: float = 8 / 255
     norm: str = "linf"
-    inner: str = "bridge"
-    inner_steps: int = 10
-    refreshes: int = 0
+    inner: str | None = None
+    inner_steps: int | None = None
+    refreshes: int | None = None
     alpha: float = 1.0
-    beta: float = 0.1
-    consistency_steps: int = 0
-    lam: float = 0.5
-    gamma: float = 0.1
+    beta: float | None = None
+    consistency_steps: int | None = None
+    lam: float | None = None
+    gamma: float | None = None
     arm: bool | None = None
     tau_train: float | None = None
     variance_max: float | None = None
@@ -47,7 +50,7 @@ class ImmunizeSettings:
     eps_step: float | None = None
     lam_max: float | None = None
     lam_step: float | None = None
-    trainable: str = "all"
+    trainable: str | None = None
     max_steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 5e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from cmai_fast.evaluation.progress import Overall, Silent, TrainingProgress
 from cmai_fast.evaluation.protocol import own_scores
 from cmai_fast.files import write_folder
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
-from cmai_fast.models.loading import chosen_device
+from cmai_fast.models.loading import chosen_device, is_dual_encoder
 from cmai_fast.pipeline import Generation, Pipeline
 from cmai_fast.threat import ThreatModel
 from cmai_fast.workflows.calibrate import OWN, new_heads, new_verifier
 from cmai_fast.workflows.samples import asked, training_collator, training_samples
-from cmai_fast.workflows.settings import ImmunizeSettings
+from cmai_fast.workflows.settings import OF_DEFENCE, ImmunizeSettings
 
 HEAD_STEPS = 300  # batches that heads learn before MBAT uses their S_c; a verifier half as many
 TRAINING, CALIBRATION = "training", "calibration"
@@ -46,14 +46,18 @@ def load(settings: ImmunizeSettings, name: str) -> Pipeline:
     )
 
 
-def defence_values(settings: ImmunizeSettings) -> dict[str, Any]:
-    """The `MBATConfig` values of the defence, except for settings changed from their defaults."""
+def resolved(settings: ImmunizeSettings) -> ImmunizeSettings:
+    """The same, with a defence and a value for each field that is the defence's.
+
+    Raises:
+        ValueError: unknown model or defence.
+    """
+    name = settings.defence or ("mbat" if is_dual_encoder(settings.model) else "cmai")
+    of_mbat = {f.name: f.default for f in fields(MBATConfig)}
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
-    return {
-        name: value
-        for name, value in DEFENCES[settings.defence].values.items()
-        if name not in defaults or getattr(settings, name) == defaults[name]
-    }
+    own = {**of_mbat, **DEFENCES[name].values}
+    names = [*OF_DEFENCE, *(n for n in DEFENCES[name].values if n in defaults and n not in OF_DEFENCE)]
+    return replace(settings, defence=name, **{n: own[n] for n in names if getattr(settings, n) == defaults[n]})
 
 
 def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
@@ -64,7 +68,9 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
             f"device is {settings.device!r}; training takes all devices that it sees: give cuda, and choose with "
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
-    values = {name: getattr(settings, name) for name in _SAME} | defence_values(settings)
+    settings = resolved(settings)
+    assert settings.defence is not None
+    values = {**DEFENCES[settings.defence].values, **{name: getattr(settings, name) for name in _SAME}}
     fixed = {
         "norm": settings.norm,
         "output_dir": str(out),
@@ -191,9 +197,9 @@ def fitted(
 
 def needs_consistency(settings: ImmunizeSettings | MBATConfig) -> bool:
     """Whether training measures S_c."""
-    own = defence_values(settings) if isinstance(settings, ImmunizeSettings) else {}
-    values = [own.get(name, getattr(settings, name)) for name in ("beta", "gamma", "arm", "consistency_steps")]
-    return any(values)
+    if isinstance(settings, ImmunizeSettings):
+        settings = resolved(settings)
+    return any((settings.beta, settings.gamma, settings.arm, settings.consistency_steps))
 
 
 def must_fit(before: Pipeline, settings: ImmunizeSettings) -> bool:

@@ -39,8 +39,8 @@ from shortened import shorten
 @pytest.fixture(scope="module")
 def settings(verified_folder) -> ImmunizeSettings:
     return ImmunizeSettings(
-        model=str(verified_folder), learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2, attack_steps=2,
-        restarts=1, limit=8, save_steps=1, calibration_samples=16, command="cmai-fast immunize",
+        model=str(verified_folder), defence="mbat", learning_rate=1e-5, max_steps=4, batch_size=4, inner_steps=2,
+        attack_steps=2, restarts=1, limit=8, save_steps=1, calibration_samples=16, command="cmai-fast immunize",
     )  # fmt: skip
 
 
@@ -121,17 +121,17 @@ def test_results_are_complete(finished, settings):
     assert before["detection"]["threshold"] == -99.0  # that of the original verifier
     assert before["s_c"] != after["s_c"]
     assert results["overhead"]["time_ratio"] > 0 and results["overhead"]["memory_ratio"] > 0
-    expected = asdict(settings) | {"split": "test"}  # what is measured on
+    expected = asdict(training.resolved(settings)) | {"split": "test"}  # what is measured on
     assert {k: results["settings"][k] for k in expected} == expected
     assert {"cmai_fast", "torch", "transformers", "python", "commit", "device", "easy_vqa"} <= set(results["versions"])
     assert results["seed"] == 0 and len(results["sample_ids"]) == 6
-    training = results["training"]
-    assert training["step"] == [1, 2, 3, 4] and training["passes"]["vision_forward"] == 8
+    curves = results["training"]
+    assert curves["step"] == [1, 2, 3, 4] and curves["passes"]["vision_forward"] == 8
     for curve in (
         "loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_clean", "s_c_adv", "beta", "eps", "lam",
         "arm_level", "arm_mean", "arm_variance",
     ):  # fmt: skip
-        assert len(training[curve]) == 4 and all(np.isfinite(training[curve]))
+        assert len(curves[curve]) == 4 and all(np.isfinite(curves[curve]))
 
 
 def test_the_undefended_model_is_measured_with_its_own_verifier(settings, tmp_path, monkeypatch, light):
@@ -293,7 +293,7 @@ def test_folders_that_are_not_this_run_are_refused_untouched(settings, finished,
 def test_resume_names_the_settings_that_changed(settings, tmp_path):
     out = tmp_path / "out"
     (out / "state").mkdir(parents=True)
-    began = asdict(settings) | {"data_fingerprint": settings.source.fingerprint()}
+    began = asdict(training.resolved(settings)) | {"data_fingerprint": settings.source.fingerprint()}
     write_results(began, out / "state" / "run.json")
     before = listing(out)
     changed = replace(settings, eps=4 / 255, seed=1, command="other words")
@@ -375,7 +375,8 @@ def test_training_runs_where_evaluation_does(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert training.training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
-    asked = {}
+    asked, settings = {}, training.resolved(settings)
+    monkeypatch.setattr(training, "resolved", lambda same: same)
     monkeypatch.setattr(training, "MBATConfig", lambda **arguments: asked.update(arguments))
     for device in ("cuda", None):
         training.training_arguments(replace(settings, device=device), tmp_path)
@@ -429,10 +430,26 @@ def test_a_sample_without_an_answer_is_named(monkeypatch):
 
 
 def test_a_defence_sets_what_the_user_left(settings, monkeypatch, tmp_path):
-    values = {"inner": "pgd", "trainable": "vision", "beta": 0.0, "weight_decay": 0.1}
+    values = {"inner": "pgd", "trainable": "vision", "beta": 0.0, "weight_decay": 0.1, "muon": True}
     monkeypatch.setattr(DEFENCES, "check", lambda name: None)
     monkeypatch.setattr(training, "DEFENCES", {"planted": SimpleNamespace(values=values)})
-    chosen = replace(settings, defence="planted", beta=0.7)
-    assert training.defence_values(chosen) == {"inner": "pgd", "trainable": "vision", "weight_decay": 0.1}
-    args = training.training_arguments(chosen, tmp_path)
+    chosen = training.resolved(replace(settings, defence="planted", beta=0.7))
+    assert (chosen.inner, chosen.trainable, chosen.beta, chosen.lam, chosen.muon) == ("pgd", "vision", 0.7, 0.5, True)
+    assert training.resolved(chosen) == chosen
+    args = training.training_arguments(replace(settings, defence="planted", beta=0.7), tmp_path)
     assert (args.inner, args.trainable, args.beta, args.weight_decay) == ("pgd", "vision", 0.7, 0.1)
+    assert args.muon
+
+
+def test_what_is_said_holds_where_it_is_the_usual_value(settings):
+    """10 steps are MBAT's own number, and cmai has 4: whoever asks for 10 gets 10."""
+    assert training.resolved(replace(settings, defence="cmai", inner_steps=None)).inner_steps == 4
+    assert training.resolved(replace(settings, defence="cmai", inner_steps=10)).inner_steps == 10
+
+
+def test_the_defence_of_a_model_that_writes_its_answers(settings):
+    chosen = training.resolved(replace(settings, defence=None, inner_steps=None))
+    assert (chosen.defence, chosen.consistency_steps, chosen.inner_steps, chosen.gamma) == ("cmai", 5, 4, 1.0)
+    assert training.resolved(replace(settings, model="photo-dual-encoder", defence=None)).defence == "mbat"
+    with pytest.raises(ValueError, match="nosuch"):
+        training.resolved(replace(settings, model="nosuch", defence=None))
