@@ -11,7 +11,7 @@ from cmai_fast.cli import lists, options
 from cmai_fast.cli.summary import print_summary
 from cmai_fast.threat import parse_eps
 
-EXAMPLE = "cmai-fast immunize --model easyvqa-llava --data easyvqa --eps 8/255 --inner bridge --steps 10 --out runs/a"
+EXAMPLE = "cmai-fast immunize --model easyvqa-llava --data easyvqa --eps 8/255 --max-steps 500 --out runs/a"
 
 _INNER, _ARM, _LOSS, _TRAINING, _EVALUATION = "Inner problem", "ARM", "Loss", "Training", "Evaluation"
 
