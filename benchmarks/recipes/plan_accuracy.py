@@ -19,7 +19,7 @@ import frontier
 from sized_models import MODELS
 from transformers import AutoConfig
 
-from cmai_fast.evaluation.cost import Cost, Training, step_cost
+from cmai_fast.evaluation.cost import STATEMENTS, Cost, Training, step_cost
 from cmai_fast.evaluation.devices import DEVICES
 from cmai_fast.evaluation.sizes import ModelSizes, model_sizes
 from cmai_fast.mbat.passes import StepSettings
@@ -27,6 +27,8 @@ from cmai_fast.models import resolve
 
 RESULTS = Path(__file__).parents[1] / "results"
 _EASYVQA = {"prompt": 14, "answer": 2}  # tokens of a question beside the image's, padded to the longest of its batch
+# That a verifier reads, by samples of a batch: medians over 3 batches of easy-VQA, which ask the same of many pictures.
+_STATEMENTS = {32: 297, 64: 449}
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,30 @@ def _at_size(name: str, record: dict[str, Any]) -> Iterator[Row]:
 def _frontier(times: dict[str, float]) -> Iterator[Row]:
     sizes = model_sizes(AutoConfig.from_pretrained(resolve("easyvqa-llava")), **_EASYVQA)
     for step, seconds in times.items():
-        if step in frontier.ROWS:
+        if step in frontier.ROWS and step not in frontier.TRAINERS:
             values = frontier.ROWS[step][1]
             how = Training(
                 DEVICES["cpu"], values.get("batch_size", 64), 4, learns=values.get("trainable", "all"), muon=True
             )
-            yield Row("frontier/times", step, "time", _cost(sizes, how, {"gamma": 0.0, **values}).seconds, seconds)
+            read = _STATEMENTS[how.batch] / how.batch
+            cost = _cost(sizes, how, {"gamma": 0.0, "beta": 0.0, **values}, read)
+            yield Row("frontier/times", step, "time", cost.seconds, seconds)
 
 
-def _cost(sizes: ModelSizes, how: Training, values: dict[str, Any]) -> Cost:
-    """Of a step, or of a full one and those on S_c alone that follow it: their mean time, their largest peak."""
+def _cost(sizes: ModelSizes, how: Training, values: dict[str, Any], read: float | None = None) -> Cost:
+    """Of a step, or of a full one and those on S_c alone that follow it: their mean time, their largest peak. `read`:
+    statements per sample, if S_c is a verifier's in every step."""
     step = StepSettings(**{k: v for k, v in values.items() if k in {f.name for f in fields(StepSettings)}})
     alone = values.get("consistency_steps", 0)
-    # `ConsistencyHeads` read a text with the language model; a verifier does not, and there are none without a weight.
-    heads = not alone and bool(values.get("gamma", 0.1) or values.get("beta", 0.1))
-    full = step_cost(sizes, how, step, texts=int(heads))
+    scored = bool(values.get("gamma", 0.1) or values.get("beta", 0.1))
+    verifier = alone or read is not None
+    statements = (STATEMENTS if read is None else read) if verifier and (scored or alone) else 0.0
+    # `ConsistencyHeads` read a text with the language model; a verifier does not.
+    texts = int(scored and not verifier)
+    full = step_cost(sizes, how, step, texts=texts, statements=statements)
     if not alone:
         return full
-    other = step_cost(sizes, how, None)
+    other = step_cost(sizes, how, None, statements=statements)
     mean = (full.seconds + alone * other.seconds) / (1 + alone)
     return Cost(full.passes, mean, max(full.peak, other.peak))
 

@@ -25,6 +25,7 @@ SOLVERS: Mapping[str, dict[str, Any] | None] = {
     "fare": {"objective": "fare", "inner": "pgd", "lam": 1.0},
     "consistency": None,
 }
+STATEMENTS = 36  # that a verifier reads per sample at most: four questions with nine answers each (`cmcv.statements`)
 _WEIGHT = {4: 0.516, 8: 1.0}  # bytes of a quantised weight: NF4 with a scale of 8 bits per 64 weights; a scale per row
 # Bytes that the kernels between products move in a forward pass, per byte that it stores: counted by hand, 5.0 for a
 # layer of CLIP's tower and 6.0 for one of Llama, in eager PyTorch under autocast.
@@ -83,17 +84,24 @@ class Cost:
     peak: float
 
 
-def step_cost(sizes: ModelSizes, how: Training, step: StepSettings | None, texts: int = 0) -> Cost:
+def step_cost(
+    sizes: ModelSizes, how: Training, step: StepSettings | None, texts: int = 0, statements: float = 0.0
+) -> Cost:
     """The cost of a step of `batch` samples on each card.
 
     Args:
         step: None: a step on S_c alone.
         texts: as of `step_passes`.
+        statements: that a verifier reads and learns from, per sample, each once if samples share them.
     """
     passes = consistency_passes() if step is None else step_passes(step, texts)
     if step is not None and step.objective != "task":
         how = replace(how, learns="vision")  # the language side does not run, so nothing of it gets a gradient
-    return Cost(passes, _seconds(sizes, how, passes), _peak(sizes, how, passes, step))
+    seconds = _seconds(sizes, how, passes)
+    if statements:
+        for backward in (False, True):
+            seconds += _pass(how, {"verifier": sizes.verifier}, how.batch * statements, backward, True, how.device.host)
+    return Cost(passes, seconds, _peak(sizes, how, passes, step))
 
 
 def _seconds(sizes: ModelSizes, how: Training, passes: StepPasses) -> float:
@@ -116,8 +124,8 @@ def _pass(how: Training, sides: Mapping[str, Side], samples: float, backward: bo
     """Seconds of one pass of these sides, forward or backward, of as many samples; `host` as of `Device`."""
     card = launched = 0.0
     for name, side in sides.items():
-        taught = learns and (name == "vision" or how.language_learns)
-        again = how.recomputed(name) if backward else "none"
+        taught = learns and (name != "language" or how.language_learns)
+        again = how.recomputed(name) if backward and name != "verifier" else "none"
         # Backward, products with the weights and, where they learn, with the activations.
         products = (1 + taught if backward else 1) + (again == "full")
         rate = how.device.peak[how.element] * how.device.products

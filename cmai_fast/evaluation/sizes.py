@@ -85,6 +85,14 @@ class ModelSizes:
     logits: int
     notes: tuple[str, ...]
 
+    @property
+    def verifier(self) -> Side:
+        """What a verifier of the default size computes per statement: a text of this model's, and one layer."""
+        width = 128  # of `VerifyNetwork`, with a layer of 3 + 1 products for attention and 2 of twice that width
+        words = max(1, round(self.tokens * self.text))
+        layer = Layer(8 * width**2, 7 * width, 5 * width, width, words, words)
+        return Side([layer], weights=layer.weights)
+
 
 def model_sizes(
     config: Any, *, prompt: int = 32, answer: int = 8, image_size: int | None = None, tiles: int = 1

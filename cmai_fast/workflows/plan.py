@@ -117,7 +117,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
 
 
 def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
-    from cmai_fast.evaluation.cost import SOLVERS, Training, step_cost
+    from cmai_fast.evaluation.cost import SOLVERS, STATEMENTS, Training, step_cost
     from cmai_fast.mbat.passes import StepSettings
 
     rows = []
@@ -135,7 +135,7 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
                 if refreshes > settings.inner_steps:
                     continue
                 step = None if fields is None else StepSettings(inner_steps=settings.inner_steps, gamma=0.0, **fields)
-                cost = step_cost(sizes, how, step)
+                cost = step_cost(sizes, how, step, statements=0.0 if fields else STATEMENTS)
                 clean = clean or cost.seconds
                 hours = cost.seconds * settings.steps / 3600
                 rows.append(

@@ -144,6 +144,16 @@ def test_with_a_contrastive_loss_the_clean_images_wait_for_the_attack(sizes):
     assert len({step_cost(sizes, shards, StepSettings(gamma=gamma)).peak for gamma in (0.1, 0.0)}) == 1
 
 
+def test_a_verifier_reads_each_statement(sizes):
+    """Beside a small model that is a fourth of a step, beside a large one nothing."""
+    how = Training(DEVICES["cpu"], batch=32, element=4)
+    none, some, twice = (step_cost(sizes, how, None, statements=n).seconds for n in (0.0, 9.0, 18.0))
+    assert 0 < some - none == pytest.approx(twice - some, rel=1e-6)
+    words = round(sizes.tokens * sizes.text)
+    products = 3 * 32 * 9 * 2 * 8 * 128**2 * words / DEVICES["cpu"].peak[4]  # forward, and twice that backward
+    assert products < some - none < 4 * products  # and what goes through memory
+
+
 def test_several_cards(sizes):
     one, copies = cost(sizes, learns="all"), cost(sizes, learns="all", cards=8)
     shards = cost(sizes, learns="all", cards=8, sharded=True, batch=1)
