@@ -96,6 +96,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alone-r0-2": ("CMAI, 2 steps of 3 on S_c alone", {**ALONE, "consistency_steps": 2, **HALF, **FAST}),
     "gamma-r0": ("S_c in the loss, no step on it alone, R = 0", {**ALONE, "consistency_steps": 0, **HALF, **FAST}),
     "alone-r0-k2": ("CMAI, K = 2", {**ALONE, "inner_steps": 2, **HALF, **FAST}),
+    "alone-r0-vision": ("CMAI, the vision side alone learns", {**ALONE, "trainable": "vision", **HALF, **FAST}),
     "alone-r0-one": ("CMAI, trained on one question of each picture", {**ALONE, **HALF, **FAST, **ONE}),
     "half-r0-one": ("bridge, R = 0, K = 10, on one question of each picture", {**BRIDGE, **HALF, **ONE}),
     "alone-r1-k10": ("CMAI, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
