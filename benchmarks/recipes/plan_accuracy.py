@@ -52,7 +52,10 @@ def rows() -> Iterator[Row]:
         record = json.loads(path.read_text())
         if "seconds_a_step" in record and record.get("settings", {}).get("model") in MODELS:
             yield from _at_size(str(path.relative_to(RESULTS).with_suffix("")), record)
-    yield from _frontier(json.loads((RESULTS / "frontier" / "times.json").read_text())["seconds_a_step"])
+    small = AutoConfig.from_pretrained(resolve("easyvqa-llava"))
+    yield from _frontier("frontier/times", small)
+    small.text_config.num_hidden_layers = 24  # deepen_language.py
+    yield from _frontier("frontier-deep/times", small)
 
 
 def _at_size(name: str, record: dict[str, Any]) -> Iterator[Row]:
@@ -72,8 +75,9 @@ def _at_size(name: str, record: dict[str, Any]) -> Iterator[Row]:
         yield Row(name, step, "memory", cost.peak, record["peak_bytes"][step])
 
 
-def _frontier(times: dict[str, float]) -> Iterator[Row]:
-    sizes = model_sizes(AutoConfig.from_pretrained(resolve("easyvqa-llava")), **_EASYVQA)
+def _frontier(name: str, config: Any) -> Iterator[Row]:
+    sizes = model_sizes(config, **_EASYVQA)
+    times = json.loads((RESULTS / name).with_suffix(".json").read_text())["seconds_a_step"]
     for step, seconds in times.items():
         if step in frontier.ROWS and step not in frontier.TRAINERS:
             values = frontier.ROWS[step][1]
@@ -82,7 +86,7 @@ def _frontier(times: dict[str, float]) -> Iterator[Row]:
             )
             read = _STATEMENTS[how.batch] / how.batch
             cost = _cost(sizes, how, {"gamma": 0.0, "beta": 0.0, **values}, read)
-            yield Row("frontier/times", step, "time", cost.seconds, seconds)
+            yield Row(name, step, "time", cost.seconds, seconds)
 
 
 def _cost(sizes: ModelSizes, how: Training, values: dict[str, Any], read: float | None = None) -> Cost:

@@ -97,7 +97,8 @@ def step_cost(
     passes = consistency_passes() if step is None else step_passes(step, texts)
     if step is not None and step.objective != "task":
         how = replace(how, learns="vision")  # the language side does not run, so nothing of it gets a gradient
-    seconds = _seconds(sizes, how, passes)
+    # In a step on S_c alone it does not run either, but the optimiser's state of it is there.
+    seconds = _seconds(sizes, how if step is not None else replace(how, learns="vision"), passes)
     if statements:
         for backward in (False, True):
             seconds += _pass(how, {"verifier": sizes.verifier}, how.batch * statements, backward, True, how.device.host)
