@@ -19,7 +19,7 @@ import frontier
 from sized_models import MODELS
 from transformers import AutoConfig
 
-from cmai_fast.evaluation.cost import STATEMENTS, Cost, Training, step_cost
+from cmai_fast.evaluation.cost import STATEMENTS, Cost, Training, mean_cost, step_cost
 from cmai_fast.evaluation.devices import DEVICES
 from cmai_fast.evaluation.sizes import ModelSizes, model_sizes
 from cmai_fast.mbat.passes import StepSettings
@@ -100,11 +100,7 @@ def _cost(sizes: ModelSizes, how: Training, values: dict[str, Any], read: float 
     # `ConsistencyHeads` read a text with the language model; a verifier does not.
     texts = int(scored and not verifier)
     full = step_cost(sizes, how, step, texts=texts, statements=statements)
-    if not alone:
-        return full
-    other = step_cost(sizes, how, None, statements=statements)
-    mean = (full.seconds + alone * other.seconds) / (1 + alone)
-    return Cost(full.passes, mean, max(full.peak, other.peak))
+    return mean_cost(full, step_cost(sizes, how, None, statements=statements), alone)
 
 
 def main() -> None:

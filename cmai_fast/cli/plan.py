@@ -90,7 +90,7 @@ def _show(record: dict[str, Any]) -> None:
         if (row["bits"], row["recompute"]) == (settings["bits"], settings["recompute"]):
             money = () if row["price"] is None else (f"{row['price']:.2f}",)
             table.add_row(
-                row["step"], str(row["passes"]["full_forward"]), str(row["passes"]["vision_forward"]),
+                row["step"], f"{row['passes']['full_forward']:.3g}", f"{row['passes']['vision_forward']:.3g}",
                 f"{row['seconds']:.3g}", f"{row['over_clean']:.2f}", _memory(row), f"{row['hours']:.3g}", *money,
             )  # fmt: skip
     console.print(table)
@@ -101,7 +101,10 @@ def _show(record: dict[str, Any]) -> None:
         cells = [f"{row['seconds']:.3g} s, {_memory(row)}" for row in others if row["bits"] == bits]
         table.add_row(str(bits or "none"), *cells)
     console.print(table)
-    console.print("full, vision: forward passes of the whole model and of its vision side; !: more than the card has")
+    console.print(
+        "full, vision: forward passes of the whole model and of its vision side; !: more than the card has; cmai: what "
+        "immunize does by default, the mean over a full step and those on S_c alone"
+    )
     for note in record["notes"]:
         console.print(f"Note: {note}.", markup=False)
 

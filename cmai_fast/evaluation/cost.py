@@ -25,7 +25,9 @@ SOLVERS: Mapping[str, dict[str, Any] | None] = {
     "fare": {"objective": "fare", "inner": "pgd", "lam": 1.0},
     "consistency": None,
 }
-STATEMENTS = 36  # that a verifier reads per sample at most: four questions with nine answers each (`cmcv.statements`)
+# Statements that a verifier reads per sample: of easy-VQA in batches of 32, which ask the same of many pictures. At
+# most 36, four questions with nine answers each (`cmcv.statements`).
+STATEMENTS = 9
 _WEIGHT = {4: 0.516, 8: 1.0}  # bytes of a quantised weight: NF4 with a scale of 8 bits per 64 weights; a scale per row
 # Bytes that the kernels between products move in a forward pass, per byte that it stores: counted by hand, 5.0 for a
 # layer of CLIP's tower and 6.0 for one of Llama, in eager PyTorch under autocast.
@@ -103,6 +105,16 @@ def step_cost(
         for backward in (False, True):
             seconds += _pass(how, {"verifier": sizes.verifier}, how.batch * statements, backward, True, how.device.host)
     return Cost(passes, seconds, _peak(sizes, how, passes, step))
+
+
+def mean_cost(full: Cost, alone: Cost, count: int) -> Cost:
+    """Of a full step and the `count` steps on S_c alone that follow it: the passes of all, mean seconds, the larger
+    peak."""
+    outer, inner = full.passes.outer, full.passes.inner
+    for _ in range(count):
+        outer, inner = outer + alone.passes.outer, inner + alone.passes.inner
+    seconds = (full.seconds + count * alone.seconds) / (1 + count)
+    return Cost(StepPasses(outer, inner), seconds, max(full.peak, alone.peak))
 
 
 def _seconds(sizes: ModelSizes, how: Training, passes: StepPasses) -> float:

@@ -5,6 +5,7 @@ PyTorch is imported once the settings are known to be right.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from cmai_fast.evaluation.devices import DEVICES
 
+CMAI = "cmai"  # the defence
 BITS = (None, 8, 4)
 DTYPES = {"bfloat16": 2, "float32": 4}
 RECOMPUTE = ("none", "encoder", "selective", "full")
@@ -117,30 +119,40 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
 
 
 def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
-    from cmai_fast.evaluation.cost import SOLVERS, STATEMENTS, Training, step_cost
+    from cmai_fast.defences import DEFENCES
+    from cmai_fast.evaluation.cost import SOLVERS, STATEMENTS, Training, mean_cost, step_cost
     from cmai_fast.mbat.passes import StepSettings
 
-    rows = []
+    rows, cmai = [], DEFENCES[CMAI].values
+    scored = not settings.sharded and sizes.tokens  # a verifier, which neither FSDP2 nor a dual encoder has
     for bits in BITS[:1] if settings.sharded else BITS:
         for recompute in RECOMPUTE[:1] if settings.cuda_graphs else RECOMPUTE:
             how = Training(
                 DEVICES[settings.gpu], settings.batch, DTYPES[settings.dtype], bits, settings.trainable, recompute,
                 settings.muon, settings.gpus, settings.sharded, settings.cuda_graphs,
             )  # fmt: skip
-            clean = 0.0
+            costs = {}
             for name, fields in SOLVERS.items():
-                if settings.sharded and (fields is None or "objective" in fields):  # training refuses it
+                if fields is None or (settings.sharded and "objective" in fields):  # training refuses it
                     continue
-                refreshes = (fields or {}).get("refreshes", 0)
-                if refreshes > settings.inner_steps:
-                    continue
-                step = None if fields is None else StepSettings(inner_steps=settings.inner_steps, gamma=0.0, **fields)
-                cost = step_cost(sizes, how, step, statements=0.0 if fields else STATEMENTS)
-                clean = clean or cost.seconds
+                if fields.get("refreshes", 0) <= settings.inner_steps:
+                    step = StepSettings(inner_steps=settings.inner_steps, gamma=0.0, **fields)
+                    costs[name] = step_cost(sizes, how, step), 1
+            if scored:
+                of_step = {f.name for f in dataclasses.fields(StepSettings)}
+                full = StepSettings(**{k: v for k, v in cmai.items() if k in of_step})
+                alone = step_cost(sizes, how, None, statements=STATEMENTS)
+                count = cmai["consistency_steps"]
+                costs["consistency"] = alone, 1
+                mean = mean_cost(step_cost(sizes, how, full, statements=STATEMENTS), alone, count)
+                costs[CMAI] = mean, 1 + count
+            clean = costs["clean"][0].seconds
+            for name, (cost, steps) in costs.items():
                 hours = cost.seconds * settings.steps / 3600
                 rows.append(
                     {
-                        "bits": bits, "recompute": recompute, "step": name, "passes": vars(cost.passes.total),
+                        "bits": bits, "recompute": recompute, "step": name,
+                        "passes": {k: v / steps for k, v in vars(cost.passes.total).items()},
                         "seconds": cost.seconds, "over_clean": cost.seconds / clean, "peak_bytes": cost.peak,
                         "fits": cost.peak <= DEVICES[settings.gpu].memory, "hours": hours,
                         "price": None if settings.price is None else hours * settings.gpus * settings.price,

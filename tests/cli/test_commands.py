@@ -329,7 +329,7 @@ def test_plan_says_what_a_config_costs(run, tmp_path):
         (bits, mode) for bits in (None, 8, 4) for mode in plan_workflow.RECOMPUTE
     }
     steps = [r["step"] for r in record["rows"] if (r["bits"], r["recompute"]) == (None, "none")]
-    assert steps == ["clean", "pgd", "bridge R=0", "bridge R=1", "fare", "consistency"]  # R is at most K
+    assert steps == ["clean", "pgd", "bridge R=0", "bridge R=1", "fare", "consistency", "cmai"]  # R is at most K
     for row in record["rows"]:
         assert row["hours"] == pytest.approx(2 * row["seconds"]) and row["price"] == pytest.approx(6 * row["hours"])
         assert row["peak_bytes"] > 0 and row["fits"]
