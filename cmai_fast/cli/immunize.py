@@ -51,7 +51,7 @@ def immunize(
     resume: options.Resume = False,
     inner: Annotated[
         Literal["bridge", "pgd", "fgsm", "none"] | None,
-        _of_defence("Solver of the inner problem; none is clean fine-tuning.", _INNER),
+        _of_defence("Solver of the inner problem; none: L_task of clean images alone.", _INNER),
     ] = None,
     inner_steps: Annotated[int | None, _of_defence("K, steps of the inner problem.", _INNER, "--steps", min=1)] = None,
     refreshes: Annotated[
