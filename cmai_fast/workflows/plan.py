@@ -88,8 +88,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         tiles=settings.tiles,
     )
     notes = [
-        "steps but cmai and consistency are without S_c (beta and gamma 0); with heads, the default of MBATTrainer, they "
-        "also read the texts, and keep the clean images' activations to their end",
+        "steps but cmai and consistency are without S_c (beta and gamma 0); with heads, the default of MBATTrainer, "
+        "they also read the texts, and keep the clean images' activations to their end",
         *sizes.notes,
     ]
     if not device.measured:
