@@ -197,14 +197,15 @@ def run(args: argparse.Namespace) -> None:
 LINES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "CMAI": (("alone-r0",), (), "#c2410c"),
     "bridge": (
-        ("half-r0", "bridge-r0"),
+        ("half-r0", "bridge-r0", "bridge-r0-k5", "bridge-r1", "bridge-r1-k5", "bridge-r2"),
         ("mbat-bridge-r1", "mbat-bridge-r1-equal-time"),
         "#1d4ed8",
     ),
-    "exact PGD": (("pgd-10", "pgd-3"), ("mbat-pgd",), "#374151"),
+    "exact PGD": (("pgd-10", "pgd-5", "pgd-3", "pgd-2"), ("mbat-pgd",), "#374151"),
     "FARE": (("fare",), (), "#15803d"),
     "Sim-CLIP": (("sim-clip",), (), "#a16207"),
-    "one step": (("fgsm-rs",), ("fgsm-rs", "fgsm-rs-equal-time"), "#7e22ce"),
+    "one step": (("fgsm-rs", "n-fgsm"), ("fgsm-rs", "fgsm-rs-equal-time"), "#7e22ce"),
+    "Free": (("free",), (), "#be185d"),
 }
 STYLE = """text { font: 12px system-ui, sans-serif; fill: #6b7280 } .y { text-anchor: end } .x { text-anchor: middle }
 path { fill: none } .grid { stroke: #9ca3af55 } .axis { stroke: #9ca3af } .line { stroke-width: 2 }
@@ -226,7 +227,8 @@ def table(args: argparse.Namespace) -> None:
         lines.append("| " + " | ".join([budget, title, str(len(mine)), *shares, str(steps), pace]) + " |")
     write_text("\n".join(lines) + "\n", args.out / "table.md")
     print("\n".join(lines))
-    write_text(plot(grouped, args.strength), args.out / "frontier.svg")
+    if args.model == BASE.model:  # that of the table with which it is drawn
+        write_text(plot(grouped, args.strength), args.out / "frontier.svg")
 
 
 def plot(grouped: dict[tuple[str, str], list[dict[str, Any]]], strength: Path) -> str:
