@@ -48,6 +48,13 @@ class ShardedOnTheCPU(MBATTrainer):
         self.is_fsdp_enabled = True
 
 
+def find_deepspeed_on_the_cpu() -> None:
+    """Accelerate starts DeepSpeed on accelerators alone and leaves a CPU's processes a copy each (with `use_cpu`) or by
+    themselves; this says that it may. All the rest is its own and DeepSpeed's."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+
+
 def count_traffic(trainer: MBATTrainer) -> Counter:
     """How often collectives that carry gradients were called and a trainable projector ran, `in attacks` and `outside`,
     as the run goes on."""
@@ -134,7 +141,8 @@ class Stream(IterableDataset):
 
 def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
+    dtype = getattr(torch, settings.pop("dtype", "float64"))
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=dtype)
     scarce = settings.pop("scarce", None)
     for part in settings.pop("freeze", ()):
         model.model.get_submodule(part).requires_grad_(False)
@@ -147,8 +155,11 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     texts = settings.pop("texts", False)
     samples = uneven(load_dataset("easyvqa", "train", 48, seed=3), texts)
     data = Stream(samples) if settings.pop("stream", False) else samples
-    heads = None if texts else ConsistencyHeads(width, width, dim=8, hidden=16).double()
-    args = MBATConfig(output_dir=str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
+    heads = None if texts else ConsistencyHeads(width, width, dim=8, hidden=16).to(dtype)
+    if settings.get("deepspeed"):
+        find_deepspeed_on_the_cpu()
+    here = {"use_cpu": "deepspeed" not in settings, "report_to": "none", "disable_tqdm": True}
+    args = MBATConfig(output_dir=str(folder / name), **here, **settings)
     trainer = (ShardedOnTheCPU if args.fsdp else MBATTrainer)(
         model,
         args,

@@ -41,11 +41,6 @@ FIELDS: dict[str, tuple[Predicate, str]] = {
     "liger_kernel_config": (_set, "use_liger_kernel is not supported. Leave it out"),
     "optim": (_steps_in_backward, f"{_OWN_BACKWARD}. Use another, such as adamw_torch"),
     "optim_target_modules": (_set, "optimizers that project gradients (GaLore, APOLLO) are untested. Leave it out"),
-    "deepspeed": (
-        _set,
-        "its optimizer steps at the end of a backward pass, and a step of MBATTrainer has two. Shard the model by "
-        "FSDP2 instead: MBATConfig(fsdp=True)",
-    ),
     "parallelism_config": (_set, "tensor, context and sequence parallelism are untested. Use fsdp=True"),
     "ddp_find_unused_parameters": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
     "ddp_bucket_cap_mb": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
@@ -139,7 +134,7 @@ def check_sharding(trainer: Any) -> None:
     """Raises ValueError for ways to shard the model other than FSDP2, and for models that it cannot shard."""
     model = trainer.model
     if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed is asked for; under accelerate {FIELDS['deepspeed'][1]}")
+        return
     if trainer.is_distributed_loading_by_transformers:
         raise ValueError(
             "the model was loaded in parts (distributed_config); load it whole, and MBATConfig(fsdp=True) shards it"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
@@ -20,7 +22,7 @@ from cmai_fast.bridge import bridge_of, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier
-from cmai_fast.mbat import optimizers, ranks, shards
+from cmai_fast.mbat import optimizers, ranks, shards, zero
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters, train_only
 from cmai_fast.mbat.batches import RecordCollator, checked
 from cmai_fast.mbat.config import MBATConfig
@@ -112,6 +114,7 @@ class MBATTrainer(EvaluatingTrainer):
         self._heads_given, self._heads_optimizer, self._scores = heads is not None, None, []
         self._check_arm(args)
         self._leader: torch.optim.Optimizer | None = None  # the one that the heads' optimizer follows
+        self._step_heads: Callable[[], None] | None = None  # where DeepSpeed steps the model
         self._named_optimizer = False  # whether args.optim says what steps the model
         self._original = bridge_of(beside(self.bridge)) if args.objective == "fare" else None
         self._prepare_model(model, args)
@@ -217,7 +220,8 @@ class MBATTrainer(EvaluatingTrainer):
         if self.args.muon and self.optimizer is None:
             self.optimizer = optimizers.muon(model, self.args, set(self.get_decay_parameter_names(model)))
             return self.optimizer
-        self._named_optimizer = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        if self.optimizer is None:
+            self._named_optimizer = self.optimizer_cls_and_kwargs is None
         return super().create_optimizer(model)
 
     def _let_heads_learn(self) -> None:
@@ -226,22 +230,22 @@ class MBATTrainer(EvaluatingTrainer):
         leader = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.heads is None or not self.args.gamma or leader is None:
             return
-        if self._heads_optimizer is not None and leader is not self._leader:
-            optimizers.step_behind(leader, self._heads_optimizer, self.args)
-            self._leader = leader
-        if self._heads_optimizer is not None:
-            return
-        if not all(p.requires_grad for p in self.heads.parameters()):
-            warnings.warn(
-                "gamma is above 0, but parameters of the heads require no gradient, so they do not learn; call "
-                "heads.requires_grad_(), or set gamma=0 to skip their loss",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        named = self.get_optimizer_cls_and_kwargs(self.args, self.model) if self._named_optimizer else None
-        self._heads_optimizer = optimizers.for_heads(self.heads, self.args, named)
-        optimizers.step_behind(leader, self._heads_optimizer, self.args)
-        self._leader = leader
+        if self._heads_optimizer is None:
+            if not all(p.requires_grad for p in self.heads.parameters()):
+                warnings.warn(
+                    "gamma is above 0, but parameters of the heads require no gradient, so they do not learn; call "
+                    "heads.requires_grad_(), or set gamma=0 to skip their loss",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            named = self.get_optimizer_cls_and_kwargs(self.args, self.model) if self._named_optimizer else None
+            self._heads_optimizer = optimizers.for_heads(self.heads, self.args, named)
+        if leader is not self._leader:
+            self._leader, step = leader, optimizers.step_behind(leader, self._heads_optimizer, self.args)
+            if self.is_deepspeed_enabled:
+                self._step_heads = step  # DeepSpeed steps the leader once per parameter group
+            else:
+                leader.register_step_post_hook(step)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -266,7 +270,7 @@ class MBATTrainer(EvaluatingTrainer):
         trained = [p for p in trained if p.requires_grad]
         passes, rng = self.passes, RNGState(self.args.device)
         # Also around the backward passes: they must recompute what ran in the forward passes.
-        with lean_activations(self.bridge.model), self._aside(trained):
+        with lean_activations(self.bridge.model), self._aside(trained), self._unheard(trained):
             while True:
                 size = min(rows, self._rows_at_once or rows)
                 try:
@@ -281,7 +285,9 @@ class MBATTrainer(EvaluatingTrainer):
                     p.grad = None
                 self.passes = passes
                 rng.restore()
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self.is_deepspeed_enabled:
+            self._step_by_deepspeed()
+        elif self.accelerator.sync_gradients:
             ranks.average_gradients(shards.whole(trained))
             shards.reshard(self.model)
         for name, value in (parts | self._adapt(parts)).items():
@@ -293,6 +299,21 @@ class MBATTrainer(EvaluatingTrainer):
 
     def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
         return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
+
+    def _unheard(self, trained: list[Tensor]) -> AbstractContextManager[None]:
+        return zero.without_hooks(trained) if self.is_deepspeed_enabled else nullcontext()
+
+    def _step_by_deepspeed(self) -> None:
+        """The optimizer step, which is DeepSpeed's, and that of the heads; Trainer's own does nothing then."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if ranks.any_of(not bool(norm.isfinite())):
+            self._refuse_divergence("gradient", math.nan, {"norm": float(norm)})
+        if self.heads is not None:
+            ranks.average_gradients([p for p in self.heads.parameters() if p.requires_grad])
+        zero.step(self.deepspeed, trained)
+        if self._step_heads is not None:
+            self._step_heads()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Trainer's; a non-finite gradient must not reach the weights, nor they a checkpoint."""
