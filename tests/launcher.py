@@ -12,7 +12,7 @@ from typing import Any
 
 import one_of_several
 
-PATIENCE = 120.0  # seconds
+PATIENCE = 300.0  # seconds
 
 
 class Launcher:

@@ -56,9 +56,7 @@ def for_heads(
     return kind([group], **settings)
 
 
-def step_behind(
-    optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, args: MBATConfig
-) -> Callable[..., None]:
+def step_behind(optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, args: MBATConfig) -> Callable[..., None]:
     """A function to call after each step of `optimizer`: steps `own`, at `heads_learning_rate` scaled by the schedule.
 
     The schedule is that of the first parameter group. The gradients of `own` are cleared afterwards, since Trainer

@@ -29,7 +29,14 @@ from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.evaluating import EvaluatingTrainer
 from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, halved
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
-from cmai_fast.mbat.refused import check_arguments, check_dispatch, check_graphs, check_loss, check_sharding
+from cmai_fast.mbat.refused import (
+    check_arguments,
+    check_deepspeed,
+    check_dispatch,
+    check_graphs,
+    check_loss,
+    check_sharding,
+)
 from cmai_fast.pixels import PixelSpace
 
 
@@ -57,8 +64,8 @@ class MBATTrainer(EvaluatingTrainer):
     `MBATConfig.loss_reduction`. The heads have their own optimizer, which follows the schedule.
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and a step equals that of one process
-    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each process has a shard of the model; FSDP1 and
-    DeepSpeed raise ValueError.
+    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each process has a shard of the model, with DeepSpeed
+    (ZeRO stages 1 and 2) one of the optimizer's state; FSDP1 and ZeRO-3 raise ValueError.
 
     `evaluate` and `eval_strategy` report, beside `Trainer`'s metrics, the means over samples of L_task (`eval_loss`,
     `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
@@ -123,7 +130,9 @@ class MBATTrainer(EvaluatingTrainer):
             data_collator = RecordCollator(processor, self.bridge, args, statements)
         with trainable_in_part(model):
             super().__init__(model, args, data_collator, *positional, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self, parts)
+        elif self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             check_sharding(self)
         self._check_embeddings()
         check_loss(self)
@@ -193,6 +202,8 @@ class MBATTrainer(EvaluatingTrainer):
         """Settings that were changed since the trainer was made take effect, or are refused."""
         args = self.args
         check_arguments(self, args, {})
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self, {})
         self._check_arm(args)
         check_graphs(self)
         self._check_embeddings()
@@ -297,6 +308,10 @@ class MBATTrainer(EvaluatingTrainer):
             clear_device_cache()
         return total * self._share
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, which would round pixels to the dtype of the weights under DeepSpeed."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
         return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
 
@@ -304,11 +319,20 @@ class MBATTrainer(EvaluatingTrainer):
         return zero.without_hooks(trained) if self.is_deepspeed_enabled else nullcontext()
 
     def _step_by_deepspeed(self) -> None:
-        """The optimizer step, which is DeepSpeed's, and that of the heads; Trainer's own does nothing then."""
+        """The optimizer step and that of the heads, which Trainer's own call then leaves out."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if ranks.any_of(not bool(norm.isfinite())):
-            self._refuse_divergence("gradient", math.nan, {"norm": float(norm)})
+        # DeepSpeed clips and steps at once, so `_clip_grad_norm` comes too late.
+        norm = float(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        if ranks.any_of(not math.isfinite(norm)):
+            self._refuse_divergence("gradient", math.nan, {"norm": norm})
+        vision = [p for p in self.bridge.vision_parameters if p.requires_grad]
+        if vision and not ranks.any_of(any(p.grad is not None for p in vision)):
+            warnings.warn(
+                f"no sample of step {self.state.global_step} has an image, and DeepSpeed still moves the vision side, "
+                "by its momentum and weight decay. Mix samples with and without images, or train without DeepSpeed",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if self.heads is not None:
             ranks.average_gradients([p for p in self.heads.parameters() if p.requires_grad])
         zero.step(self.deepspeed, trained)

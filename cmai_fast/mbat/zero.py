@@ -1,8 +1,8 @@
-"""Gradients and optimizer states sharded over processes by DeepSpeed (ZeRO stages 1 and 2).
+"""Optimizer states sharded over processes by DeepSpeed (ZeRO stages 1 and 2).
 
-DeepSpeed reduces gradients in hooks on the parameters, in the one backward pass of a loss that its engine's forward has
-returned. A step of MBAT has several backward passes, through parts of the model. So they run without these hooks, and
-the gradients of an optimizer step go through the engine in one pass of their own: that of sum(p * g) leaves g at p.
+DeepSpeed reduces gradients in hooks on the parameters, in the one backward pass of a loss that its engine's forward
+returned. A step of MBAT has several backward passes, of parts of the model. They run without these hooks, and the
+gradients of an optimizer step go through the engine in one pass of their own: that of sum(p * g) leaves g at p.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 @contextmanager
 def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, gradients of `parameters` accumulate in `.grad`, and no hook hears of it."""
-    hooks = [h for p in parameters if (h := p._post_accumulate_grad_hooks) is not None]
+    """Inside, backward passes only add to `.grad` of `parameters`: what was registered by
+    `register_post_accumulate_grad_hook` does not run."""
+    hooks = [h for p in parameters if (h := p._post_accumulate_grad_hooks)]
     before = [dict(h) for h in hooks]
     try:
         for h in hooks:
@@ -30,32 +31,31 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def step(engine: Any, parameters: Sequence[Tensor]) -> None:
-    """One step of the engine's optimizer, by the mean over processes of each `.grad`, clipped; `.grad` is None then.
+    """One step of the engine's optimizer by the mean of each `.grad` over all processes, clipped by the engine.
 
-    Every process hands over every parameter, with zeros where it has no gradient: buckets have to be the same in all.
+    Every parameter is handed over, with a gradient of zero where this process has none: the processes reduce theirs in
+    buckets, which have to be the same in all.
     """
     grads = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
 
     def of_gradients() -> Tensor:
-        # The graph alone holds on to the gradients, and lets go of each as it is handed over.
-        taken = (0.0 if g is None else g for g in (grads.pop() for _ in range(len(grads))))
-        return torch.stack(
-            [(p * g).sum(dtype=torch.float32) for p, g in zip(reversed(parameters), taken, strict=True)]
-        ).sum()
+        terms = [
+            (p * (0.0 if g is None else g)).sum(dtype=torch.float32) for p, g in zip(parameters, grads, strict=True)
+        ]
+        grads.clear()  # the graph alone holds them now, and frees each one as soon as it is handed over
+        return torch.stack(terms).sum()
 
-    # Through the engine's own forward, which resets what it keeps of the last backward pass.
-    model = engine.module
-    before = model.__dict__.get("forward")
+    # Through the engine's forward, which clears what is left of the last pass.
+    model, own = engine.module, engine.module.__dict__.get("forward")
     model.forward = of_gradients
     try:
         loss = engine()
     finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before
+        del model.forward
+        if own is not None:
+            model.forward = own
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(loss, scale_wrt_gas=False)
     engine.step()
