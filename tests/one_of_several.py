@@ -21,13 +21,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, training_args
 
-from cmai_fast.cmcv import ConsistencyHeads
+from cmai_fast.cmcv import ConsistencyHeads, Verifier
 from cmai_fast.data import Sample, VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 
@@ -46,6 +46,14 @@ class ShardedOnTheCPU(MBATTrainer):
             shared["distributed_type"] = DistributedType.FSDP
         state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = True
+
+
+def find_deepspeed_on_the_cpu() -> None:
+    """Accelerate starts DeepSpeed on accelerators alone, and Trainer then wants one for bf16; this says that a CPU will
+    do. All the rest is their own, and DeepSpeed's."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def count_traffic(trainer: MBATTrainer) -> Counter:
@@ -67,7 +75,7 @@ def count_traffic(trainer: MBATTrainer) -> Counter:
     def look(projector, *_):
         counts[f"trainable projector {place[0]}"] += any(p.requires_grad for p in projector.parameters())
 
-    trainer.model.model.multi_modal_projector.register_forward_hook(look)
+    trainer.bridge.model.model.multi_modal_projector.register_forward_hook(look)
     attack = trainer._attack
 
     def in_attack(*args):
@@ -134,28 +142,37 @@ class Stream(IterableDataset):
 
 def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     torch.set_num_threads(1)
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
+    dtype = getattr(torch, settings.pop("dtype", "float64"))
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=dtype)
     scarce = settings.pop("scarce", None)
     for part in settings.pop("freeze", ()):
         model.model.get_submodule(part).requires_grad_(False)
-    if settings.pop("adapters", False):
+    if adapters := settings.pop("adapters", False):
         torch.manual_seed(0)
-        model.add_adapter(LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
+        lora = LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False)
+        model = get_peft_model(model, lora) if adapters == "wrapped" else model.add_adapter(lora) or model
     processor = AutoProcessor.from_pretrained(folder / "model")
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # heads of its own, until it is given those of the first
     width = model.config.get_text_config().hidden_size
     texts = settings.pop("texts", False)
     samples = uneven(load_dataset("easyvqa", "train", 48, seed=3), texts)
     data = Stream(samples) if settings.pop("stream", False) else samples
-    heads = None if texts else ConsistencyHeads(width, width, dim=8, hidden=16).double()
-    args = MBATConfig(output_dir=str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
+    without = texts or settings.get("objective", "task") != "task"
+    heads = None if without else ConsistencyHeads(width, width, dim=8, hidden=16).to(dtype)
+    collator = VQACollator(processor, negatives=0 if texts else 1)
+    if settings.pop("verifier", False):
+        heads, collator = Verifier.for_data(model, processor, samples, hidden=16, width=16, dim=8, heads=2), None
+    if settings.get("deepspeed"):
+        find_deepspeed_on_the_cpu()
+    where = {"output_dir": str(folder / name), "use_cpu": "deepspeed" not in settings}
+    args = MBATConfig(report_to="none", disable_tqdm=True, **where, **settings)
     trainer = (ShardedOnTheCPU if args.fsdp else MBATTrainer)(
         model,
         args,
         heads=heads,
         train_dataset=data,
         eval_dataset=load_dataset("easyvqa", "test", 10, seed=3),
-        data_collator=VQACollator(processor, negatives=0 if texts else 1),
+        data_collator=collator,
         processing_class=processor,
     )
     counts = count_traffic(trainer)
@@ -167,7 +184,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
     logs = [entry for entry in trainer.state.log_history if "loss_adv" in entry]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     weights = {f"model.{k}": v for k, v in trainer.model.named_parameters()}
-    weights |= {} if texts else {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
+    weights |= {} if without else {f"heads.{k}": v for k, v in trainer.heads.named_parameters()}
     assert {isinstance(v, DTensor) for k, v in weights.items() if k.startswith("model.")} == {bool(args.fsdp)}
     weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()}
     if args.process_index == 0:
@@ -177,7 +194,7 @@ def main(folder: Path, name: str, settings: dict, kill: str = "") -> None:
                 {
                     "logs": logs,
                     "evaluations": evaluations,
-                    "arm": None if texts else trainer.schedule.state_dict(),
+                    "arm": None if without else trainer.schedule.state_dict(),
                     "counts": +counts,
                 }
             )

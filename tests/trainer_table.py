@@ -106,6 +106,7 @@ WORKS = {
     "ddp_timeout": "own",
     "fsdp": "works with FSDP2; FSDP1 is refused",
     "fsdp_config": "works with `version` 2",
+    "deepspeed": "works with ZeRO-1 and ZeRO-2 ([what is refused](scale.md#deepspeed)); ZeRO-3 is refused",
     "debug": "works",
     "skip_memory_metrics": "works",
     "do_train": "for scripts; `Trainer` does not read it",

@@ -100,6 +100,8 @@ class CheckpointedTrainer(AdaptiveTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
+        if self.is_deepspeed_enabled:  # which has loaded the weights by itself
+            self._load_beside(folder)
         self._let_heads_learn()
         self._check_heads_optimizer(folder)
         if self.is_fsdp_enabled:
@@ -117,7 +119,9 @@ class CheckpointedTrainer(AdaptiveTrainer):
 
     def _check_heads_optimizer(self, folder: Path) -> None:
         there = (folder / _HEADS_OPTIMIZER).is_file()
-        if there == (self._heads_optimizer is not None) or not any(folder.glob("optimizer.*")):
+        if there == (self._heads_optimizer is not None) or not (
+            any(folder.glob("optimizer.*")) or any(folder.glob("global_step*"))
+        ):
             return  # saved with save_only_model, without optimizers
         if there:
             raise ValueError(
@@ -156,12 +160,13 @@ class CheckpointedTrainer(AdaptiveTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if not (folder / COMPLETE).is_file():
-            raise ValueError(
-                f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
-                "cmai_fast.mbat.last_checkpoint(folder) finds the last complete one"
-            )
+        _check_complete(folder)
         self._load_weights(folder, self.model if model is None else model)
+        self._load_beside(folder)
+
+    def _load_beside(self, folder: Path) -> None:
+        """Heads, ARM's state and the passes so far."""
+        _check_complete(folder)
         if self.heads is not None:
             saved = self._saved_heads(folder / "cmcv")
             self.heads.load_state_dict((saved.network if isinstance(saved, Verifier) else saved).state_dict())
@@ -171,7 +176,12 @@ class CheckpointedTrainer(AdaptiveTrainer):
             self.schedule.load_state_dict(state["arm"] or {})
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint or "")
+        folder = self.state.best_model_checkpoint or ""
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            self._load_beside(Path(folder))
+        else:
+            self._load_from_checkpoint(folder)
 
     def _load_weights(self, folder: Path, model: nn.Module) -> None:
         """Replaces Trainer's own loading, which fails for LLaVA.
@@ -212,6 +222,14 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of an `MBATTrainer` in `folder`, or None."""
     found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def _check_complete(folder: Path) -> None:
+    if not (folder / COMPLETE).is_file():
+        raise ValueError(
+            f"{folder} has no file {COMPLETE!r}: it was interrupted or is not from MBATTrainer. "
+            "cmai_fast.mbat.last_checkpoint(folder) finds the last complete one"
+        )
 
 
 def _read(file: Path) -> Any:

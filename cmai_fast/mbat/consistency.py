@@ -133,7 +133,7 @@ class ConsistencyTrainer(CheckpointedTrainer):
             losses = [contrastive_loss(heads, ranks.gather(v), every_t, t_wrong, groups=groups) for v in projected]
             loss = torch.stack(losses).mean()
         if weight:
-            self.accelerator.backward(weight * loss)
+            self._backward(weight * loss)
         # A run without attacks has the clean view alone.
         scores = [heads.score(v, t).detach() for v in projected]
         return {"loss_contrastive": loss.detach(), **dict(zip(("s_c_clean", "s_c_adv"), scores, strict=False))}
@@ -159,11 +159,18 @@ class ConsistencyTrainer(CheckpointedTrainer):
             ]
             loss = -torch.stack(log_p).mean()
         if weight:
-            self.accelerator.backward(weight * loss)
+            self._backward(weight * loss)
         if alone:
             return {"loss_consistency": loss.detach()}
         scores = [each.detach().exp() for each in log_p]
         return {"loss_contrastive": loss.detach(), **dict(zip(("s_c_clean", "s_c_adv"), scores, strict=False))}
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds its gradients to `.grad`. DeepSpeed's engine gets them at the end of an optimizer step (`zero.step`)."""
+        if self.is_deepspeed_enabled:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
 
     def _count(self, **passes: int) -> None:
         self.passes = self.passes + Passes(**passes)

@@ -102,5 +102,5 @@ class FeatureTrainer(ConsistencyTrainer):
         elif clean is not None:
             drift = (weights * distance(clean.leaf, target)).sum()
             total, sums = total + (1 - lam) * drift, sums | {"loss_clean": drift.detach()}
-        self.accelerator.backward(self._share * total)
+        self._backward(self._share * total)
         return sums

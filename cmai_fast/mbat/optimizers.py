@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def for_heads(
     return kind([group], **settings)
 
 
-def step_behind(optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, args: MBATConfig) -> None:
-    """Makes `own` step after each step of `optimizer`, at `heads_learning_rate` scaled by the schedule.
+def step_behind(optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, args: MBATConfig) -> Callable[..., None]:
+    """A function to call after each step of `optimizer`: steps `own`, at `heads_learning_rate` scaled by the schedule.
 
     The schedule is that of the first parameter group. The gradients of `own` are cleared afterwards, since Trainer
     clears only those of its model.
@@ -64,11 +65,11 @@ def step_behind(optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer, ar
     first = optimizer.param_groups[0]
     start = first.get("initial_lr", first["lr"])  # an existing scheduler may have started its warm-up
 
-    def step(stepped: torch.optim.Optimizer, *_: Any) -> None:
-        part = stepped.param_groups[0]["lr"] / start if start else 1.0
+    def step(*_: Any) -> None:
+        part = optimizer.param_groups[0]["lr"] / start if start else 1.0
         for group in own.param_groups:
             group["lr"] = args.heads_learning_rate * part
         own.step()
         own.zero_grad()
 
-    optimizer.register_step_post_hook(step)
+    return step

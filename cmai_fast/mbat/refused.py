@@ -24,6 +24,10 @@ def _set(value: Any) -> bool:
     return value not in (None, False, "", {}, [])
 
 
+def _offloaded(value: Any) -> bool:
+    return value not in (None, "none")
+
+
 def _steps_in_backward(optim: Any) -> bool:
     return str(getattr(optim, "value", optim)) in ("lomo", "adalomo") or "layerwise" in str(optim).lower()
 
@@ -41,11 +45,6 @@ FIELDS: dict[str, tuple[Predicate, str]] = {
     "liger_kernel_config": (_set, "use_liger_kernel is not supported. Leave it out"),
     "optim": (_steps_in_backward, f"{_OWN_BACKWARD}. Use another, such as adamw_torch"),
     "optim_target_modules": (_set, "optimizers that project gradients (GaLore, APOLLO) are untested. Leave it out"),
-    "deepspeed": (
-        _set,
-        "its optimizer steps at the end of a backward pass, and a step of MBATTrainer has two. Shard the model by "
-        "FSDP2 instead: MBATConfig(fsdp=True)",
-    ),
     "parallelism_config": (_set, "tensor, context and sequence parallelism are untested. Use fsdp=True"),
     "ddp_find_unused_parameters": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
     "ddp_bucket_cap_mb": (_set, f"{_PAST_FORWARD}. Leave it out: gradients are averaged without DDP"),
@@ -57,6 +56,31 @@ FIELDS: dict[str, tuple[Predicate, str]] = {
         "records have no lengths before they are collated. Use random or sequential",
     ),
 }
+
+# Key of DeepSpeed's config: as in FIELDS.
+DEEPSPEED: dict[str, tuple[Predicate, str]] = {
+    "zero_optimization.stage": (
+        lambda value: value not in (1, 2),
+        "expected 1 or 2. To shard the weights too, use FSDP2: MBATConfig(fsdp=True)",
+    ),
+    "zero_optimization.offload_optimizer.device": (_offloaded, "it is untested. Leave it out"),
+    "zero_optimization.offload_param.device": (_offloaded, "it is untested. Leave it out"),
+    "zero_optimization.contiguous_gradients": (
+        lambda value: value is False,
+        "DeepSpeed 0.16.9 and 0.17.6 then give wrong weights (0.16.9 of a plain model too). Leave it out",
+    ),
+    "fp16.enabled": (_set, "the bridge gradient would be scaled twice. Use bf16 or float32"),
+    "optimizer": (_set, "the heads take that of MBATConfig. Leave it out, and set optim"),
+    "scheduler": (_set, "the heads follow that of MBATConfig. Leave it out, and set lr_scheduler_type"),
+}
+_DEEPSPEED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+}  # fmt: skip
+_ZERO_KEYS = {
+    "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "sub_group_size", "round_robin_gradients", "offload_optimizer", "offload_param",
+}  # fmt: skip
 
 # Argument of Trainer: why it is refused, and what to do.
 ARGUMENTS: dict[str, str] = {
@@ -116,6 +140,8 @@ def check_graphs(trainer: Any) -> None:
             "cuda_graphs is True, and the model is to be sharded by FSDP2, which gathers weights anew for each pass; "
             "leave fsdp or cuda_graphs out"
         )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("cuda_graphs is True, and DeepSpeed is asked for, which is untested; expected one of the two")
 
 
 def check_dispatch(trainer: Any) -> None:
@@ -135,11 +161,42 @@ def check_dispatch(trainer: Any) -> None:
         trainer.accelerator.dataloader_config.dispatch_batches = False
 
 
+def check_deepspeed(trainer: Any, given: dict[str, Any]) -> None:
+    """Raises ValueError for what MBATTrainer cannot do under DeepSpeed, or was never tested there. `max_grad_norm`
+    becomes the `gradient_clipping` of a config without one, in which it would have no effect."""
+    config, args = trainer.accelerator.state.deepspeed_plugin.hf_ds_config, trainer.args
+    for name, (refused, reason) in DEEPSPEED.items():
+        if refused(value := config.get_value(name)):
+            raise ValueError(f"deepspeed's {name} is {value!r}, which MBATTrainer does not support: {reason}")
+    zero = config.config["zero_optimization"]
+    unknown = [name for name in config.config if name not in _DEEPSPEED_KEYS]
+    unknown += [f"zero_optimization.{k}" for k in zero if k not in _ZERO_KEYS and not k.startswith("stage3_")]
+    if unknown:
+        raise ValueError(
+            f"deepspeed's config sets {', '.join(unknown)}, which is untested in MBATTrainer; leave it out"
+        )
+    vision = {id(p) for p in trainer.bridge.vision_parameters}
+    others = any(p.requires_grad for p in trainer.model.parameters() if id(p) not in vision)
+    beside = {
+        "an optimizer or a scheduler is given, which Trainer drops": any(given.get("optimizers") or ()),
+        "muon is set, whose matrices ZeRO flattens": args.muon,
+        f"consistency_steps is {args.consistency_steps}, and steps on S_c alone would move the language model too, "
+        "which has no gradient in them": args.consistency_steps > 0,
+        f"objective is {args.objective!r} and trainable not 'vision', and weight decay would move the language model "
+        "too": args.objective != "task" and others,
+        "the model is quantised, which is untested": is_quantized(trainer.model),
+        f"{type(trainer.model).__name__} is a dual encoder, whose scale may have no dimensions, on which DeepSpeed "
+        "fails": isinstance(trainer.bridge, DualBridge),
+    }
+    for what, there in beside.items():
+        if there:
+            raise ValueError(f"{what}, and DeepSpeed is asked for; leave one out (without it each process has a copy)")
+    config.config.setdefault("gradient_clipping", args.max_grad_norm)
+
+
 def check_sharding(trainer: Any) -> None:
     """Raises ValueError for ways to shard the model other than FSDP2, and for models that it cannot shard."""
     model = trainer.model
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed is asked for; under accelerate {FIELDS['deepspeed'][1]}")
     if trainer.is_distributed_loading_by_transformers:
         raise ValueError(
             "the model was loaded in parts (distributed_config); load it whole, and MBATConfig(fsdp=True) shards it"

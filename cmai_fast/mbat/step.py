@@ -175,7 +175,7 @@ class StepTrainer(FeatureTrainer):
             loss = self._outer_loss(leaf, text, weights)
         self._count(full_forward=1, full_backward=1)
         if lam and loss.requires_grad:
-            self.accelerator.backward(self._share * lam * loss)
+            self._backward(self._share * lam * loss)
         return {"loss_adv": loss.detach()}
 
     def _text_side(self, text: dict[str, Tensor], weights: Tensor) -> Part:
@@ -188,7 +188,7 @@ class StepTrainer(FeatureTrainer):
         loss = self._outer_loss(features, text, weights)
         self._count(full_forward=1, full_backward=1)
         if loss.requires_grad:  # false if only the vision side learns
-            self.accelerator.backward(self._share * loss)
+            self._backward(self._share * loss)
         sums = {"loss_clean": loss.detach()}
         if self.args.inner != "none":
             sums |= {"loss_adv": loss.detach(), **dict.fromkeys(COUNTS, torch.zeros((), device=loss.device))}
@@ -202,7 +202,7 @@ class StepTrainer(FeatureTrainer):
                 remainder = torch.stack([view.pulled_back() for view in views]).sum()
             self._count(vision_forward=sum(view.features is None for view in views))
             if remainder.requires_grad:
-                self.accelerator.backward(remainder)
+                self._backward(remainder)
 
     def _clean_branch(
         self, leaf: Tensor, text: dict[str, Tensor], weights: Tensor, words: Words | None = None
@@ -227,7 +227,7 @@ class StepTrainer(FeatureTrainer):
             return (weights.to(losses) * losses).sum().detach(), p
         with said(words if wants_p else None):
             loss = self._outer_loss(leaf, text, weights)
-        self.accelerator.backward(self._share * weight * loss)
+        self._backward(self._share * weight * loss)
         if not wants_p:
             return loss.detach(), None
         assert leaf.grad is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
@@ -20,14 +22,21 @@ from cmai_fast.bridge import bridge_of, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier
-from cmai_fast.mbat import optimizers, ranks, shards
+from cmai_fast.mbat import optimizers, ranks, shards, zero
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters, train_only
 from cmai_fast.mbat.batches import RecordCollator, checked
 from cmai_fast.mbat.config import MBATConfig
 from cmai_fast.mbat.evaluating import EvaluatingTrainer
 from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, halved
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
-from cmai_fast.mbat.refused import check_arguments, check_dispatch, check_graphs, check_loss, check_sharding
+from cmai_fast.mbat.refused import (
+    check_arguments,
+    check_deepspeed,
+    check_dispatch,
+    check_graphs,
+    check_loss,
+    check_sharding,
+)
 from cmai_fast.pixels import PixelSpace
 
 
@@ -55,8 +64,8 @@ class MBATTrainer(EvaluatingTrainer):
     `MBATConfig.loss_reduction`. The heads have their own optimizer, which follows the schedule.
 
     Under `torchrun` or `accelerate launch` each process has a copy of the model, and a step equals that of one process
-    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each process has a shard of the model; FSDP1 and
-    DeepSpeed raise ValueError.
+    with the whole batch. With FSDP2 (`MBATConfig(fsdp=True)`) each process has a shard of the model, with DeepSpeed
+    (ZeRO stages 1 and 2) one of the optimizer's state; FSDP1 and ZeRO-3 raise ValueError.
 
     `evaluate` and `eval_strategy` report, beside `Trainer`'s metrics, the means over samples of L_task (`eval_loss`,
     `eval_robust_loss`), of right answers (`eval_accuracy`, `eval_robust_accuracy`) and, with heads, of S_c (`eval_s_c`,
@@ -112,6 +121,7 @@ class MBATTrainer(EvaluatingTrainer):
         self._heads_given, self._heads_optimizer, self._scores = heads is not None, None, []
         self._check_arm(args)
         self._leader: torch.optim.Optimizer | None = None  # the one that the heads' optimizer follows
+        self._step_heads: Callable[[], None] | None = None  # where DeepSpeed steps the model
         self._named_optimizer = False  # whether args.optim says what steps the model
         self._original = bridge_of(beside(self.bridge)) if args.objective == "fare" else None
         self._prepare_model(model, args)
@@ -120,7 +130,9 @@ class MBATTrainer(EvaluatingTrainer):
             data_collator = RecordCollator(processor, self.bridge, args, statements)
         with trainable_in_part(model):
             super().__init__(model, args, data_collator, *positional, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self, parts)
+        elif self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
             check_sharding(self)
         self._check_embeddings()
         check_loss(self)
@@ -190,6 +202,8 @@ class MBATTrainer(EvaluatingTrainer):
         """Settings that were changed since the trainer was made take effect, or are refused."""
         args = self.args
         check_arguments(self, args, {})
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self, {})
         self._check_arm(args)
         check_graphs(self)
         self._check_embeddings()
@@ -217,7 +231,8 @@ class MBATTrainer(EvaluatingTrainer):
         if self.args.muon and self.optimizer is None:
             self.optimizer = optimizers.muon(model, self.args, set(self.get_decay_parameter_names(model)))
             return self.optimizer
-        self._named_optimizer = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        if self.optimizer is None:
+            self._named_optimizer = self.optimizer_cls_and_kwargs is None
         return super().create_optimizer(model)
 
     def _let_heads_learn(self) -> None:
@@ -226,22 +241,22 @@ class MBATTrainer(EvaluatingTrainer):
         leader = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.heads is None or not self.args.gamma or leader is None:
             return
-        if self._heads_optimizer is not None and leader is not self._leader:
-            optimizers.step_behind(leader, self._heads_optimizer, self.args)
-            self._leader = leader
-        if self._heads_optimizer is not None:
-            return
-        if not all(p.requires_grad for p in self.heads.parameters()):
-            warnings.warn(
-                "gamma is above 0, but parameters of the heads require no gradient, so they do not learn; call "
-                "heads.requires_grad_(), or set gamma=0 to skip their loss",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        named = self.get_optimizer_cls_and_kwargs(self.args, self.model) if self._named_optimizer else None
-        self._heads_optimizer = optimizers.for_heads(self.heads, self.args, named)
-        optimizers.step_behind(leader, self._heads_optimizer, self.args)
-        self._leader = leader
+        if self._heads_optimizer is None:
+            if not all(p.requires_grad for p in self.heads.parameters()):
+                warnings.warn(
+                    "gamma is above 0, but parameters of the heads require no gradient, so they do not learn; call "
+                    "heads.requires_grad_(), or set gamma=0 to skip their loss",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            named = self.get_optimizer_cls_and_kwargs(self.args, self.model) if self._named_optimizer else None
+            self._heads_optimizer = optimizers.for_heads(self.heads, self.args, named)
+        if leader is not self._leader:
+            self._leader, step = leader, optimizers.step_behind(leader, self._heads_optimizer, self.args)
+            if self.is_deepspeed_enabled:
+                self._step_heads = step  # DeepSpeed steps the leader once per parameter group
+            else:
+                leader.register_step_post_hook(step)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -266,7 +281,7 @@ class MBATTrainer(EvaluatingTrainer):
         trained = [p for p in trained if p.requires_grad]
         passes, rng = self.passes, RNGState(self.args.device)
         # Also around the backward passes: they must recompute what ran in the forward passes.
-        with lean_activations(self.bridge.model), self._aside(trained):
+        with lean_activations(self.bridge.model), self._aside(trained), self._unheard(trained):
             while True:
                 size = min(rows, self._rows_at_once or rows)
                 try:
@@ -281,7 +296,9 @@ class MBATTrainer(EvaluatingTrainer):
                     p.grad = None
                 self.passes = passes
                 rng.restore()
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self.is_deepspeed_enabled:
+            self._step_by_deepspeed()
+        elif self.accelerator.sync_gradients:
             ranks.average_gradients(shards.whole(trained))
             shards.reshard(self.model)
         for name, value in (parts | self._adapt(parts)).items():
@@ -291,8 +308,36 @@ class MBATTrainer(EvaluatingTrainer):
             clear_device_cache()
         return total * self._share
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, which would round pixels to the dtype of the weights under DeepSpeed."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def _aside(self, trained: list[Tensor]) -> AbstractContextManager[None]:
         return nullcontext() if shards.is_sharded(self.model) else gradients_aside(trained)
+
+    def _unheard(self, trained: list[Tensor]) -> AbstractContextManager[None]:
+        return zero.without_hooks(trained) if self.is_deepspeed_enabled else nullcontext()
+
+    def _step_by_deepspeed(self) -> None:
+        """The optimizer step and that of the heads, which Trainer's own call then leaves out."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # DeepSpeed clips and steps at once, so `_clip_grad_norm` comes too late.
+        norm = float(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        if ranks.any_of(not math.isfinite(norm)):
+            self._refuse_divergence("gradient", math.nan, {"norm": norm})
+        vision = [p for p in self.bridge.vision_parameters if p.requires_grad]
+        if vision and not ranks.any_of(any(p.grad is not None for p in vision)):
+            warnings.warn(
+                f"no sample of step {self.state.global_step} has an image, and DeepSpeed still moves the vision side, "
+                "by its momentum and weight decay. Mix samples with and without images, or train without DeepSpeed",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if self.heads is not None:
+            ranks.average_gradients([p for p in self.heads.parameters() if p.requires_grad])
+        zero.step(self.deepspeed, trained)
+        if self._step_heads is not None:
+            self._step_heads()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Trainer's; a non-finite gradient must not reach the weights, nor they a checkpoint."""

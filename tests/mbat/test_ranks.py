@@ -233,17 +233,16 @@ def plugin(version: int = 2, kind: str = "FULL_STATE_DICT") -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    "deepspeed, plugin, muon, message",
+    "plugin, muon, message",
     [
-        (True, None, False, "DeepSpeed is asked for; .* Shard the model by FSDP2 instead"),
-        (False, plugin(version=1), False, "FSDP1 is asked for"),
-        (False, plugin(kind="StateDictType.SHARDED_STATE_DICT"), False, "state_dict_type is StateDictType.SHARDED"),
-        (False, plugin(), True, "muon is set, and the model is to be sharded"),
+        (plugin(version=1), False, "FSDP1 is asked for"),
+        (plugin(kind="StateDictType.SHARDED_STATE_DICT"), False, "state_dict_type is StateDictType.SHARDED"),
+        (plugin(), True, "muon is set, and the model is to be sharded"),
     ],
 )
-def test_other_ways_to_shard_are_refused_by_name(make_trainer, deepspeed, plugin, muon, message) -> None:
+def test_other_ways_to_shard_are_refused_by_name(make_trainer, plugin, muon, message) -> None:
     trainer = make_trainer(muon=muon)
-    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = deepspeed, not deepspeed
+    trainer.is_fsdp_enabled = True
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=message):
         check_sharding(trainer)

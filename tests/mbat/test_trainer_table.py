@@ -39,7 +39,7 @@ def test_the_page_is_that_of_the_table():
 REFUSED = {
     "fp16": True, "fp16_full_eval": True, "bf16_full_eval": True, "torch_compile": True, "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True}, "optim": "adalomo", "optim_target_modules": ["mlp"],
-    "deepspeed": {"zero_optimization": {"stage": 2}}, "parallelism_config": object(),
+    "parallelism_config": object(),
     "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 25, "ddp_broadcast_buffers": True,
     "ddp_static_graph": True, "remove_unused_columns": True, "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
