@@ -271,7 +271,7 @@ def under(trainer: Any, config: dict[str, Any]) -> Any:
         ),
         (
             {"zero_optimization": {"stage": 1, "contiguous_gradients": False}},
-            "contiguous_gradients is False, .* wrongly",
+            "contiguous_gradients is False, .* wrong weights",
         ),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, .* Use bf16 or float32"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer is {'type': 'AdamW'}.* set optim"),
