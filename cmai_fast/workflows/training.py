@@ -34,9 +34,11 @@ HEAD_STEPS = 300  # batches that heads learn before MBAT uses their S_c; a verif
 TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
-    "eps inner inner_steps refreshes alpha beta consistency_steps lam gamma arm tau_train variance_max beta_max "
-    "beta_step eps_max eps_step lam_max lam_step trainable eps_warmup max_steps seed save_steps learning_rate muon"
+    "eps norm inner inner_steps refreshes alpha beta consistency_steps lam gamma arm trainable eps_warmup max_steps "
+    "seed save_steps learning_rate muon"
 ).split()
+# The same, and without effect where ARM is off.
+_OF_ARM = "tau_train variance_max beta_max beta_step eps_max eps_step lam_max lam_step".split()
 
 
 def load(settings: ImmunizeSettings, name: str) -> Pipeline:
@@ -52,7 +54,9 @@ def resolved(settings: ImmunizeSettings) -> ImmunizeSettings:
     Raises:
         ValueError: unknown model or defence.
     """
-    name = settings.defence or ("mbat" if is_dual_encoder(settings.model) else "cmai")
+    name = settings.defence
+    if name is None:
+        name = "mbat" if is_dual_encoder(settings.model) else "cmai"
     of_mbat = {f.name: f.default for f in fields(MBATConfig)}
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
     own = {**of_mbat, **DEFENCES[name].values}
@@ -61,7 +65,11 @@ def resolved(settings: ImmunizeSettings) -> ImmunizeSettings:
 
 
 def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
-    """The trainer's arguments for these settings, writing to `out`."""
+    """The trainer's arguments for these settings, writing to `out`.
+
+    Raises:
+        ValueError: settings out of range, or that exclude each other.
+    """
     device = chosen_device(settings.device)
     if device.index is not None:
         raise ValueError(
@@ -70,9 +78,9 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
         )
     settings = resolved(settings)
     assert settings.defence is not None
-    values = {**DEFENCES[settings.defence].values, **{name: getattr(settings, name) for name in _SAME}}
+    _check_arm(settings)
+    values = {**DEFENCES[settings.defence].values, **{name: getattr(settings, name) for name in (*_SAME, *_OF_ARM)}}
     fixed = {
-        "norm": settings.norm,
         "output_dir": str(out),
         "use_cpu": device.type == "cpu",
         "per_device_train_batch_size": settings.batch_size,
@@ -87,6 +95,16 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
         "dataloader_drop_last": True,
     }
     return MBATConfig(**fixed | values)
+
+
+def _check_arm(settings: ImmunizeSettings) -> None:
+    defaults = {f.name: f.default for f in fields(settings)}
+    for name in _OF_ARM:
+        if settings.arm is False and (value := getattr(settings, name)) != defaults[name]:
+            raise ValueError(
+                f"{name} is {value}, which ARM alone reads, and arm is False (that of defence {settings.defence!r}, if "
+                "you did not set it); set arm to True (--arm), or leave it out"
+            )
 
 
 def train(

@@ -441,6 +441,21 @@ def test_a_defence_sets_what_the_user_left(settings, monkeypatch, tmp_path):
     assert args.muon
 
 
+def test_the_users_norm_holds_beside_that_of_a_defence(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "DEFENCES", {"planted": SimpleNamespace(values={"norm": "linf"})})
+    planted = replace(settings, defence="planted", norm="l2", eps=1.0)
+    assert training.training_arguments(planted, tmp_path).norm == "l2"
+
+
+def test_what_only_arm_reads_is_refused_without_it(settings, tmp_path):
+    """cmai, the default, is without ARM: a bound of eps would go unheard."""
+    chosen = replace(settings, defence="cmai", eps_max=16 / 255)
+    with pytest.raises(ValueError, match=r"eps_max is 0.06.* arm is False \(that of defence 'cmai'.* \(--arm\)"):
+        training.training_arguments(chosen, tmp_path)
+    assert training.training_arguments(replace(chosen, arm=True), tmp_path).eps_max == 16 / 255
+    assert training.training_arguments(replace(chosen, defence="mbat"), tmp_path).eps_max == 16 / 255
+
+
 def test_what_is_said_holds_where_it_is_the_usual_value(settings):
     """10 steps are MBAT's own number, and cmai has 4: whoever asks for 10 gets 10."""
     assert training.resolved(replace(settings, defence="cmai", inner_steps=None)).inner_steps == 4
@@ -453,3 +468,5 @@ def test_the_defence_of_a_model_that_writes_its_answers(settings):
     assert training.resolved(replace(settings, model="photo-dual-encoder", defence=None)).defence == "mbat"
     with pytest.raises(ValueError, match="nosuch"):
         training.resolved(replace(settings, model="nosuch", defence=None))
+    with pytest.raises(ValueError, match="unknown defence ''"):
+        training.resolved(replace(settings, defence=""))
