@@ -23,6 +23,7 @@ from cmai_fast.mbat.quantized import is_quantized
 COMPLETE = "complete"  # written last; a checkpoint without it was interrupted
 _STATE = "mbat.json"
 _HEADS_OPTIMIZER = "heads_optimizer.pt"
+_DEEPSPEED = "global_step*"  # a folder of its own files, with the optimizer
 # `eps` in the [0, 1] pixel range.
 _IN_CARD = (
     "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "beta_max", "eps_max",
@@ -102,6 +103,11 @@ class CheckpointedTrainer(AdaptiveTrainer):
         folder = Path(checkpoint)
         if self.is_deepspeed_enabled:  # which has loaded the weights by itself
             self._load_beside(folder)
+        elif any(folder.glob(_DEEPSPEED)):  # Trainer would go on with a new optimizer
+            raise ValueError(
+                f"{folder} was saved with DeepSpeed, which alone can read its optimizer; resume with deepspeed set, or "
+                "start a new run from its weights"
+            )
         self._let_heads_learn()
         self._check_heads_optimizer(folder)
         if self.is_fsdp_enabled:
@@ -120,7 +126,7 @@ class CheckpointedTrainer(AdaptiveTrainer):
     def _check_heads_optimizer(self, folder: Path) -> None:
         there = (folder / _HEADS_OPTIMIZER).is_file()
         if there == (self._heads_optimizer is not None) or not (
-            any(folder.glob("optimizer.*")) or any(folder.glob("global_step*"))
+            any(folder.glob("optimizer.*")) or any(folder.glob(_DEEPSPEED))
         ):
             return  # saved with save_only_model, without optimizers
         if there:

@@ -247,6 +247,15 @@ def test_a_step_without_images_says_what_deepspeed_makes_of_it(make_trainer) -> 
     assert trainer.deepspeed.calls[-1] == "step"
 
 
+def test_a_checkpoint_of_deepspeed_is_not_resumed_without_it(make_trainer, tmp_path) -> None:
+    """Trainer finds no optimizer.pt in it, and would go on with a new optimizer and schedule."""
+    make_trainer(max_steps=2).train()
+    folder = tmp_path / "out" / "checkpoint-2"
+    (folder / "optimizer.pt").rename(folder / "global_step2")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was saved with DeepSpeed.*; resume with deepspeed set, or"):
+        make_trainer().train(resume_from_checkpoint=str(folder))
+
+
 def under(trainer: Any, config: dict[str, Any]) -> Any:
     """The trainer with what it looks at of accelerate's plugin."""
     trainer.is_deepspeed_enabled = True
