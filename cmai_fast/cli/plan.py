@@ -101,10 +101,10 @@ def _show(record: dict[str, Any]) -> None:
         cells = [f"{row['seconds']:.3g} s, {_memory(row)}" for row in others if row["bits"] == bits]
         table.add_row(str(bits or "none"), *cells)
     console.print(table)
-    console.print(
-        "full, vision: forward passes of the whole model and of its vision side; !: more than the card has; cmai: what "
-        "immunize does by default, the mean over a full step and those on S_c alone"
-    )
+    key = "full, vision: forward passes of the whole model and of its vision side; !: more than the card has"
+    if any(row["step"] == "cmai" for row in record["rows"]):
+        key += "; cmai: what immunize does by default, the mean over a full step and those on S_c alone"
+    console.print(key)
     for note in record["notes"]:
         console.print(f"Note: {note}.", markup=False)
 

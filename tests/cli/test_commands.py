@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import CLIPConfig
 
 import official_files as official
 from cmai_fast.data.sources import DataSource
@@ -340,6 +341,14 @@ def test_plan_says_what_a_config_costs(run, tmp_path):
     for part in (*said, "without S_c (beta and gamma 0)"):
         assert part in text, part
     assert f"{record['rows'][1]['price']:.2f}" in text
+
+
+def test_plan_explains_cmai_where_it_has_a_row(run, tmp_path):
+    CLIPConfig().to_json_file(tmp_path / "clip.json")
+    for model, there in ((MODEL, True), (tmp_path / "clip.json", False)):
+        done = run("plan", "--model", str(model))
+        assert done.exit_code == 0, done.output
+        assert ("cmai: what immunize does by default" in as_one_line(done.output)) is there
 
 
 def test_plan_leaves_out_what_shards_refuse_and_marks_what_is_too_large(run):
