@@ -1,4 +1,5 @@
-"""Adversarial training of one forward and backward pass a step, beside `fgsm`: trainers for rows of `frontier.py`."""
+"""Adversarial training with an attack of one forward and backward pass, or of none beside those of the training, beside
+`fgsm`: trainers for rows of `frontier.py`."""
 
 from __future__ import annotations
 
