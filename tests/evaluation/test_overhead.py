@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from cmai_fast.cmcv import Verifier
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.evaluation.overhead import SavedActivations, step_overhead
 from cmai_fast.mbat import MBATConfig
@@ -94,10 +95,19 @@ def test_overhead_of_mbat(subject, batch, tmp_path):
     assert cost["time_ratio"] > 2  # five full passes more, forward and backward
     assert cost["memory_ratio"] == pytest.approx(cost["mbat_saved_bytes"] / cost["clean_saved_bytes"])
     assert cost["memory_ratio"] > 1
-    assert "3 rounds, alternating, medians" in cost["protocol"] and "batch 4" in cost["protocol"]
+    assert "3 rounds, alternating, medians; memory" in cost["protocol"] and "batch 4" in cost["protocol"]
     after = {**subject.model.state_dict(), **subject.heads.state_dict()}
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert args.inner == "pgd" and args.gamma == 0.1  # the clean run has its own copy
+
+
+def test_overhead_says_over_which_steps_its_time_is_a_mean(subject, tmp_path):
+    data = load_dataset("easyvqa", "train", 4)
+    verifier = Verifier.for_data(subject.model, subject.processor, data, width=16, hidden=16, dim=8, heads=2)
+    batch = VQACollator(subject.processor, statements=verifier.statements)([data[i] for i in range(4)])
+    args = config(tmp_path, inner_steps=1, beta=0.0, arm=False, consistency_steps=2)
+    said = step_overhead(subject, args, batch, heads=verifier, rounds=1)["protocol"]
+    assert "time of MBAT: the mean over a full step and the 2 on S_c alone" in said
 
 
 def test_a_clean_step_costs_what_a_clean_step_costs(subject, batch, tmp_path):
