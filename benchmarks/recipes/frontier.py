@@ -146,7 +146,8 @@ def step_time(row: str, times: dict[str, float]) -> float:
 
 def measure_time(args: argparse.Namespace) -> None:
     """Seconds of a step of each row, alternating in one process: the mean over a full step and those on S_c alone that
-    follow it, medians over rounds; and of fitting the verifier."""
+    follow it, medians over rounds; and of fitting the verifier. A row that has a time keeps it, since runs were made by
+    it; `measured` holds all that was found."""
     subject = Pipeline.load(args.model)
     subject.heads = subject.verifier = subject.threshold = None
     start = time.perf_counter()
@@ -165,8 +166,8 @@ def measure_time(args: argparse.Namespace) -> None:
     path = args.out / "times.json"
     before = json.loads(path.read_text()) if path.exists() else {"seconds_a_step": {}, "measured": []}
     found = alternating(runs, args.rounds) | {"fit": fit}
-    record = before["seconds_a_step"] | found
-    measured = [*before["measured"], {"rows": list(found), "rounds": args.rounds, "versions": versions()}]
+    record = found | before["seconds_a_step"]
+    measured = [*before["measured"], {"seconds": found, "rounds": args.rounds, "versions": versions()}]
     write_results({"seconds_a_step": record, "measured": measured}, path)
     print(json.dumps(record, indent=2))
 

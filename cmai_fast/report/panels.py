@@ -208,7 +208,8 @@ def training(results: Results, models: Sequence[Shown]) -> dict[str, Any] | None
             "Total and contrastive loss",
             "loss (nats)",
             (series("total", "loss", "total") if of_task else [])
-            + series("contrastive", "loss_contrastive", "part-loss"),
+            + series("contrastive", "loss_contrastive", "part-loss")
+            + series("of steps on S_c alone", "loss_consistency", "chance"),
         ),
         (
             "S_c, and ARM's threshold of its mean" if any(log.get("tau_train") or []) else "S_c of training images",

@@ -163,8 +163,8 @@ def train(
 def _curves(trainer: MBATTrainer) -> dict[str, list[Any]]:
     logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry or "loss_adv" in entry]
     curves = (
-        "loss", "loss_clean", "loss_adv", "loss_contrastive", "s_c_clean", "s_c_adv", "beta", "eps", "lam", "arm_level",
-        "arm_mean", "arm_variance", "tau_train",
+        "loss", "loss_clean", "loss_adv", "loss_contrastive", "loss_consistency", "s_c_clean", "s_c_adv", "beta", "eps",
+        "lam", "arm_level", "arm_mean", "arm_variance", "tau_train",
     )  # fmt: skip
     return {
         "step": [entry["step"] for entry in logs],

@@ -456,6 +456,12 @@ def test_what_only_arm_reads_is_refused_without_it(settings, tmp_path):
     assert training.training_arguments(replace(chosen, defence="mbat"), tmp_path).eps_max == 16 / 255
 
 
+def test_steps_on_consistency_alone_have_a_curve():
+    logged = [{"step": 2, "loss_clean": 1.0, "loss": 1.5, "loss_consistency": 0.5}, {"step": 2, "train_runtime": 3.0}]
+    curves = training._curves(SimpleNamespace(state=SimpleNamespace(log_history=logged)))
+    assert curves == {"step": [2], "loss": [1.5], "loss_clean": [1.0], "loss_consistency": [0.5]}
+
+
 def test_what_is_said_holds_where_it_is_the_usual_value(settings):
     """10 steps are MBAT's own number, and cmai has 4: whoever asks for 10 gets 10."""
     assert training.resolved(replace(settings, defence="cmai", inner_steps=None)).inner_steps == 4
