@@ -118,9 +118,9 @@ def line_chart(
                 parts.append(f'<circle class="hit" data-tip="{tip}" cx="{px:.1f}" cy="{py:.1f}" r="11"/>')
         if drawn and label_ends:
             ends.append((drawn[-1][2], drawn[-1][1], line))
-    ends.sort(key=lambda end: end[0])
-    for label_y, (_, px, line) in zip(_spread([end[0] for end in ends]), ends, strict=True):
-        parts.append(_text(px + 9, label_y + 4, line.name, f"end {line.look}"))
+    for beside in _columns(ends):
+        for label_y, (_, px, line) in zip(_spread([end[0] for end in beside]), beside, strict=True):
+            parts.append(_text(px + 9, label_y + 4, line.name, f"end {line.look}"))
     return _svg(parts, description, height)
 
 
@@ -233,6 +233,17 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
         out.append(f"{'L' if pen_down else 'M'}{px:.1f} {py:.1f}")
         pen_down = True
     return "".join(out)
+
+
+def _columns(ends: Sequence[tuple[float, float, Line]], width: float = 100.0) -> list[list[tuple[float, float, Line]]]:
+    """Ends of lines (y, x, line) whose names may meet, each column from top to bottom."""
+    columns: list[list[tuple[float, float, Line]]] = []
+    for end in sorted(ends, key=lambda end: end[1]):
+        if columns and end[1] - columns[-1][-1][1] < width:
+            columns[-1].append(end)
+        else:
+            columns.append([end])
+    return [sorted(column, key=lambda end: end[0]) for column in columns]
 
 
 def _spread(heights: Sequence[float], gap: float = 16.0) -> list[float]:
