@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def _frontier(name: str, config: Any) -> Iterator[Row]:
 def _cost(sizes: ModelSizes, how: Training, values: dict[str, Any], read: float | None = None) -> Cost:
     """Of a step, or of a full one and those on S_c alone that follow it: their mean time, their largest peak. `read`:
     statements per sample, if S_c is a verifier's in every step."""
-    step = StepSettings(**{k: v for k, v in values.items() if k in {f.name for f in fields(StepSettings)}})
+    step = StepSettings.of(values)
     alone = values.get("consistency_steps", 0)
     scored = bool(values.get("gamma", 0.1) or values.get("beta", 0.1))
     verifier = alone or read is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cmai_fast.attacks import Passes
@@ -19,6 +20,11 @@ class StepSettings:
     lam: float = 0.5
     objective: str = "task"
     gamma: float = 0.1
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> StepSettings:
+        """Those among these values of an `MBATConfig`."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 @dataclass(frozen=True)

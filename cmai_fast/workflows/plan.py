@@ -5,7 +5,6 @@ PyTorch is imported once the settings are known to be right.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,12 +138,10 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
                     step = StepSettings(inner_steps=settings.inner_steps, gamma=0.0, **fields)
                     costs[name] = step_cost(sizes, how, step), 1
             if scored:
-                of_step = {f.name for f in dataclasses.fields(StepSettings)}
-                full = StepSettings(**{k: v for k, v in cmai.items() if k in of_step})
                 alone = step_cost(sizes, how, None, statements=STATEMENTS)
                 count = cmai["consistency_steps"]
                 costs["consistency"] = alone, 1
-                mean = mean_cost(step_cost(sizes, how, full, statements=STATEMENTS), alone, count)
+                mean = mean_cost(step_cost(sizes, how, StepSettings.of(cmai), statements=STATEMENTS), alone, count)
                 costs[CMAI] = mean, 1 + count
             clean = costs["clean"][0].seconds
             for name, (cost, steps) in costs.items():

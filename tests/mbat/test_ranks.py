@@ -4,8 +4,6 @@ its shards."""
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.adapters import WEIGHTS
 from cmai_fast.mbat.refused import check_sharding
-from launcher import Launcher, said
+from launcher import Launcher, Train, assert_same, trains
 
 # A step of plain SGD shows every gradient as it is; adaptive steps would hide a wrong scale.
 SETTINGS: dict[str, Any] = {
@@ -41,27 +39,9 @@ def folder(make_tiny, tmp_path_factory) -> Path:
     return folder
 
 
-Trained = tuple[dict[str, torch.Tensor], dict[str, Any]]
-Train = Callable[..., Trained]
-
-
 @pytest.fixture(scope="module")
 def train(folder: Path, launcher: Launcher) -> Train:
-    def train(name: str, processes: int, **changes: Any) -> Trained:
-        """Weights and what the run said of itself; a run of this name is made once."""
-        settings = SETTINGS | {"per_device_train_batch_size": 8 // processes} | changes
-        if not (folder / f"{name}.safetensors").exists():
-            codes = launcher.run(folder, name, settings, processes)
-            assert codes == [0] * processes, f"{codes}:\n{said(folder, name)}"
-        return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
-
-    return train
-
-
-def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    return trains(launcher, folder, SETTINGS)
 
 
 def assert_same_evaluations(one: dict[str, Any], two: dict[str, Any]) -> None:

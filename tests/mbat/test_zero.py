@@ -5,8 +5,6 @@ Runs need DeepSpeed, which is no dependency of the tests; docs/scale.md says how
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from cmai_fast.bridge import DualBridge
 from cmai_fast.mbat import zero
 from cmai_fast.mbat.refused import check_deepspeed
-from launcher import Launcher, said
+from launcher import Launcher, Train, assert_same, trains
 
 with_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 both_stages = pytest.mark.parametrize("stage", [1, 2])
@@ -67,27 +64,9 @@ def folder(make_tiny, tmp_path_factory) -> Path:
     return folder
 
 
-Trained = tuple[dict[str, torch.Tensor], dict[str, Any]]
-Train = Callable[..., Trained]
-
-
 @pytest.fixture(scope="module")
 def train(folder: Path, launcher: Launcher) -> Train:
-    def train(name: str, processes: int, **changes: Any) -> Trained:
-        """Weights and what the run said of itself; a run of this name is made once."""
-        settings = SETTINGS | {"per_device_train_batch_size": 8 // processes} | changes
-        if not (folder / f"{name}.safetensors").exists():
-            codes = launcher.run(folder, name, settings, processes)
-            assert codes == [0] * processes, f"{codes}:\n{said(folder, name)}"
-        return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
-
-    return train
-
-
-def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], atol: float = TOLERANCE) -> None:
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    return trains(launcher, folder, SETTINGS)
 
 
 # Buckets of a few rows, whose borders lie inside parameters.
@@ -121,7 +100,7 @@ def test_two_processes_train_as_one_without_deepspeed(make_tiny, train: Train, s
     settings, zero_optimization = CASES[case]
     one, one_said = train(f"one {'adaptive' if settings is ADAPTIVE else case}", 1, **settings)
     two, two_said = train(f"two {stage} {case}", 2, **settings, deepspeed=config(stage, **zero_optimization))
-    assert_same(one, two)
+    assert_same(one, two, TOLERANCE)
     if "adapters" not in case:
         start = {f"model.{k}": v.detach() for k, v in make_tiny()[0].named_parameters()}
         assert max(float((v - one[k]).abs().max()) for k, v in start.items()) > 1000 * TOLERANCE
@@ -137,7 +116,7 @@ def test_two_processes_train_as_one_without_deepspeed(make_tiny, train: Train, s
 @pytest.mark.parametrize("side", ["_language_side", "_vision_side"])
 def test_memory_that_runs_out_in_one_process_makes_parts_in_both(train: Train, side: str) -> None:
     one, _ = train("one in parts", 1)
-    assert_same(one, train(f"two in parts{side}", 2, scarce=[side, 2], deepspeed=config(2))[0])
+    assert_same(one, train(f"two in parts{side}", 2, scarce=[side, 2], deepspeed=config(2))[0], TOLERANCE)
 
 
 @with_deepspeed
@@ -162,7 +141,7 @@ def test_the_best_checkpoint_is_loaded_with_its_heads(train: Train) -> None:
         "greater_is_better": True,  # so that it is the first one
     }  # fmt: skip
     one, _ = train("one best", 1, **settings)
-    assert_same(one, train("two best", 2, **settings, deepspeed=config(2))[0])
+    assert_same(one, train("two best", 2, **settings, deepspeed=config(2))[0], TOLERANCE)
 
 
 @with_deepspeed
