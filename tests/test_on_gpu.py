@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cmai_fast.cli import app
+from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import load_dataset
 from cmai_fast.data.sources import DataSource
 from cmai_fast.mbat import MBATConfig, MBATTrainer
@@ -105,3 +106,22 @@ def test_graphs_of_the_vision_side_train_what_its_kernels_train(tmp_path: Path, 
         found.append(losses)
     assert len(set(found[0])) == 3
     torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=2e-3, atol=1e-4)
+
+
+def test_cmai_trains_with_graphs_beside_loader_processes_that_pin_memory(tmp_path: Path) -> None:
+    data, found = load_dataset("easyvqa", "train", limit=128, seed=0), []
+    for graphs in (False, True):
+        pipeline = Pipeline.load("easyvqa-llava", device="cpu")
+        args = MBATConfig(
+            output_dir=str(tmp_path), report_to="none", max_steps=6, per_device_train_batch_size=16, inner_steps=2,
+            beta=0.0, arm=False, gamma=1.0, consistency_steps=1, cuda_graphs=graphs, logging_steps=1,
+            save_strategy="no", dataloader_num_workers=2, dataloader_pin_memory=True,
+        )  # fmt: skip
+        heads = Verifier.for_data(pipeline.model, pipeline.processor, data)
+        trainer = MBATTrainer(
+            pipeline.model, args, train_dataset=data, processing_class=pipeline.processor, heads=heads
+        )
+        trainer.train()
+        found.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(set(found[0])) > 1
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=2e-2, atol=1e-3)

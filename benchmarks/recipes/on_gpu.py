@@ -25,6 +25,7 @@ from cmai_fast.evaluation.results import write_results
 from cmai_fast.evaluation.versions import versions
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+TOGETHER = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
 # The checkers slow a kernel down a hundredfold; the CUDA backend's own tests are what they are for.
 CHECKED = ["tests/ops", "-k", "cuda"]
 
@@ -33,10 +34,10 @@ _AT_SIZE = [sys.executable, "benchmarks/recipes/at_size.py", "--rounds", "3"]
 _LLAVA_7B = [*_AT_SIZE, "--model", "llava-7b", "--bits", "4"]
 # What is measured at size: command, and of its numbers (kind, step) what is asked for at most.
 AT_SIZE: dict[str, tuple[list[str], dict[tuple[str, str], float]]] = {
-    "llava-7b": ([*_LLAVA_7B, "--batch", "8"], {("over_clean", "mbat-bridge-r0"): 2.5}),
+    "llava-7b": ([*_LLAVA_7B, "--batch", "8"], {("over_clean", "mbat-bridge-r0"): 2.5, ("over_clean", "cmai-r0"): 1.6}),
     "llava-7b-batch-4": (
-        [*_LLAVA_7B, "--batch", "4", "--recompute", "full", "--only", "clean", "mbat-bridge-r0"],
-        {("peak_bytes", "mbat-bridge-r0"): 16e9},
+        [*_LLAVA_7B, "--batch", "4", "--recompute", "full", "--only", "clean", "mbat-bridge-r0", "cmai-r0"],
+        {("peak_bytes", "mbat-bridge-r0"): 16e9, ("over_clean", "cmai-r0"): 1.6, ("peak_bytes", "cmai-r0"): 16e9},
     ),
     "llava-7b-batch-1": (
         [*_LLAVA_7B, "--batch", "1", "--recompute", "full", "--only", "clean", "mbat-bridge-r0"],
@@ -52,7 +53,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *CHECKED]
 
     return {
-        "tests": [*PYTEST, "tests"],
+        "tests": [*PYTEST, *TOGETHER, "tests"],
         "memcheck": sanitizer("memcheck"),
         "racecheck": sanitizer("racecheck"),
         "benchmarks": [*PYTEST, "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}"],
