@@ -186,10 +186,11 @@ def test_targets_at_size_are_judged_by_what_was_measured(recipes, tmp_path):
     import sized_models
 
     assert on_gpu.targets("llava-7b", tmp_path) == []
-    for name, ratio in (("llava-7b", 2.4), ("llava-7b", 2.6)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"over_clean": {"mbat-bridge-r0": ratio}}))
-        (judged,) = on_gpu.targets(name, tmp_path)
-        assert judged["measured"] == ratio and judged["met"] == (ratio < 2.5)
+    for ratio in (2.4, 2.6):
+        measured = {"over_clean": {"mbat-bridge-r0": ratio, "cmai-r0": 1.5}}
+        (tmp_path / "llava-7b.json").write_text(json.dumps(measured))
+        judged, of_cmai = on_gpu.targets("llava-7b", tmp_path)
+        assert judged["measured"] == ratio and judged["met"] == (ratio < 2.5) and of_cmai["met"]
     for name, (command, asked) in on_gpu.AT_SIZE.items():
         assert command[command.index("--model") + 1] in sized_models.MODELS
         steps = command[command.index("--only") + 1 :] if "--only" in command else list(at_size.STEPS)
@@ -200,9 +201,8 @@ def test_runs_on_a_gpu_add_up_and_a_failure_is_recorded(recipes, tmp_path, monke
     import on_gpu
 
     def command(name, code):
-        write = (
-            f"open({str(tmp_path / name)!r} + '.json', 'w').write('{{\"over_clean\": {{\"mbat-bridge-r0\": 2.0}}}}')"
-        )
+        measured = json.dumps({"over_clean": {"mbat-bridge-r0": 2.0, "cmai-r0": 1.0}})
+        write = f"open({str(tmp_path / name)!r} + '.json', 'w').write({measured!r})"
         return [sys.executable, "-c", f"{write if not code else 0}; print('done'); raise SystemExit({code})"]
 
     commands = {"tests": command("tests", 1), "llava-7b": command("llava-7b", 0), "clip-l-336": ["no-such-tool"]}
