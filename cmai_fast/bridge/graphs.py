@@ -43,7 +43,18 @@ class EncoderGraphs:
             sample = model_input.detach().clone().requires_grad_()
             # A cache of cast weights would be filled by the capture, and be wrong after the next optimizer step.
             with torch.autocast("cuda", precision[1], precision[0], cache_enabled=False):
-                made: Any = torch.cuda.make_graphed_callables(bridge.encode_image, (sample,))
-            self._made[key] = made
+                self._made[key] = _captured(bridge, sample)
         self._made.move_to_end(key)
         return self._made[key]
+
+
+def _captured(bridge: ModelBridge, sample: Tensor) -> Any:
+    try:
+        return torch.cuda.make_graphed_callables(bridge.encode_image, (sample,))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the vision side of {type(bridge.model).__name__} cannot be captured as a CUDA graph "
+            f"({str(error).splitlines()[0]}); set cuda_graphs to False (--no-cuda-graphs)"
+        ) from error

@@ -106,6 +106,19 @@ def immunize(
         bool,
         typer.Option("--muon/--no-muon", help="Train matrices by Muon, not AdamW.", rich_help_panel=_TRAINING),
     ] = False,
+    recompute: Annotated[
+        Literal["none", "encoder", "selective", "full"],
+        typer.Option(help="Activations that are recomputed, not stored: less memory.", rich_help_panel=_TRAINING),
+    ] = "none",
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Launch the vision side of the inner problem as CUDA graphs.",
+            show_default="where that is possible: a GPU, recompute none",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     eps_warmup: Annotated[
         float, typer.Option(help="Share of training over which eps rises from 0.", rich_help_panel=_TRAINING)
     ] = 0.2,
@@ -144,9 +157,10 @@ def immunize(
         refreshes=refreshes, alpha=alpha, beta=beta, consistency_steps=consistency_steps, lam=lam, gamma=gamma,
         arm=arm, tau_train=tau_train, variance_max=variance_max, beta_max=beta_max, beta_step=beta_step,
         eps_max=largest, eps_step=rise, lam_max=lam_max, lam_step=lam_step, trainable=trainable, max_steps=max_steps,
-        batch_size=batch_size, learning_rate=learning_rate, muon=muon, eps_warmup=eps_warmup, seed=seed,
-        attack_steps=attack_steps, restarts=restarts, limit=limit, max_new_tokens=max_new_tokens,
-        save_steps=save_steps, device=device, dtype=dtype, attention=attention, command=ctx.obj,
+        batch_size=batch_size, learning_rate=learning_rate, muon=muon, recompute=recompute,
+        cuda_graphs=cuda_graphs, eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps, restarts=restarts,
+        limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device, dtype=dtype,
+        attention=attention, command=ctx.obj,
     )  # fmt: skip
     results = workflow.immunize(settings, out, resume=resume, progress=progress)
     print_summary(results, out)

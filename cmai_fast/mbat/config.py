@@ -228,11 +228,9 @@ class MBATConfig(TrainingArguments):
             self._check_features()
         if self.inner == "bridge" and self.objective == "task":
             refresh_steps(self.inner_steps, self.refreshes)
-        new = getattr(self, "activation_checkpointing", False)  # transformers has it from 5.23 on
-        theirs = "activation_checkpointing" if new else "gradient_checkpointing"
         if self.cuda_graphs:
-            self._check_graphs(theirs)
-        if self.recompute != "none" and getattr(self, theirs):
+            self._check_beside("cuda_graphs True", self._graphs_need)
+        if self.recompute != "none" and getattr(self, theirs := self._checkpointing):
             raise ValueError(
                 f"recompute is {self.recompute!r} and {theirs} is set, which would replace it; expected "
                 "one of the two (recompute='full' is the same thing)"
@@ -252,16 +250,29 @@ class MBATConfig(TrainingArguments):
         }
         self._check_beside(f"objective {self.objective!r}", needed)
 
-    def _check_graphs(self, theirs: str) -> None:
-        """Raises ValueError where no image is attacked, or layers recompute activations, which cannot be captured."""
+    @property
+    def _checkpointing(self) -> str:
+        """The name of Trainer's own field for recomputed activations; it is another from transformers 5.23 on."""
+        new = getattr(self, "activation_checkpointing", False)
+        return "activation_checkpointing" if new else "gradient_checkpointing"
+
+    @property
+    def _graphs_need(self) -> dict[str, tuple[bool, str]]:
+        """Whether images are attacked, and no layer recomputes activations, which cannot be captured."""
         alone = self.consistency_steps > 0  # these steps attack images whatever the others do
-        needed = {
+        theirs = self._checkpointing
+        return {
             "recompute": (self.recompute == "none", "'none'"),
             theirs: (not getattr(self, theirs), "False"),
             "inner": (self.inner != "none" or alone, "pgd, bridge or fgsm: graphs are of the inner problem"),
             "modality": (self.modality != "text" or alone, "image or both: graphs are of the vision side"),
         }
-        self._check_beside("cuda_graphs True", needed)
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether `cuda_graphs` can be set beside the other fields, in one process on a GPU."""
+        one = self.device.type == "cuda" and self.world_size == 1
+        return one and all(met for met, _ in self._graphs_need.values())
 
     def _check_beside(self, setting: str, needed: dict[str, tuple[bool, str]]) -> None:
         for name, (met, expected) in needed.items():

@@ -20,7 +20,7 @@ class ImmunizeSettings:
     `DEFENCES`; None: `cmai`, or `mbat` for a dual encoder, which has no verifier. The fields of `OF_DEFENCE` that are
     None are those of the defence, else of `MBATConfig`; another field that a defence sets is its own if it is left at
     its default. `max_new_tokens` None: that of the threshold's calibration, else 16. `tau_train` and what follows it
-    are those of `MBATConfig`.
+    are those of `MBATConfig`. `cuda_graphs` None: where they can be used.
     """
 
     model: str = "easyvqa-llava"
@@ -55,6 +55,8 @@ class ImmunizeSettings:
     batch_size: int = 64
     learning_rate: float = 5e-4
     muon: bool = False
+    recompute: str = "none"
+    cuda_graphs: bool | None = None
     eps_warmup: float = 0.2
     seed: int = 0
     attack_steps: int = 50

@@ -35,7 +35,7 @@ TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
     "eps norm inner inner_steps refreshes alpha beta consistency_steps lam gamma arm trainable eps_warmup max_steps "
-    "seed save_steps learning_rate muon"
+    "seed save_steps learning_rate muon recompute"
 ).split()
 # The same, and without effect where ARM is off.
 _OF_ARM = "tau_train variance_max beta_max beta_step eps_max eps_step lam_max lam_step".split()
@@ -93,8 +93,12 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
         "disable_tqdm": True,  # TrainingProgress shows it
         "dataloader_pin_memory": False,
         "dataloader_drop_last": True,
+        "cuda_graphs": bool(settings.cuda_graphs),
     }
-    return MBATConfig(**fixed | values)
+    arguments = MBATConfig(**fixed | values)
+    if settings.cuda_graphs is None:
+        arguments.cuda_graphs = arguments.can_capture
+    return arguments
 
 
 def _check_arm(settings: ImmunizeSettings) -> None:

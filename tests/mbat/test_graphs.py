@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cmai_fast.attacks import exact_gradient
+from cmai_fast.bridge.graphs import EncoderGraphs
 from cmai_fast.mbat import MBATConfig
 
 
@@ -80,6 +81,36 @@ def test_graphs_of_a_batch_that_did_not_fit_are_let_go(make_trainer, batch, monk
 def test_what_cannot_be_captured_is_refused(tmp_path, settings, said) -> None:
     with pytest.raises(ValueError, match=said):
         MBATConfig(output_dir=str(tmp_path), report_to="none", cuda_graphs=True, **settings)
+
+
+def test_whether_they_can_be_captured_is_known_before(tmp_path, monkeypatch) -> None:
+    def can(**settings) -> bool:
+        return MBATConfig(output_dir=str(tmp_path), report_to="none", **settings).can_capture
+
+    assert not can()  # on a CPU
+    monkeypatch.setattr(MBATConfig, "device", torch.device("cuda"))
+    monkeypatch.setattr(MBATConfig, "world_size", 1)
+    assert can() and can(inner="none", consistency_steps=5)
+    assert not any((can(recompute="full"), can(gradient_checkpointing=True), can(inner="none"), can(modality="text")))
+    monkeypatch.setattr(MBATConfig, "world_size", 2)
+    assert not can()
+
+
+def test_a_vision_side_that_cannot_be_captured_is_named(make_victim, monkeypatch) -> None:
+    victim = make_victim()
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda kind: False)
+
+    def fails(error):
+        def capture(*args):
+            raise error
+
+        monkeypatch.setattr("torch.cuda.make_graphed_callables", capture)
+        EncoderGraphs().of(victim.bridge, victim.space.to_model(victim.pixels()))
+
+    with pytest.raises(RuntimeError, match=r"LlavaFor.* as a CUDA graph \(no capture\); set cuda_graphs to False"):
+        fails(RuntimeError("no capture\nmore"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):  # the step then runs in parts
+        fails(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_a_cpu_has_no_graphs(make_trainer) -> None:

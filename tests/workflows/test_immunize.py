@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -375,12 +376,12 @@ def test_training_runs_where_evaluation_does(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert training.training_arguments(replace(settings, device="cpu"), tmp_path).use_cpu
-    asked, settings = {}, training.resolved(settings)
+    settings = training.resolved(settings)
     monkeypatch.setattr(training, "resolved", lambda same: same)
-    monkeypatch.setattr(training, "MBATConfig", lambda **arguments: asked.update(arguments))
-    for device in ("cuda", None):
-        training.training_arguments(replace(settings, device=device), tmp_path)
-        assert asked.pop("use_cpu") is False
+    monkeypatch.setattr(training, "MBATConfig", lambda **arguments: SimpleNamespace(**arguments, can_capture=True))
+    for device, graphs in product(("cuda", None), (None, True, False)):
+        asked = training.training_arguments(replace(settings, device=device, cuda_graphs=graphs), tmp_path)
+        assert asked.use_cpu is False and asked.cuda_graphs == (graphs is not False)
     with pytest.raises(ValueError, match=r"device is 'cuda:1'.*CUDA_VISIBLE_DEVICES=1"):
         training.training_arguments(replace(settings, device="cuda:1"), tmp_path)
 
