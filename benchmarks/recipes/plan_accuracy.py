@@ -100,7 +100,7 @@ def _cost(sizes: ModelSizes, how: Training, values: dict[str, Any], read: float 
     # `ConsistencyHeads` read a text with the language model; a verifier does not.
     texts = int(scored and not verifier)
     full = step_cost(sizes, how, step, texts=texts, statements=statements)
-    return mean_cost(full, step_cost(sizes, how, None, statements=statements), alone)
+    return mean_cost(full, step_cost(sizes, how, step, statements=statements, alone=True), alone)
 
 
 def main() -> None:

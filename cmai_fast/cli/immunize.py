@@ -63,6 +63,10 @@ def immunize(
         int | None,
         _of_defence("Steps on S_c alone after each full step; they run the vision side only.", _INNER, min=0),
     ] = None,
+    anchor: Annotated[
+        float | None,
+        _of_defence("Weight, in these steps, of how far features are from those before training.", _LOSS),
+    ] = None,
     arm: Annotated[
         bool | None,
         _of_defence("Let ARM raise beta, eps and lam while S_c of adversarial images is low.", _ARM, "--arm/--no-arm"),
@@ -154,13 +158,13 @@ def immunize(
     settings = workflow.ImmunizeSettings(
         model=model, data=data, fields=dict(source.fields), split_seed=split_seed, split=split, missing=missing,
         task=task, defence=defence, eps=threat.eps, norm=norm, inner=inner, inner_steps=inner_steps,
-        refreshes=refreshes, alpha=alpha, beta=beta, consistency_steps=consistency_steps, lam=lam, gamma=gamma,
-        arm=arm, tau_train=tau_train, variance_max=variance_max, beta_max=beta_max, beta_step=beta_step,
+        refreshes=refreshes, alpha=alpha, beta=beta, consistency_steps=consistency_steps, anchor=anchor, lam=lam,
+        gamma=gamma, arm=arm, tau_train=tau_train, variance_max=variance_max, beta_max=beta_max, beta_step=beta_step,
         eps_max=largest, eps_step=rise, lam_max=lam_max, lam_step=lam_step, trainable=trainable, max_steps=max_steps,
-        batch_size=batch_size, learning_rate=learning_rate, muon=muon, recompute=recompute,
-        cuda_graphs=cuda_graphs, eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps, restarts=restarts,
-        limit=limit, max_new_tokens=max_new_tokens, save_steps=save_steps, device=device, dtype=dtype,
-        attention=attention, command=ctx.obj,
+        batch_size=batch_size, learning_rate=learning_rate, muon=muon, recompute=recompute, cuda_graphs=cuda_graphs,
+        eps_warmup=eps_warmup, seed=seed, attack_steps=attack_steps, restarts=restarts, limit=limit,
+        max_new_tokens=max_new_tokens, save_steps=save_steps, device=device, dtype=dtype, attention=attention,
+        command=ctx.obj,
     )  # fmt: skip
     results = workflow.immunize(settings, out, resume=resume, progress=progress)
     print_summary(results, out)

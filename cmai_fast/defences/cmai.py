@@ -8,5 +8,5 @@ from cmai_fast.defences.defence import defence
 
 defence(
     "cmai", "CMAI", inner="bridge", refreshes=0, inner_steps=4, lam=0.5, beta=0.0, gamma=1.0, arm=False,
-    consistency_steps=5,
+    consistency_steps=5, anchor=1.0,
 )  # fmt: skip

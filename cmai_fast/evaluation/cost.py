@@ -87,24 +87,29 @@ class Cost:
 
 
 def step_cost(
-    sizes: ModelSizes, how: Training, step: StepSettings | None, texts: int = 0, statements: float = 0.0
+    sizes: ModelSizes,
+    how: Training,
+    step: StepSettings,
+    texts: int = 0,
+    statements: float = 0.0,
+    alone: bool = False,
 ) -> Cost:
     """The cost of a step of `batch` samples on each card.
 
     Args:
-        step: None: a step on S_c alone.
         texts: as of `step_passes`.
         statements: that a verifier reads and learns from, per sample, each once if samples share them.
+        alone: one of the steps on S_c alone between these.
     """
-    passes = consistency_passes() if step is None else step_passes(step, texts)
-    if step is not None and step.objective != "task":
+    passes = consistency_passes(step.anchor) if alone else step_passes(step, texts)
+    if step.objective != "task":
         how = replace(how, learns="vision")  # the language side does not run, so nothing of it gets a gradient
     # In a step on S_c alone it does not run either, but the optimiser's state of it is there.
-    seconds = _seconds(sizes, how if step is not None else replace(how, learns="vision"), passes)
+    seconds = _seconds(sizes, replace(how, learns="vision") if alone else how, passes)
     if statements:
         for backward in (False, True):
             seconds += _pass(how, {"verifier": sizes.verifier}, how.batch * statements, backward, True, how.device.host)
-    return Cost(passes, seconds, _peak(sizes, how, passes, step))
+    return Cost(passes, seconds, _peak(sizes, how, passes, step, alone))
 
 
 def mean_cost(full: Cost, alone: Cost, count: int) -> Cost:
@@ -173,12 +178,13 @@ def _trained(sizes: ModelSizes, how: Training) -> int:
     return sum(side.weights for side in _learning(sizes, how))
 
 
-def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettings | None) -> float:
+def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettings, alone: bool) -> float:
     """Weights, the optimiser's state, and the most that is there beside them at one of four times."""
     parts, element = how.cards if how.sharded else 1, how.element
-    fare = step is not None and step.objective == "fare"
+    fare = step.objective == "fare"
+    copied = fare or step.anchor > 0  # the vision side as it was
     quantised = sizes.language.quantisable if how.bits else 0
-    weights = float(sizes.vision.weights * (2 if fare else 1) + sizes.language.weights - quantised) * element
+    weights = float(sizes.vision.weights * (2 if copied else 1) + sizes.language.weights - quantised) * element
     weights += quantised * _WEIGHT.get(how.bits or 0, 0.0)
     trained = _trained(sizes, how)
     gradients, of_language = trained * element / parts, (trained - sizes.vision.weights) * element / parts
@@ -192,7 +198,7 @@ def _peak(sizes: ModelSizes, how: Training, passes: StepPasses, step: StepSettin
     )
     # The clean branch leaves gradients; its view of the images waits for the contrastive loss, or that of features, and
     # in FSDP2 for the end of the step.
-    if step is None or step.inner == "none":
+    if alone or step.inner == "none":
         branches, waits = False, False
     else:
         branches = step.objective == "task"

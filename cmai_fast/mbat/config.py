@@ -76,6 +76,14 @@ class MBATConfig(TrainingArguments):
             "consistent under attack with all that is said of a picture. They cost no pass of the language model."
         },
     )
+    anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, in steps on S_c alone, of how far features of attacked images are from those of the clean "
+            "ones before training (the distance of `fare`). It keeps clean accuracy where data say little of a "
+            "picture, for a copy of the vision side and one more of its forward passes."
+        },
+    )
     lam: float = field(default=0.5, metadata={"help": "Weight of the adversarial branch, in [0, 1]."})
     gamma: float = field(
         default=0.1, metadata={"help": "Weight of the contrastive loss; 0: the heads are not trained."}
@@ -208,6 +216,7 @@ class MBATConfig(TrainingArguments):
             "alpha": (0 <= self.alpha < math.inf, "a finite weight of at least 0"),
             "beta": (0 <= self.beta < math.inf, "a finite weight of at least 0"),
             "gamma": (0 <= self.gamma < math.inf, "a finite weight of at least 0"),
+            "anchor": (0 <= self.anchor < math.inf, "a finite weight of at least 0"),
             "tau_train": (self.tau_train is None or -1 <= self.tau_train <= 1, "a value of S_c in [-1, 1], or None"),
             "variance_max": (self.variance_max is None or self.variance_max > 0, "above 0, or None"),
             "beta_max": (
@@ -224,6 +233,9 @@ class MBATConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
         if self.eps_max is not None:
             parse_eps(self.eps_max, self.norm, "eps_max")
+        if self.anchor:
+            alone = "above 0: features are kept near the original ones in steps on S_c alone"
+            self._check_beside(f"anchor {self.anchor}", {"consistency_steps": (self.consistency_steps > 0, alone)})
         if self.objective != "task":
             self._check_features()
         if self.inner == "bridge" and self.objective == "task":

@@ -15,6 +15,7 @@ from cmai_fast.cmcv.verifier import Texts, Verifier
 from cmai_fast.data.collate import negative_texts
 from cmai_fast.mbat import ranks
 from cmai_fast.mbat.checkpoints import CheckpointedTrainer
+from cmai_fast.mbat.drift import Original, squared_distance
 from cmai_fast.mbat.inner import InnerResult
 from cmai_fast.mbat.parts import Part, View
 from cmai_fast.mbat.verifier import INNER_STEPS, inconsistent
@@ -38,6 +39,7 @@ class ConsistencyTrainer(CheckpointedTrainer):
     verifier: Verifier | None  # whose network is `heads`
 
     _graphs: EncoderGraphs | None = None
+    _original: Original | None = None  # for what keeps features where they were
 
     def _images(self, inputs: dict[str, Tensor], *heads: Any) -> Victim:
         """The batch under attack; `heads` as of `Victim`."""
@@ -63,7 +65,7 @@ class ConsistencyTrainer(CheckpointedTrainer):
 
     def _consistency_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
         """Images that maximise inconsistency with all that is said of them, and nothing of the language model."""
-        _, text = self.bridge.inputs(inputs)
+        image, text = self.bridge.inputs(inputs)
         stated = self._read_statements(inputs)
         if "pixel_values" not in inputs or stated is None:
             return Part(text, [], None, None, {})
@@ -83,7 +85,14 @@ class ConsistencyTrainer(CheckpointedTrainer):
         self._count(vision_forward=1, vision_backward=1)
         model_input = result.model_input.to(self.bridge.model.dtype)
         view = View.of(lambda: victim.encode(model_input), self.args.device, keep=keep)
-        return Part(text, [view], None, None, bad_gradients(result), stated)
+        were = self._were(inputs["pixel_values"], image) if self.args.anchor else None
+        return Part(text, [view], None, None, bad_gradients(result), stated, were)
+
+    def _were(self, pixel_values: Tensor, image: dict[str, Tensor]) -> Tensor:
+        """h_v of these images before training, (N, T, D), no gradient."""
+        assert self._original is not None
+        self._count(vision_forward=1)
+        return self._original.features(pixel_values, image)
 
     def _read_texts(self, inputs: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """h_t of the texts (N, text_dim) and of their wrong answers (N * K, text_dim); None if not needed.
@@ -141,7 +150,8 @@ class ConsistencyTrainer(CheckpointedTrainer):
     def _verify(self, parts: list[Part]) -> dict[str, Tensor]:
         """As `_contrast`, by the verifier: the cross-entropy of the right answers among their alternatives, over all
         that is said of each picture. A sample's loss does not depend on the others of its batch. In a step of S_c
-        alone it is the whole loss, and of adversarial images."""
+        alone it is of adversarial images, and the whole loss but for how far their features are from where the clean
+        ones were (`MBATConfig.anchor`)."""
         verifier, alone = self.verifier, self._of_consistency
         assert verifier is not None
         weight = self._share * (1.0 if alone else self.args.gamma)
@@ -161,9 +171,18 @@ class ConsistencyTrainer(CheckpointedTrainer):
         if weight:
             self._backward(weight * loss)
         if alone:
-            return {"loss_consistency": loss.detach()}
+            return {"loss_consistency": loss.detach()} | self._anchored(parts)
         scores = [each.detach().exp() for each in log_p]
         return {"loss_contrastive": loss.detach(), **dict(zip(("s_c_clean", "s_c_adv"), scores, strict=False))}
+
+    def _anchored(self, parts: list[Part]) -> dict[str, Tensor]:
+        """The mean distance of features from where they were, by name; its gradients stay at the views' leaves."""
+        drift = [squared_distance(part.views[0].leaf, part.were) for part in parts if part.were is not None]
+        if not drift:
+            return {}
+        loss = torch.cat(drift).mean()
+        self._backward(self._share * self.args.anchor * loss)
+        return {"loss_drift": loss.detach()}
 
     def _backward(self, loss: Tensor) -> None:
         """Adds its gradients to `.grad`. DeepSpeed's engine gets them at the end of an optimizer step (`zero.step`)."""

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cmai_fast.attacks import Exact, Victim
 from cmai_fast.attacks.victim import Outputs
-from cmai_fast.bridge import ModelBridge, frozen
 from cmai_fast.mbat.consistency import ConsistencyTrainer, bad_gradients
+from cmai_fast.mbat.drift import cosine_distance, squared_distance
 from cmai_fast.mbat.inner import climbed, inner_sizes
 from cmai_fast.mbat.parts import WEIGHTS, Part, View
-
-
-def squared_distance(features: Tensor, target: Tensor) -> Tensor:
-    """||h - t||^2 / ||t||^2 per sample (n,), float32, of h and t (n, T, D)."""
-    features, target = (_flat(each) for each in (features, target))
-    return (features - target).square().sum(1) / target.square().sum(1).clamp_min(torch.finfo(target.dtype).tiny)
-
-
-def cosine_distance(features: Tensor, target: Tensor) -> Tensor:
-    """1 - cos(h, t) per sample (n,), float32, of h and t (n, T, D)."""
-    return 1 - F.cosine_similarity(_flat(features), _flat(target), dim=1)
-
-
-def _flat(features: Tensor) -> Tensor:
-    return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(1)
-
 
 DISTANCES = {"fare": squared_distance, "sim-clip": cosine_distance}
 
@@ -55,10 +37,6 @@ class FeatureTrainer(ConsistencyTrainer):
       with stopped gradients; the attack minimises the cosine. There is no phi_0.
     """
 
-    # With a copy of the vision side, for `fare`. It is not part of checkpoints: a run resumes with the model that it
-    # began with.
-    _original: ModelBridge | None = None
-
     def _feature_side(self, inputs: dict[str, Tensor], *, keep: bool) -> Part:
         """The attack on the features of these samples, and the loss of their adversarial (and clean) images."""
         args, (image, text) = self.args, self.bridge.inputs(inputs)
@@ -68,7 +46,7 @@ class FeatureTrainer(ConsistencyTrainer):
         if args.objective == "sim-clip" or self.lam < 1:
             clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
             self._count(vision_forward=1)
-        target = self._target(inputs["pixel_values"], image, clean)
+        target = self._were(inputs["pixel_values"], image) if clean is None or self._original else clean.leaf.detach()
         victim = self._images(inputs)
         ball = self._ball
         sizes = inner_sizes(args.inner, ball.eps, args.inner_steps, args.inner_step_size)
@@ -81,15 +59,6 @@ class FeatureTrainer(ConsistencyTrainer):
         sums = self._pulled_together(adversarial.leaf, clean, target, inputs[WEIGHTS])
         views = [adversarial] if clean is None else [clean, adversarial]
         return Part(text, views, None, None, sums | bad_gradients(result))
-
-    def _target(self, pixel_values: Tensor, image: dict[str, Tensor], clean: View | None) -> Tensor:
-        """Where the features of these images belong, (N, T, D), no gradient."""
-        if self._original is None:
-            assert clean is not None
-            return clean.leaf.detach()
-        with frozen(self._original.model), torch.no_grad():
-            self._count(vision_forward=1)
-            return self._original.encode_image(pixel_values, **image)
 
     def _pulled_together(self, leaf: Tensor, clean: View | None, target: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """The losses by name, 0-d, detached; their gradients stay at the leaves."""

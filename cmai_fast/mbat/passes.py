@@ -12,7 +12,8 @@ from cmai_fast.mbat.verifier import INNER_STEPS
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The fields of `MBATConfig` that decide it, with its defaults; gamma counts in memory alone."""
+    """The fields of `MBATConfig` that decide it, with its defaults; gamma counts in memory alone, anchor in steps on
+    S_c alone and in memory."""
 
     inner: str = "bridge"
     inner_steps: int = 10
@@ -20,6 +21,7 @@ class StepSettings:
     lam: float = 0.5
     objective: str = "task"
     gamma: float = 0.1
+    anchor: float = 0.0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> StepSettings:
@@ -58,9 +60,9 @@ def step_passes(args: StepSettings | Any, texts: int = 0) -> StepPasses:
     return StepPasses(clean + _full(1) + texts_read, attack)
 
 
-def consistency_passes() -> StepPasses:
-    """The passes of a step on S_c alone (`MBATConfig.consistency_steps`)."""
-    return StepPasses(_vision(1), _vision(INNER_STEPS))
+def consistency_passes(anchor: float = 0.0) -> StepPasses:
+    """The passes of a step on S_c alone (`MBATConfig.consistency_steps`, `anchor`)."""
+    return StepPasses(_vision(1) + Passes(vision_forward=int(anchor > 0)), _vision(INNER_STEPS))
 
 
 def _attack(args: Any) -> Passes:

@@ -61,7 +61,7 @@ class StepTrainer(FeatureTrainer):
             elif self.heads is not None and looked:
                 found |= self._verify(looked) if self.verifier else self._contrast(looked, self.bridge.inputs(seen)[1])
         weights = {"loss_clean": 1 - self.lam if args.inner != "none" else 1.0, "loss_adv": self.lam}
-        weights |= {"loss_contrastive": args.gamma, "loss_consistency": 1.0}
+        weights |= {"loss_contrastive": args.gamma, "loss_consistency": 1.0, "loss_drift": args.anchor}
         losses = [weights[k] * v for k, v in found.items() if k in weights]
         # A step of S_c alone has none if its samples have no image.
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=args.device)

@@ -20,12 +20,12 @@ from cmai_fast.attacks import Passes
 from cmai_fast.attacks.words import check_words
 from cmai_fast.bridge import bridge_of, lean_activations, set_recompute, unpack
 from cmai_fast.cmcv import ConsistencyHeads
-from cmai_fast.cmcv.tower import beside
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.mbat import optimizers, ranks, shards, zero
 from cmai_fast.mbat.adapters import adapter_parameters, check_adapters_learn, check_saving, has_adapters, train_only
 from cmai_fast.mbat.batches import RecordCollator, checked
 from cmai_fast.mbat.config import MBATConfig
+from cmai_fast.mbat.drift import Original
 from cmai_fast.mbat.evaluating import EvaluatingTrainer
 from cmai_fast.mbat.parts import DoesNotFitError, RNGState, gradients_aside, halved
 from cmai_fast.mbat.quantized import check_vision_side, freeze_language_model, is_quantized, trainable_in_part
@@ -123,7 +123,7 @@ class MBATTrainer(EvaluatingTrainer):
         self._leader: torch.optim.Optimizer | None = None  # the one that the heads' optimizer follows
         self._step_heads: Callable[[], None] | None = None  # where DeepSpeed steps the model
         self._named_optimizer = False  # whether args.optim says what steps the model
-        self._original = bridge_of(beside(self.bridge)) if args.objective == "fare" else None
+        self._original = Original(self.bridge) if args.objective == "fare" or args.anchor else None
         self._prepare_model(model, args)
         if data_collator is None:
             statements = self.verifier.statements if self.verifier else None
@@ -139,8 +139,7 @@ class MBATTrainer(EvaluatingTrainer):
         check_graphs(self)
         check_dispatch(self)
         if self._original is not None:
-            for part in self._original.vision_side:
-                part.to(args.device)
+            self._original.to(args.device)
         if self.heads is not None:
             self.heads.to(args.device)
             ranks.copy_from_first(self.heads.parameters())
@@ -216,6 +215,11 @@ class MBATTrainer(EvaluatingTrainer):
             raise ValueError(
                 f"recompute was {self._recompute!r} when the trainer was made and is {args.recompute!r} now; set it "
                 "before"
+            )
+        if args.anchor and self._original is None:
+            raise ValueError(
+                f"anchor was 0 when the trainer was made, which then copied no vision side, and is {args.anchor} now; "
+                "set it before"
             )
         if self.heads is None and (args.gamma or args.lowers_consistency):
             raise ValueError(

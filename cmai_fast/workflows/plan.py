@@ -138,11 +138,10 @@ def _rows(sizes: Any, settings: PlanSettings) -> list[dict[str, Any]]:
                     step = StepSettings(inner_steps=settings.inner_steps, gamma=0.0, **fields)
                     costs[name] = step_cost(sizes, how, step), 1
             if scored:
-                alone = step_cost(sizes, how, None, statements=STATEMENTS)
-                count = cmai["consistency_steps"]
+                step, count = StepSettings.of(cmai), cmai["consistency_steps"]
+                full, alone = (step_cost(sizes, how, step, statements=STATEMENTS, alone=a) for a in (False, True))
                 costs["consistency"] = alone, 1
-                mean = mean_cost(step_cost(sizes, how, StepSettings.of(cmai), statements=STATEMENTS), alone, count)
-                costs[CMAI] = mean, 1 + count
+                costs[CMAI] = mean_cost(full, alone, count), 1 + count
             clean = costs["clean"][0].seconds
             for name, (cost, steps) in costs.items():
                 hours = cost.seconds * settings.steps / 3600

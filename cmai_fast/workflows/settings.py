@@ -9,7 +9,9 @@ from typing import Any
 
 from cmai_fast.data.sources import DataSource
 
-OF_DEFENCE = ("inner", "inner_steps", "refreshes", "beta", "consistency_steps", "lam", "gamma", "arm", "trainable")
+OF_DEFENCE = (
+    "inner", "inner_steps", "refreshes", "beta", "consistency_steps", "anchor", "lam", "gamma", "arm", "trainable",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,6 +41,7 @@ class ImmunizeSettings:
     alpha: float = 1.0
     beta: float | None = None
     consistency_steps: int | None = None
+    anchor: float | None = None
     lam: float | None = None
     gamma: float | None = None
     arm: bool | None = None

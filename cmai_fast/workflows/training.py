@@ -34,8 +34,8 @@ HEAD_STEPS = 300  # batches that heads learn before MBAT uses their S_c; a verif
 TRAINING, CALIBRATION = "training", "calibration"
 # Settings whose names are those of MBATConfig.
 _SAME = (
-    "eps norm inner inner_steps refreshes alpha beta consistency_steps lam gamma arm trainable eps_warmup max_steps "
-    "seed save_steps learning_rate muon recompute"
+    "eps norm inner inner_steps refreshes alpha beta consistency_steps anchor lam gamma arm trainable eps_warmup "
+    "max_steps seed save_steps learning_rate muon recompute"
 ).split()
 # The same, and without effect where ARM is off.
 _OF_ARM = "tau_train variance_max beta_max beta_step eps_max eps_step lam_max lam_step".split()
@@ -167,8 +167,8 @@ def train(
 def _curves(trainer: MBATTrainer) -> dict[str, list[Any]]:
     logs = [entry for entry in trainer.state.log_history if "loss_clean" in entry or "loss_adv" in entry]
     curves = (
-        "loss", "loss_clean", "loss_adv", "loss_contrastive", "loss_consistency", "s_c_clean", "s_c_adv", "beta", "eps",
-        "lam", "arm_level", "arm_mean", "arm_variance", "tau_train",
+        "loss", "loss_clean", "loss_adv", "loss_contrastive", "loss_consistency", "loss_drift", "s_c_clean", "s_c_adv",
+        "beta", "eps", "lam", "arm_level", "arm_mean", "arm_variance", "tau_train",
     )  # fmt: skip
     return {
         "step": [entry["step"] for entry in logs],

@@ -111,9 +111,9 @@ def sizes():
 
 def cost(sizes, name="bridge R=0", **how):
     fields = SOLVERS[name]
-    step = None if fields is None else StepSettings(**{"gamma": 0.0, **fields})
+    step = StepSettings(**{"gamma": 0.0, **(fields or {})})
     at_once = replace(DEVICES["h200"], host=0.0)  # else a model so small takes the time of the host alone
-    return step_cost(sizes, replace(Training(at_once, batch=512), **how), step)
+    return step_cost(sizes, replace(Training(at_once, batch=512), **how), step, alone=fields is None)
 
 
 def test_what_costs_more_is_predicted_to(sizes):
@@ -147,11 +147,22 @@ def test_with_a_contrastive_loss_the_clean_images_wait_for_the_attack(sizes):
 def test_a_verifier_reads_each_statement(sizes):
     """Beside a small model that is a fourth of a step, beside a large one nothing."""
     how = Training(DEVICES["cpu"], batch=32, element=4)
-    none, some, twice = (step_cost(sizes, how, None, statements=n).seconds for n in (0.0, 9.0, 18.0))
+    none, some, twice = (
+        step_cost(sizes, how, StepSettings(), statements=n, alone=True).seconds for n in (0.0, 9.0, 18.0)
+    )
     assert 0 < some - none == pytest.approx(twice - some, rel=1e-6)
     words = round(sizes.tokens * sizes.text)
     products = 3 * 32 * 9 * 2 * 8 * 128**2 * words / DEVICES["cpu"].peak[4]  # forward, and twice that backward
     assert products < some - none < 4 * products  # and what goes through memory
+
+
+def test_an_anchor_costs_a_copy_of_the_vision_side_and_one_of_its_passes(sizes):
+    how = Training(replace(DEVICES["h200"], host=0.0), batch=512)
+    for alone in (True, False):
+        without, with_it = (step_cost(sizes, how, StepSettings(anchor=a), alone=alone) for a in (0.0, 1.0))
+        assert with_it.peak - without.peak == sizes.vision.weights * how.element
+        more = with_it.passes.total.vision_forward - without.passes.total.vision_forward
+        assert more == alone and (with_it.seconds > without.seconds) == alone
 
 
 def test_several_cards(sizes):

@@ -12,6 +12,7 @@ from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.verifier import Verifier
 from cmai_fast.data import VQACollator, load_dataset
 from cmai_fast.mbat import MBATConfig, MBATTrainer, last_checkpoint
+from cmai_fast.mbat.drift import squared_distance
 from cmai_fast.mbat.passes import consistency_passes
 from cmai_fast.mbat.verifier import INNER_STEPS, inconsistent
 from cmai_fast.pipeline import Pipeline
@@ -123,8 +124,9 @@ def test_a_step_in_parts_is_the_whole_step(trained_by, data):
             torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_consistency_step_runs_the_vision_side_alone(trained_by, data):
-    trainer = trained_by(consistency_steps=2, max_steps=6)
+@pytest.mark.parametrize("anchor", [0.0, 2.0])
+def test_a_consistency_step_runs_the_vision_side_alone(trained_by, data, anchor):
+    trainer = trained_by(consistency_steps=2, max_steps=6, anchor=anchor)
     trainer.create_optimizer()
     vision = {id(p) for p in trainer.bridge.vision_parameters}
     inputs = trainer.data_collator([data[i] for i in range(4)])
@@ -136,22 +138,29 @@ def test_a_consistency_step_runs_the_vision_side_alone(trained_by, data):
         learning = {id(p) for p in trainer.model.parameters() if p.grad is not None and p.grad.any()}
         assert learning & vision and bool(learning - vision) is not alone
         if alone:  # the attack, and the adversarial branch
-            assert trainer.passes == before + consistency_passes().total
-            assert consistency_passes().total == Passes(0, 0, INNER_STEPS + 1, INNER_STEPS + 1)
+            assert trainer.passes == before + consistency_passes(anchor).total
+            assert consistency_passes(anchor).total == Passes(0, 0, INNER_STEPS + 1 + bool(anchor), INNER_STEPS + 1)
 
 
-def test_consistency_steps_are_logged_resumed_and_done_in_parts(trained_by, data, tmp_path):
-    whole = trained_by(max_steps=4, save_steps=3, consistency_steps=1)
+@pytest.mark.parametrize("anchor", [0.0, 2.0])
+def test_consistency_steps_are_logged_resumed_and_done_in_parts(trained_by, data, tmp_path, anchor):
+    settings = {"consistency_steps": 1, "anchor": anchor}
+    whole = trained_by(max_steps=4, save_steps=3, **settings)
     whole.train()
     logs = [entry for entry in whole.state.log_history if "loss" in entry]
     assert ["loss_consistency" in entry for entry in logs] == [False, True, False, True]
+    assert ["loss_drift" in entry for entry in logs] == [False, anchor > 0, False, anchor > 0]
     assert ["loss_clean" in entry for entry in logs] == [True, False, True, False]
-    resumed = trained_by(max_steps=4, save_steps=3, consistency_steps=1)
+    for entry in logs:
+        if "loss_consistency" in entry:
+            whole_loss = entry["loss_consistency"] + anchor * entry.get("loss_drift", 0.0)
+            assert entry["loss"] == pytest.approx(whole_loss, rel=1e-4)
+    resumed = trained_by(max_steps=4, save_steps=3, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert equal(weights(whole), weights(resumed))
     grads = []
     for size in (6, 4):
-        trainer = trained_by(consistency_steps=1)
+        trainer = trained_by(**settings)
         trainer.create_optimizer()
         trainer.state.global_step = 1
         trainer._step({**trainer.data_collator([data[i] for i in range(6)]), "sample_ids": torch.arange(6)}, size)
@@ -159,6 +168,21 @@ def test_consistency_steps_are_logged_resumed_and_done_in_parts(trained_by, data
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_an_anchor_keeps_features_where_they_were(trained_by, data):
+    drift = {}
+    for anchor in (0.0, 20.0):
+        trainer = trained_by(consistency_steps=5, max_steps=12, learning_rate=1e-2, anchor=anchor)
+        inputs = trainer.data_collator([data[i] for i in range(6)])
+        with torch.no_grad():
+            before = trainer.bridge.encode_image(inputs["pixel_values"])
+        trainer.train()
+        with torch.no_grad():
+            drift[anchor] = squared_distance(trainer.bridge.encode_image(inputs["pixel_values"]), before).mean()
+            if anchor:
+                assert torch.equal(trainer._original.features(inputs["pixel_values"], {}), before)
+    assert drift[20.0] < 0.7 * drift[0.0]
 
 
 def test_an_attack_on_consistency_lowers_it_and_stays_in_the_ball(trained_by, data):
@@ -213,6 +237,12 @@ def test_what_does_not_fit_is_refused(trained_by, make_tiny, data):
         plain.train()
     with pytest.raises(ValueError, match="consistency_steps is 2, and heads is no Verifier"):
         trained_by(heads=ConsistencyHeads(32, 32), consistency_steps=2)
+    with pytest.raises(ValueError, match=r"consistency_steps is 0 and anchor 1.0; expected consistency_steps above 0"):
+        trained_by(anchor=1.0)
+    later = trained_by(consistency_steps=2)
+    later.args.anchor = 0.5
+    with pytest.raises(ValueError, match=r"anchor was 0 when the trainer was made.* and is 0.5 now; set it before"):
+        later.train()
     frozen_vision = trained_by(consistency_steps=2)
     for p in frozen_vision.bridge.vision_parameters:
         p.requires_grad_(False)
