@@ -198,7 +198,7 @@ from the same data:
 
 ```python
 verifier = cf.Verifier.for_data(model, processor, records)
-config = cf.MBATConfig("out", gamma=1.0, beta=0.0, arm=False, consistency_steps=5)
+config = cf.MBATConfig("out", gamma=1.0, beta=0.0, arm=False, consistency_steps=5, anchor=1.0)
 trainer = cf.MBATTrainer(model, config, heads=verifier, ...)
 ```
 
@@ -212,6 +212,10 @@ model.
 - With `consistency_steps=n` each full step is followed by n steps on S_c alone: an attack of three steps on S_c, and
   the verifier's loss on its images. They train the vision side, and the language model does not run. [What this
   buys](results.md#what-consistency-buys).
+- In these steps `anchor` weighs how far features of the attacked images are from those of the clean ones before
+  training, by the distance of `fare`, from a copy of the vision side. The verifier's loss alone lets features of which
+  the records say nothing go, and clean accuracy with them, the more the less they say of a picture. [What this
+  buys](results.md#robust-accuracy-for-training-time).
 - `Verifier.for_data` reads the records once; pictures given as files are told apart by their paths, others by
   content. With a data set that cannot be read in advance, `VQACollator(processor, statements=...)` takes a function
   of your own.

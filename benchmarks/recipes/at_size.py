@@ -42,6 +42,8 @@ STEPS: dict[str, dict[str, Any]] = {
     # The mean over a full step and five on S_c alone.
     "cmai-r0": {"inner": "bridge", "refreshes": 0, **_CONSISTENT},
     "cmai-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_CONSISTENT},
+    "cmai": {"inner": "bridge", "refreshes": 0, "anchor": 1.0, **_CONSISTENT},
+    "cmai-graphs": {"inner": "bridge", "refreshes": 0, "anchor": 1.0, "cuda_graphs": True, **_CONSISTENT},
     "bridge-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_ALONE},
     "mbat-bridge-r1": {"inner": "bridge", "refreshes": 1},
     "mbat-bridge-r2": {"inner": "bridge", "refreshes": 2},
