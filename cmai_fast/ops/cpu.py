@@ -233,6 +233,11 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def like(tensor: Tensor) -> Tensor:
+    """Contiguous, without values."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _carries_activation(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0
 
@@ -243,7 +248,7 @@ def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "
     native, layout = _C.gated_activation, (TYPES[x.dtype], x.numel(), RATES[kind])
 
     def kernel(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
-        x, other, out = x.contiguous(), contiguous(other), x.new_empty(x.shape)
+        x, other, out = x.contiguous(), contiguous(other), like(x)
         native(*layout, x.data_ptr(), _pointer(other), out.data_ptr(), torch.get_num_threads())
         return out
 
@@ -259,7 +264,7 @@ def _plan_gated_activation_backward(
 
     def kernel(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
         grad, x, other = grad.contiguous(), x.contiguous(), contiguous(other)
-        grad_x, grad_other = x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
+        grad_x, grad_other = like(x), x.new_empty(0) if other is None else like(x)
         native(
             *layout, x.data_ptr(), _pointer(other), grad.data_ptr(), grad_x.data_ptr(), grad_other.data_ptr(),
             torch.get_num_threads(),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from cmai_fast import ops
 from cmai_fast.ops import backend, cpu
@@ -219,6 +223,118 @@ def test_second_derivative_is_refused(gated: bool) -> None:
     grads = torch.autograd.grad(ops.gated_activation(*leaves).sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="gated_activation has no second derivative"):
         sum(grad.sum() for grad in grads).backward()
+
+
+def by_dispatcher(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+    return torch.ops.cmai_fast.gated_activation(x, other, kind)
+
+
+def dispatched(profile: torch.profiler.profile) -> set[str]:
+    """The operators of the library that PyTorch's dispatcher was asked for."""
+    return {event.name for event in profile.events() if event.name.startswith("cmai_fast::")}
+
+
+@carried
+@GATED
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_call_without_the_dispatcher_gives_the_same_bits(
+    in_use: Implementation, dtype: torch.dtype, gated: bool
+) -> None:
+    """The dispatcher would take more time than everything else of a small call."""
+    x, other, grad = make((5, 7), dtype, gated)
+    on_cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=on_cpu) as direct:
+        mine = value_and_gradients(operator(in_use, "quick_gelu"), x, other, grad, in_use.device)
+        with torch.no_grad():
+            alone = in_use("gated_activation")(x, other, "quick_gelu").cpu()
+    with torch.profiler.profile(activities=on_cpu) as by_operator:
+        right = value_and_gradients(lambda *a: by_dispatcher(*a, kind="quick_gelu"), x, other, grad, in_use.device)
+    assert dispatched(direct) == set()
+    assert {"cmai_fast::gated_activation", "cmai_fast::gated_activation_backward"} <= dispatched(by_operator)
+    assert all(torch.equal(a, b) for a, b in zip([alone, *mine], [right[0], *right], strict=True))
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_transforms_see_the_operators() -> None:
+    x, other, grad = make((5, 7), torch.float32, True)
+    x.requires_grad_()
+    with Watching() as forward:
+        out = ops.gated_activation(x, other)
+    assert "cmai_fast.gated_activation.default" in forward.names
+    for value in (out, ops.gated_activation(x, other)):  # also where the forward pass had no mode
+        with Watching() as backward:
+            torch.autograd.grad(value, x, grad)
+        assert "cmai_fast.gated_activation_backward.default" in backward.names
+    with FakeTensorMode() as mode:
+        assert isinstance(ops.gated_activation(mode.from_tensor(x)), FakeTensor)
+    # One row of gradients at a time, and all rows in one transform.
+    rows = torch.eye(grad.numel()).view(-1, *grad.shape)
+    value = ops.gated_activation(x, other)
+    one_by_one = torch.stack([torch.autograd.grad(value, x, row, retain_graph=True)[0] for row in rows])
+    (at_once,) = torch.autograd.grad(value, x, rows, is_grads_batched=True)
+    assert torch.equal(at_once, one_by_one)
+
+
+def test_gradients_that_are_not_what_their_memory_holds() -> None:
+    x, other, grad = make((5, 7), torch.float32, True)
+    leaves = [x.requires_grad_(), other.requires_grad_()]
+    for row in (torch._neg_view(grad), torch._efficientzerotensor(grad.shape)):
+        found, right = (
+            torch.autograd.grad(function(*leaves), leaves, row) for function in (ops.gated_activation, by_dispatcher)
+        )
+        torch.testing.assert_close(found, right)
+
+
+@GATED
+def test_what_a_backward_pass_needs_is_saved_for_it(gated: bool) -> None:
+    """By hooks, as checkpoints and offloading do it, and with a check that nobody changes it."""
+    x, other, grad = make((5, 7), torch.float32, gated)
+    right = value_and_gradients(ops.gated_activation, x, other, grad)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hooked = value_and_gradients(ops.gated_activation, x, other, grad)
+    assert [tensor.shape for tensor in packed] == [x.shape] * (2 if gated else 1)
+    again = value_and_gradients(
+        lambda *args: checkpoint(ops.gated_activation, *args, use_reentrant=False), x, other, grad
+    )
+    for got in (hooked, again):
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+    gate = x.clone().requires_grad_() * 1
+    out = ops.gated_activation(gate, other)
+    gate.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_without_gradients_nothing_is_recorded() -> None:
+    x, other, _ = make((5, 7), torch.float32, True)
+    assert ops.gated_activation(x, other).grad_fn is None
+    with torch.no_grad():
+        assert not ops.gated_activation(x.requires_grad_(), other).requires_grad
+    with torch.inference_mode():
+        assert ops.gated_activation(x, other).is_inference()
+    assert ops.gated_activation(x.detach(), other.requires_grad_()).requires_grad
+
+
+def test_arguments_of_the_wrong_type_are_named() -> None:
+    x = torch.rand(2, 3, requires_grad=True)
+    for arguments, name in [((1.0,), "x"), ((x, 2.0), "other"), ((x, [x]), "other"), ((x, None, ["silu"]), "kind")]:
+        with pytest.raises(RuntimeError, match=rf"gated_activation\(\).*'{name}'"):
+            ops.gated_activation(*arguments)
 
 
 def test_wrong_arguments_are_named() -> None:
