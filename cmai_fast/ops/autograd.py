@@ -64,8 +64,11 @@ class _GatedActivation(torch.autograd.Function):
 
 
 def gated_activation(x: Tensor, other: Tensor | None, kind: str) -> Tensor:
-    """The operator, or the same without PyTorch's dispatcher, which would take most of a call's time: every MLP of a
-    model makes one."""
+    """The operator `gated_activation`. Bypasses PyTorch's dispatcher unless a mode or transform is active.
+
+    Every MLP of a model makes a call. With the dispatcher its forward and backward pass over 4 x 8 elements would take
+    91 microseconds instead of 52, in plain PyTorch 30 (gated SiLU, C++ kernel, one thread, AMD EPYC, best of 25).
+    """
     if not is_plain(x) or not (other is None or type(other) is Tensor):
         return torch.ops.cmai_fast.gated_activation(x, other, kind)
     if torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad)):
