@@ -1,4 +1,4 @@
-// How a kernel that takes a step becomes a Python function. Tensors arrive as addresses, so that nothing here links to
+// How a kernel becomes a Python function. Tensors arrive as addresses, so that nothing here links to
 // PyTorch; cmai_fast/ops has checked shapes, dtypes and layout before. `Tail` holds the further arguments of a backend.
 #pragma once
 
@@ -57,6 +57,30 @@ void define_random_start(pybind11::module_& module, const char* name, void (*ker
         kernel(
             {layout, at<float>(adv), at<const void>(clean), at<const float>(eps), at<const int64_t>(sample_ids), seed},
             tail...);
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+template <class... Tail>
+void define_gated_activation(pybind11::module_& module, const char* name,
+                             void (*kernel)(const GatedActivation&, void*, Tail...)) {
+  module.def(
+      name,
+      [kernel](const Layout& layout, float rate, Address x, Address other, Address out, Tail... tail) {
+        kernel({layout, rate, at<const void>(x), at<const void>(other)}, at<void>(out), tail...);
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+template <class... Tail>
+void define_gated_activation_backward(pybind11::module_& module, const char* name,
+                                      void (*kernel)(const GatedActivation&, const void*, void*, void*, Tail...)) {
+  module.def(
+      name,
+      [kernel](const Layout& layout, float rate, Address x, Address other, Address grad, Address grad_x,
+               Address grad_other, Tail... tail) {
+        kernel({layout, rate, at<const void>(x), at<const void>(other)}, at<const void>(grad), at<void>(grad_x),
+               at<void>(grad_other), tail...);
       },
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -55,21 +55,8 @@ PYBIND11_MODULE(_C, module) {
   define_apgd_step(module, "apgd_l2_step", apgd_l2_step);
   define_random_start(module, "random_start_linf", random_start_linf);
   define_random_start(module, "random_start_l2", random_start_l2);
-  module.def(
-      "gated_activation",
-      [](int type, int64_t count, float rate, Address x, Address other, Address out, int threads) {
-        gated_activation({static_cast<Type>(type), count, rate, at<const void>(x), at<const void>(other)},
-                         at<void>(out), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  module.def(
-      "gated_activation_backward",
-      [](int type, int64_t count, float rate, Address x, Address other, Address grad, Address grad_x,
-         Address grad_other, int threads) {
-        gated_activation_backward({static_cast<Type>(type), count, rate, at<const void>(x), at<const void>(other)},
-                                  at<const void>(grad), at<void>(grad_x), at<void>(grad_other), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
+  define_gated_activation(module, "gated_activation", gated_activation);
+  define_gated_activation_backward(module, "gated_activation_backward", gated_activation_backward);
   module.attr("BUILD") = build();
 #ifdef CMAI_FAST_WITH_CUDA
   cuda::define(module);

@@ -11,6 +11,8 @@ void define(pybind11::module_& module) {
   define_apgd_step(module, "cuda_apgd_l2_step", apgd_l2_step);
   define_random_start(module, "cuda_random_start_linf", random_start_linf);
   define_random_start(module, "cuda_random_start_l2", random_start_l2);
+  define_gated_activation(module, "cuda_gated_activation", gated_activation);
+  define_gated_activation_backward(module, "cuda_gated_activation_backward", gated_activation_backward);
   module.def("cuda_scratch_size", scratch_size);
   module.def("cuda_carries", carries);
   module.def("cuda_no_device", no_device);

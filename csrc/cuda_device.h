@@ -81,6 +81,7 @@ struct Access {
 using Wide = Access<4, true>;     // every tensor's rows are aligned to four of its elements
 using Narrow = Access<1, false>;  // neighbours to neighbouring threads
 using Spread = Access<4, false>;  // sums in the order of Wide, so that a result does not depend on the alignment
+using Halves = Access<8, true>;   // every tensor is of 16-bit floats, and aligned to eight of them
 
 template <int kBytes>
 struct Word;
@@ -165,7 +166,9 @@ __host__ __device__ inline int bytes_of(Type type) {
 // Zeros past the end of the tile.
 template <class A>
 __device__ inline void load(const void* tensor, Type type, const Tile& tile, Raw& raw) {
-  if (type == Type::kFloat32) {
+  if constexpr (A::kSpan == Halves::kSpan) {
+    load_words<A, 2>(tensor, tile, raw);
+  } else if (type == Type::kFloat32) {
     load_words<A, 4>(tensor, tile, raw);
   } else if (type == Type::kUInt8) {
     load_words<A, 1>(tensor, tile, raw);
@@ -194,6 +197,12 @@ __device__ inline uint32_t narrow_bf16(float value) {
   uint16_t half;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
+}
+// To one unit in the last place: the exact one takes as many instructions as all the rest of an activation.
+__device__ inline float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
 
 void check(cudaError_t error);
@@ -239,7 +248,7 @@ __device__ inline void widen(const Raw& raw, Type type, float (&values)[kEach]) 
   for (int i = 0; i < kEach; ++i) {
     const int first = i / A::kSpan * A::kSpan, lane = i % A::kSpan;
     const uint32_t half = A::kWide ? raw[first + lane / 2] >> 16 * (lane % 2) & 0xffff : raw[i];
-    const uint32_t byte = A::kWide ? raw[first] >> 8 * lane & 0xff : raw[i];
+    const uint32_t byte = A::kWide ? raw[first] >> 8 * (lane % 4) & 0xff : raw[i];
     switch (type) {
       case Type::kFloat32:
         values[i] = as_float(raw[i]);
@@ -263,6 +272,22 @@ __device__ inline void store(float* tensor, const Tile& tile, const float (&valu
 #pragma unroll
   for (int i = 0; i < kEach; ++i) raw[i] = as_bits(values[i]);
   store_words<A, 4>(tensor, tile, raw);
+}
+
+// Rounded to a float type.
+template <class A>
+__device__ inline void store(void* tensor, Type type, const Tile& tile, const float (&values)[kEach]) {
+  if constexpr (A::kSpan != Halves::kSpan) {
+    if (type == Type::kFloat32) return store<A>(static_cast<float*>(tensor), tile, values);
+  }
+  Raw raw;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const uint32_t half = type == Type::kBFloat16 ? narrow_bf16(values[i]) : narrow_fp16(values[i]);
+    const int lane = i % A::kSpan, word = A::kWide ? i / A::kSpan * A::kSpan + lane / 2 : i;
+    raw[word] = A::kWide && lane % 2 == 1 ? raw[word] | half << 16 : half;
+  }
+  store_words<A, 2>(tensor, tile, raw);
 }
 
 // Calls body(i, mean, std) for the thread's elements.
@@ -300,15 +325,7 @@ __device__ inline void store_model_input(void* tensor, Type type, const Channels
   if (channels.std != nullptr) {
     for_each_channel<A>(channels, tile, [&](int i, float mean, float std) { values[i] = (values[i] - mean) / std; });
   }
-  if (type == Type::kFloat32) return store<A>(static_cast<float*>(tensor), tile, values);
-  Raw raw;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const uint32_t half = type == Type::kBFloat16 ? narrow_bf16(values[i]) : narrow_fp16(values[i]);
-    const int lane = i % A::kSpan, word = A::kWide ? i / A::kSpan * A::kSpan + lane / 2 : i;
-    raw[word] = A::kWide && lane % 2 == 1 ? raw[word] | half << 16 : half;
-  }
-  store_words<A, 2>(tensor, tile, raw);
+  store<A>(tensor, type, tile, values);
 }
 
 // Adds the NaN and infinite elements to nonfinite[row] (or null). All threads of the block take part.

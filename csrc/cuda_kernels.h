@@ -12,7 +12,7 @@ namespace cmai_fast::cuda {
 using Address = std::uintptr_t;
 
 // Doubles that a step asks for as `scratch`, other than pgd_linf_step without velocity, apgd_linf_step and
-// random_start_linf, which need none.
+// random_start_linf, which need none; nor does the gated activation.
 int64_t scratch_size(const Layout& layout);
 
 // Whether one launch covers the whole batch, and 32-bit indices the channels of a row.
@@ -24,6 +24,9 @@ void apgd_linf_step(const ApgdStep& args, Address scratch, int device, Address s
 void apgd_l2_step(const ApgdStep& args, Address scratch, int device, Address stream);
 void random_start_linf(const RandomStart& args, Address scratch, int device, Address stream);
 void random_start_l2(const RandomStart& args, Address scratch, int device, Address stream);
+void gated_activation(const GatedActivation& args, void* out, Address scratch, int device, Address stream);
+void gated_activation_backward(const GatedActivation& args, const void* grad, void* grad_x, void* grad_other,
+                               Address scratch, int device, Address stream);
 
 // Empty if a CUDA device can be used, or CUDA's reason why none can.
 std::string no_device();

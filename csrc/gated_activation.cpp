@@ -5,6 +5,7 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "scalar.h"
 
 namespace cmai_fast {
 namespace {
@@ -25,16 +26,9 @@ inline float exp_nonpositive(float t) {
   return t < -87.0f ? 0.0f : p * power;
 }
 
-struct Activation {
-  float value, slope;
-};
-
-// 1 - sigmoid is not taken as a difference, of which little would be left for large x.
 inline Activation activation(float x, float rate) {
-  const float z = rate * x, small = exp_nonpositive(-std::fabs(z));
-  const float high = 1.0f / (1.0f + small), low = small * high;  // sigmoid(|z|) and sigmoid(-|z|)
-  const float sigmoid = z < 0 ? low : high;
-  return {x * sigmoid, sigmoid + x * (rate * (high * low))};
+  const float small = exp_nonpositive(-std::fabs(rate * x)), high = 1.0f / (1.0f + small);
+  return activation_from(x, rate, high, small * high);
 }
 
 // Outputs may be inputs.
@@ -70,8 +64,7 @@ constexpr int64_t kChunk = 512;
 // Calls body(chunk) for all elements, as chunks of one row.
 template <class Body>
 void for_each_chunk(const GatedActivation& args, int threads, Body body) {
-  const Layout layout{1, 1, 1, args.count, args.type, args.type, args.type, 0, 0};
-  for_each_block(layout, nullptr, threads, [&](const Block& block) {
+  for_each_block(args.layout, nullptr, threads, [&](const Block& block) {
     for (int64_t done = 0; done < block.count; done += kChunk) {
       const int64_t at = block.offset + done;
       body(Block{0, at, std::min(kChunk, block.count - done), at, block.index});
@@ -84,11 +77,11 @@ void for_each_chunk(const GatedActivation& args, int threads, Body body) {
 void gated_activation(const GatedActivation& args, void* out, int threads) {
   for_each_chunk(args, threads, [&](const Block& chunk) {
     float x_buffer[kChunk], other_buffer[kChunk];
-    const float* x = load(args.x, args.type, chunk, x_buffer);
-    const float* other = args.other == nullptr ? nullptr : load(args.other, args.type, chunk, other_buffer);
-    float* result = room(out, args.type, chunk, x_buffer);
+    const float* x = load(args.x, args.type(), chunk, x_buffer);
+    const float* other = args.other == nullptr ? nullptr : load(args.other, args.type(), chunk, other_buffer);
+    float* result = room(out, args.type(), chunk, x_buffer);
     forward(x, other, result, chunk.count, args.rate);
-    store(result, out, args.type, chunk);
+    store(result, out, args.type(), chunk);
   });
 }
 
@@ -96,18 +89,18 @@ void gated_activation_backward(const GatedActivation& args, const void* grad, vo
                                int threads) {
   for_each_chunk(args, threads, [&](const Block& chunk) {
     float x_buffer[kChunk], other_buffer[kChunk], grad_buffer[kChunk];
-    const float* x = load(args.x, args.type, chunk, x_buffer);
-    const float* incoming = load(grad, args.type, chunk, grad_buffer);
-    float* along_x = room(grad_x, args.type, chunk, x_buffer);
+    const float* x = load(args.x, args.type(), chunk, x_buffer);
+    const float* incoming = load(grad, args.type(), chunk, grad_buffer);
+    float* along_x = room(grad_x, args.type(), chunk, x_buffer);
     if (args.other == nullptr) {
       backward(x, incoming, along_x, chunk.count, args.rate);
     } else {
-      const float* other = load(args.other, args.type, chunk, other_buffer);
-      float* along_other = room(grad_other, args.type, chunk, other_buffer);
+      const float* other = load(args.other, args.type(), chunk, other_buffer);
+      float* along_other = room(grad_other, args.type(), chunk, other_buffer);
       gated_backward(x, other, incoming, along_x, along_other, chunk.count, args.rate);
-      store(along_other, grad_other, args.type, chunk);
+      store(along_other, grad_other, args.type(), chunk);
     }
-    store(along_x, grad_x, args.type, chunk);
+    store(along_x, grad_x, args.type(), chunk);
   });
 }
 

@@ -12,17 +12,7 @@ void apgd_l2_step(const ApgdStep& args, int threads);
 void random_start_linf(const RandomStart& args, int threads);
 void random_start_l2(const RandomStart& args, int threads);
 
-// x * sigmoid(rate * x) * other over `count` contiguous elements, all of a float type; other may be null: 1.
-struct GatedActivation {
-  Type type;
-  int64_t count;
-  float rate;
-  const void* x;
-  const void* other;
-};
-
 void gated_activation(const GatedActivation& args, void* out, int threads);
-
 // grad_other is not written without other.
 void gated_activation_backward(const GatedActivation& args, const void* grad, void* grad_x, void* grad_other,
                                int threads);

@@ -20,6 +20,17 @@ CMAI_FAST_SCALAR float clamp(float x, float low, float high) {
 
 CMAI_FAST_SCALAR float sign(float x) { return x > 0 ? 1.0f : (x < 0 ? -1.0f : 0.0f); }
 
+// Value and slope of x * sigmoid(rate * x), from sigmoid(|rate * x|) and sigmoid(-|rate * x|). The latter is not taken as
+// a difference, of which little would be left for large x.
+struct Activation {
+  float value, slope;
+};
+
+CMAI_FAST_SCALAR Activation activation_from(float x, float rate, float high, float low) {
+  const float sigmoid = rate * x < 0 ? low : high;
+  return {x * sigmoid, sigmoid + x * (rate * (high * low))};
+}
+
 // The sums that give an L2 step its length and its projection.
 struct Sums {
   double gg = 0, dg = 0, dd = 0;

@@ -1,4 +1,4 @@
-// The arguments of an attack step: one description for every backend of the compiled extension.
+// The arguments of the kernels: one description for every backend of the compiled extension.
 //
 // The formulas are those of cmai_fast/ops/reference.py, which define the right result.
 #pragma once
@@ -61,6 +61,16 @@ struct RandomStart {
   const float* eps;           // (rows,)
   const int64_t* sample_ids;  // (rows,)
   int64_t seed;
+};
+
+// x * sigmoid(rate * x) * other.
+struct GatedActivation {
+  Layout layout;  // one row; all tensors are of the float type layout.grad
+  float rate;
+  const void* x;
+  const void* other;  // or null: 1
+
+  Type type() const { return layout.grad; }
 };
 
 }  // namespace cmai_fast

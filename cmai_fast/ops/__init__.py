@@ -1,6 +1,5 @@
 """The operators of `torch.ops.cmai_fast`, with documented signatures, and the choice of the backend."""
 
-from cmai_fast.ops import autograd as _autograd  # noqa: F401  (registers the gradient rules)
 from cmai_fast.ops.backend import backend_report, chosen_backend
 from cmai_fast.ops.cpu import build_report
 from cmai_fast.ops.operators import (

@@ -29,6 +29,7 @@ _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton_k
 _SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Bound here, since every call of an operator asks them.
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_batched = torch._C._functorch.is_legacy_batchedtensor  # by `is_grads_batched`, without a transform
 # A model has few shapes, and an attack's batch shrinks; more signatures than this would be a leak.
 _MOST_PLANS = 4096
 
@@ -115,16 +116,17 @@ def _deferred(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Everything that a check or plan may depend on. None if that is not enough: if two arguments share memory, which a
-    check may refuse, or a tensor differs from the content of its memory."""
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], mutates: bool) -> tuple[Any, ...] | None:
+    """Everything that a check or plan may depend on. None if that is not enough: if two arguments of an operator that
+    mutates share memory, which a check may refuse, or a tensor differs from the content of its memory."""
     key, seen, tensors = [], set(), 0
     for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             if _deferred(value):
                 return None
-            tensors += 1
-            seen.add(value.data_ptr())
+            if mutates:
+                tensors += 1
+                seen.add(value.data_ptr())
             key.append((value.shape, value.dtype, value.device, value.is_contiguous()))
         else:
             key.append(value)
@@ -145,7 +147,7 @@ def _kernel_of(name: str) -> Callable[..., Any]:
             )
         if arguments is not None and len(args) < count:  # PyTorch omits default values
             args, kwargs = arguments(*args, **kwargs), {}
-        signature = _signature(args, kwargs)
+        signature = _signature(args, kwargs, mutates)
         plan = plans.get(signature)
         if plan is None:
             check(*args, **kwargs)
@@ -165,23 +167,25 @@ def _kernel_of(name: str) -> Callable[..., Any]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether nothing but PyTorch's own kernels would see an operation on it: no compiler, mode or transform."""
-    return type(tensor) is Tensor and not torch.compiler.is_compiling() and _modes() == 0 and _transforms() is None
+    if type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return _modes() == 0 and _transforms() is None and not _batched(tensor)
 
 
-def call(name: str) -> Callable[..., None]:
-    """The operator `name`, which has no gradient. Bypasses PyTorch's dispatcher unless a mode or transform is active.
+def call(name: str) -> Callable[..., Any]:
+    """The operator `name`, without a gradient. Bypasses PyTorch's dispatcher unless a mode or transform is active.
 
     The dispatcher would take 3 of 9 microseconds per step on a small image (AMD EPYC).
     """
     kernel, operator = _KERNELS[name], getattr(torch.ops.cmai_fast, name)
 
-    def run(adv: Tensor, *args: Any) -> None:
-        if is_plain(adv):
+    def run(first: Tensor, *args: Any) -> Any:
+        if is_plain(first):
             try:
-                return kernel(adv, *args)
+                return kernel(first, *args)
             except (AttributeError, TypeError):
                 pass  # an argument of the wrong type: the schema's error names it
-        return operator(adv, *args)
+        return operator(first, *args)
 
     return run
 

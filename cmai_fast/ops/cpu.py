@@ -218,6 +218,67 @@ def _plan_random_start(name: str, launcher: Launcher, device: str) -> Callable[.
     return planner
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Contiguous, without values."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _activation_kernel(name: str, launcher: Launcher, device: str, x: Tensor) -> Callable[..., None] | None:
+    """The extension's kernel for tensors like x, or None if it does not support them."""
+    if x.device.type != device or x.dtype not in TYPES or x.numel() == 0:
+        return None
+    kind = TYPES[x.dtype]
+    layout = _C.Layout(
+        rows=1, patches=1, channels=1, inner=x.numel(), grad=kind, clean=kind, model_input=kind, lower=0, upper=0
+    )
+    return launcher(name, layout, x.device, False)
+
+
+def _plan_gated_activation(name: str, launcher: Launcher, device: str) -> Callable[..., Callable[..., Any] | None]:
+    """The planner of the kernel `name` for tensors on `device`."""
+
+    def planner(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Callable[..., Tensor] | None:
+        run, rate = _activation_kernel(name, launcher, device, x), RATES[kind]
+        if run is None:
+            return None
+
+        def kernel(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
+            x, other, out = x.contiguous(), contiguous(other), like(x)
+            run(rate, x.data_ptr(), _pointer(other), out.data_ptr())
+            return out
+
+        return kernel
+
+    return planner
+
+
+def _plan_gated_activation_backward(
+    name: str, launcher: Launcher, device: str
+) -> Callable[..., Callable[..., Any] | None]:
+    """The planner of the kernel `name` for tensors on `device`."""
+
+    def planner(
+        grad: Tensor, x: Tensor, other: Tensor | None, kind: str
+    ) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        run, rate = _activation_kernel(name, launcher, device, x), RATES[kind]
+        if run is None:
+            return None
+
+        def kernel(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+            grad, x, other = grad.contiguous(), x.contiguous(), contiguous(other)
+            grad_x, grad_other = like(x), x.new_empty(0) if other is None else like(x)
+            run(rate, x.data_ptr(), _pointer(other), grad.data_ptr(), grad_x.data_ptr(), grad_other.data_ptr())
+            return grad_x, grad_other
+
+        return kernel
+
+    return planner
+
+
 def planners(launcher: Launcher, device: str, prefix: str = "") -> dict[str, Callable[..., Callable[..., Any] | None]]:
     """The planner of each operator's kernel, whose name in the extension starts with `prefix`."""
     return {
@@ -226,50 +287,11 @@ def planners(launcher: Launcher, device: str, prefix: str = "") -> dict[str, Cal
         "apgd_linf_step_": _plan_apgd(prefix + "apgd_linf_step", launcher, device),
         "apgd_l2_step_": _plan_apgd(prefix + "apgd_l2_step", launcher, device),
         "random_start_": _plan_random_start(prefix + "random_start", launcher, device),
+        "gated_activation": _plan_gated_activation(prefix + "gated_activation", launcher, device),
+        "gated_activation_backward": _plan_gated_activation_backward(
+            prefix + "gated_activation_backward", launcher, device
+        ),
     }
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _carries_activation(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0
-
-
-def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Callable[..., Tensor] | None:
-    if not _carries_activation(x):
-        return None
-    native, layout = _C.gated_activation, (TYPES[x.dtype], x.numel(), RATES[kind])
-
-    def kernel(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
-        x, other, out = x.contiguous(), contiguous(other), x.new_empty(x.shape)
-        native(*layout, x.data_ptr(), _pointer(other), out.data_ptr(), torch.get_num_threads())
-        return out
-
-    return kernel
-
-
-def _plan_gated_activation_backward(
-    grad: Tensor, x: Tensor, other: Tensor | None, kind: str
-) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    if not _carries_activation(x):
-        return None
-    native, layout = _C.gated_activation_backward, (TYPES[x.dtype], x.numel(), RATES[kind])
-
-    def kernel(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-        grad, x, other = grad.contiguous(), x.contiguous(), contiguous(other)
-        grad_x, grad_other = x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
-        native(
-            *layout, x.data_ptr(), _pointer(other), grad.data_ptr(), grad_x.data_ptr(), grad_other.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return grad_x, grad_other
-
-    return kernel
-
-
-KERNELS = planners(_launcher, "cpu") | {
-    "gated_activation": _plan_gated_activation,
-    "gated_activation_backward": _plan_gated_activation_backward,
-}
+KERNELS = planners(_launcher, "cpu")

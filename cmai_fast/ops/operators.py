@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmai_fast.ops import autograd
 from cmai_fast.ops.backend import call, chosen_backend, is_plain
 from cmai_fast.ops.reference import whole_info_nce
 from cmai_fast.ops.schema import check_info_nce
@@ -173,4 +174,4 @@ def gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "silu")
     Returns:
         Like x, contiguous.
     """
-    return torch.ops.cmai_fast.gated_activation(x, other, kind)
+    return autograd.gated_activation(x, other, kind)

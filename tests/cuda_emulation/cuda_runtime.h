@@ -152,6 +152,7 @@ inline uint32_t as_bits(float value) {
 }
 inline float widen_fp16(uint32_t half) { return _cvtsh_ss(static_cast<unsigned short>(half)); }
 inline uint32_t narrow_fp16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+inline float reciprocal(float value) { return 1 / value; }
 inline uint32_t narrow_bf16(float value) {
   const uint32_t bits = as_bits(value);
   return value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;

@@ -64,6 +64,8 @@ def test_tensors_elsewhere_are_not_carried(planners: dict[str, Any]) -> None:
     for name in ("apgd_linf_step_", "apgd_l2_step_"):
         assert planners[name](ApgdStep(*[image] * 6, row, row, flags, flags, 0.75)) is None
     assert planners["random_start_"](RandomStart(image, image, row, flags, 0, "l2")) is None
+    assert planners["gated_activation"](image) is None
+    assert planners["gated_activation_backward"](image, image, None, "silu") is None
 
 
 def layout(rows: int, patches: int, channels: int, inner: int) -> Any:

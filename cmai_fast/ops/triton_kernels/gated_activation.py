@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmai_fast.ops import triton_kernels
-from cmai_fast.ops.cpu import contiguous
+from cmai_fast.ops.cpu import contiguous, like
 from cmai_fast.ops.schema import RATES
 
 _CARRIED = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,8 +80,7 @@ def _plan_gated_activation(x: Tensor, other: Tensor | None = None, kind: str = "
     grid = (triton.cdiv(size, BLOCK),)
 
     def kernel(x: Tensor, other: Tensor | None = None, kind: str = "silu") -> Tensor:
-        # Not empty_like: it would keep the strides of an x that is not contiguous.
-        out = x.new_empty(x.shape)
+        out = like(x)
         with torch.cuda.device_of(x):
             _gated_activation_kernel[grid](x.contiguous(), contiguous(other), out, rate, size, BLOCK, **_OPTIONS)
         return out
@@ -98,7 +97,7 @@ def _plan_gated_activation_backward(
     grid = (triton.cdiv(size, BLOCK),)
 
     def kernel(grad: Tensor, x: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-        grad_x, grad_other = x.new_empty(x.shape), x.new_empty((0,) if other is None else x.shape)
+        grad_x, grad_other = like(x), x.new_empty(0) if other is None else like(x)
         with torch.cuda.device_of(x):
             _gated_activation_backward_kernel[grid](
                 grad.contiguous(), x.contiguous(), contiguous(other), grad_x, grad_other, rate, size, BLOCK,
