@@ -32,7 +32,7 @@ from cmai_fast.evaluation.versions import versions
 from cmai_fast.mbat import MBATConfig, MBATTrainer
 
 _ALONE: dict[str, Any] = {"beta": 0.0, "gamma": 0.0, "arm": False}  # without S_c
-_CONSISTENT: dict[str, Any] = {"gamma": 1.0, "beta": 0.0, "arm": False, "consistency_steps": 5}
+_CONSISTENT: dict[str, Any] = {"gamma": 1.0, "beta": 0.0, "arm": False, "consistency_steps": 5, "anchor": 1.0}
 STEPS: dict[str, dict[str, Any]] = {
     "clean": CLEAN_STEP,
     "pgd-at": {"inner": "pgd", "lam": 1.0, "beta": 0.0, "gamma": 0.0},
@@ -40,10 +40,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "mbat-bridge-r0": {"inner": "bridge", "refreshes": 0},
     "bridge-r0": {"inner": "bridge", "refreshes": 0, **_ALONE},
     # The mean over a full step and five on S_c alone.
-    "cmai-r0": {"inner": "bridge", "refreshes": 0, **_CONSISTENT},
-    "cmai-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_CONSISTENT},
-    "cmai": {"inner": "bridge", "refreshes": 0, "anchor": 1.0, **_CONSISTENT},
-    "cmai-graphs": {"inner": "bridge", "refreshes": 0, "anchor": 1.0, "cuda_graphs": True, **_CONSISTENT},
+    "cmai": {"inner": "bridge", "refreshes": 0, **_CONSISTENT},
+    "cmai-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_CONSISTENT},
     "bridge-r0-graphs": {"inner": "bridge", "refreshes": 0, "cuda_graphs": True, **_ALONE},
     "mbat-bridge-r1": {"inner": "bridge", "refreshes": 1},
     "mbat-bridge-r2": {"inner": "bridge", "refreshes": 2},

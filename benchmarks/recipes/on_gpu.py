@@ -34,10 +34,10 @@ _AT_SIZE = [sys.executable, "benchmarks/recipes/at_size.py", "--rounds", "3"]
 _LLAVA_7B = [*_AT_SIZE, "--model", "llava-7b", "--bits", "4"]
 # What is measured at size: command, and of its numbers (kind, step) what is asked for at most.
 AT_SIZE: dict[str, tuple[list[str], dict[tuple[str, str], float]]] = {
-    "llava-7b": ([*_LLAVA_7B, "--batch", "8"], {("over_clean", "mbat-bridge-r0"): 2.5, ("over_clean", "cmai-r0"): 1.6}),
+    "llava-7b": ([*_LLAVA_7B, "--batch", "8"], {("over_clean", "mbat-bridge-r0"): 2.5, ("over_clean", "cmai"): 1.6}),
     "llava-7b-batch-4": (
-        [*_LLAVA_7B, "--batch", "4", "--recompute", "full", "--only", "clean", "mbat-bridge-r0", "cmai-r0"],
-        {("peak_bytes", "mbat-bridge-r0"): 16e9, ("over_clean", "cmai-r0"): 1.6, ("peak_bytes", "cmai-r0"): 16e9},
+        [*_LLAVA_7B, "--batch", "4", "--recompute", "full", "--only", "clean", "mbat-bridge-r0", "cmai"],
+        {("peak_bytes", "mbat-bridge-r0"): 16e9, ("over_clean", "cmai"): 1.6, ("peak_bytes", "cmai"): 16e9},
     ),
     "llava-7b-batch-1": (
         [*_LLAVA_7B, "--batch", "1", "--recompute", "full", "--only", "clean", "mbat-bridge-r0"],

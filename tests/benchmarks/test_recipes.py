@@ -156,7 +156,7 @@ def test_a_step_at_size_is_measured(recipes, model, bits, tmp_path, monkeypatch)
     assert found["over_clean"]["clean"] == 1.0 and set(found["seconds_a_step"]) == set(
         at_size.applicable(built[0], torch.device("cpu"))
     )
-    left_out = {"bridge-r0-graphs", "cmai-r0-graphs"} | ({"cmai-r0"} if model == "clip" else set())
+    left_out = {"bridge-r0-graphs", "cmai-graphs"} | ({"cmai"} if model == "clip" else set())
     assert set(at_size.STEPS) - set(found["seconds_a_step"]) == left_out
     assert all(bytes_ > 0 for bytes_ in found["peak_bytes"].values())
     after, before = built
@@ -187,7 +187,7 @@ def test_targets_at_size_are_judged_by_what_was_measured(recipes, tmp_path):
 
     assert on_gpu.targets("llava-7b", tmp_path) == []
     for ratio in (2.4, 2.6):
-        measured = {"over_clean": {"mbat-bridge-r0": ratio, "cmai-r0": 1.5}}
+        measured = {"over_clean": {"mbat-bridge-r0": ratio, "cmai": 1.5}}
         (tmp_path / "llava-7b.json").write_text(json.dumps(measured))
         judged, of_cmai = on_gpu.targets("llava-7b", tmp_path)
         assert judged["measured"] == ratio and judged["met"] == (ratio < 2.5) and of_cmai["met"]
@@ -201,7 +201,7 @@ def test_runs_on_a_gpu_add_up_and_a_failure_is_recorded(recipes, tmp_path, monke
     import on_gpu
 
     def command(name, code):
-        measured = json.dumps({"over_clean": {"mbat-bridge-r0": 2.0, "cmai-r0": 1.0}})
+        measured = json.dumps({"over_clean": {"mbat-bridge-r0": 2.0, "cmai": 1.0}})
         write = f"open({str(tmp_path / name)!r} + '.json', 'w').write({measured!r})"
         return [sys.executable, "-c", f"{write if not code else 0}; print('done'); raise SystemExit({code})"]
 
