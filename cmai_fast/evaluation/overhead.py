@@ -19,7 +19,8 @@ from cmai_fast.pipeline import Pipeline
 
 # Settings that turn an MBAT step into the clean fine-tuning step it is compared with.
 CLEAN_STEP: dict[str, Any] = {
-    "objective": "task",  # first: the others would be refused
+    "objective": "task",  # these first: beside what follows they would be refused
+    "anchor": 0.0,
     "inner": "none",
     "gamma": 0.0,
     "beta": 0.0,

@@ -333,7 +333,7 @@ def test_the_frontier_is_tabled_and_drawn(recipes, tmp_path, monkeypatch):
         path.write_text(json.dumps(record | {"row": row, "budget": budget, "seed": seed}))
 
     for seed, robust in ((0, 0.7), (1, 0.8)):
-        ran("alone-r0", "420-s", seed, robust)
+        ran("cmai", "420-s", seed, robust)
     ran("half-r0", "420-s", 0, 0.6)
     ran("dropped-row", "500-steps", 0, 0.5)
     strength = tmp_path / "strength.json"
@@ -344,7 +344,7 @@ def test_the_frontier_is_tabled_and_drawn(recipes, tmp_path, monkeypatch):
     frontier.main()
     lines = (tmp_path / "table.md").read_text().splitlines()[2:]
     assert lines[0] == (
-        "| 420-s | CMAI: S_c in the loss, 5 steps of 6 on S_c alone, R = 0, K = 4 | 2 | 90.0% \u00b1 0.0% | "
+        "| 420-s | CMAI: S_c in the loss, 5 steps of 6 on S_c alone, anchored, R = 0, K = 4 | 2 | 90.0% \u00b1 0.0% | "
         "75.0% \u00b1 7.1% | 10.0% \u00b1 0.0% | 10 | 0.50 |"
     )
     assert [line.split(" | ")[1] for line in lines[1:]] == [frontier.ROWS["half-r0"][0], "as it was called"]

@@ -105,7 +105,7 @@ def test_overhead_says_over_which_steps_its_time_is_a_mean(subject, tmp_path):
     data = load_dataset("easyvqa", "train", 4)
     verifier = Verifier.for_data(subject.model, subject.processor, data, width=16, hidden=16, dim=8, heads=2)
     batch = VQACollator(subject.processor, statements=verifier.statements)([data[i] for i in range(4)])
-    args = config(tmp_path, inner_steps=1, beta=0.0, arm=False, consistency_steps=2)
+    args = config(tmp_path, inner_steps=1, beta=0.0, arm=False, consistency_steps=2, anchor=1.0)
     said = step_overhead(subject, args, batch, heads=verifier, rounds=1)["protocol"]
     assert "time of MBAT: the mean over a full step and the 2 on S_c alone" in said
 

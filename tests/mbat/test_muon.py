@@ -13,7 +13,8 @@ from cmai_fast.mbat.muon import MuonAdamW, hidden_matrices, orthogonal
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False))
+    alike = (nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    return nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), *alike, nn.Linear(4, 5, bias=False))
 
 
 def split(model):
@@ -28,8 +29,13 @@ def take_step(model, optimizer, seed):
     optimizer.step()
 
 
+def orthogonal_alone(matrix, *settings):
+    return orthogonal(matrix[None], *settings)[0]
+
+
 def test_each_part_steps_as_the_optimiser_of_pytorch(model, monkeypatch):
-    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)  # theirs is in bfloat16
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal_alone)  # theirs is in bfloat16
+    monkeypatch.setattr("cmai_fast.mbat.muon._ELEMENTS", 40)  # two of the three of one shape at once
     plain = copy.deepcopy(model)
     matrices, others = split(plain)
     parts = (
@@ -58,8 +64,8 @@ def test_an_update_is_made_orthogonal_by_the_iteration_of_pytorch(shape):
     settings = (3.4445, -4.775, 2.0315), 5, 1e-7
     update = torch.randn(shape)
     theirs = _zeropower_via_newtonschulz(update, *settings)
-    assert torch.equal(orthogonal(update.bfloat16(), *settings), theirs)
-    values = torch.linalg.svdvals(orthogonal(update, *settings))
+    assert torch.equal(orthogonal_alone(update.bfloat16(), *settings), theirs)
+    values = torch.linalg.svdvals(orthogonal_alone(update, *settings))
     assert values.min() > 0.4 and values.max() < 1.6
 
 
@@ -119,7 +125,7 @@ def test_a_schedule_moves_the_rate_of_both_parts(model):
 
 def test_a_group_added_later_is_stepped_by_adamw_once(model):
     (matrices,), others = split(model)
-    first, second = matrices["params"]
+    first, *_, second = matrices["params"]
     optimizer = MuonAdamW([{"params": [first]}], others, lr=0.01)
     optimizer.add_param_group({"params": [second], "lr": 0.03})
     old = second.detach().clone()
