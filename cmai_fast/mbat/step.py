@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -65,7 +65,7 @@ class StepTrainer(FeatureTrainer):
         losses = [weights[k] * v for k, v in found.items() if k in weights]
         # A step of S_c alone has none if its samples have no image.
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=args.device)
-        self._refuse_divergence("loss", float(total), {k: float(v.mean()) for k, v in found.items()})
+        self._refuse_divergence("loss", float(total), found)
         self._together(lambda: self._vision_side(parts))
         return found, total
 
@@ -271,9 +271,10 @@ class StepTrainer(FeatureTrainer):
         self.passes = self.passes + result.passes
         return result
 
-    def _refuse_divergence(self, what: str, value: float, values: dict[str, float]) -> None:
+    def _refuse_divergence(self, what: str, value: float, values: Mapping[str, Tensor]) -> None:
         if not math.isfinite(value):
+            means = {name: float(each.mean()) for name, each in values.items()}
             raise FloatingPointError(
-                f"the {what} is not finite at step {self.state.global_step}: {values}. Lower the learning rate, or "
+                f"the {what} is not finite at step {self.state.global_step}: {means}. Lower the learning rate, or "
                 "check for images or labels that the model does not expect; the last checkpoint is intact"
             )

@@ -116,7 +116,7 @@ class MBATTrainer(EvaluatingTrainer):
                 )
             self.heads = self._new_heads(args)
         self.passes = Passes()
-        self._sums: defaultdict[str, list[float]] = defaultdict(list)
+        self._logged: defaultdict[str, list[Tensor]] = defaultdict(list)  # 0-d, on the GPU: reading one waits for it
         self._rows_at_once: int | None = None  # set when memory ran out
         self._heads_given, self._heads_optimizer, self._scores = heads is not None, None, []
         self._check_arm(args)
@@ -306,7 +306,7 @@ class MBATTrainer(EvaluatingTrainer):
             ranks.average_gradients(shards.whole(trained))
             shards.reshard(self.model)
         for name, value in (parts | self._adapt(parts)).items():
-            self._sums[name].append(float(value.mean()))
+            self._logged[name].append(value.mean())
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -328,7 +328,7 @@ class MBATTrainer(EvaluatingTrainer):
         # DeepSpeed clips and steps at once, so `_clip_grad_norm` comes too late.
         norm = float(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if ranks.any_of(not math.isfinite(norm)):
-            self._refuse_divergence("gradient", math.nan, {"norm": norm})
+            self._refuse_divergence("gradient", math.nan, {"norm": torch.tensor(norm)})
         vision = [p for p in self.bridge.vision_parameters if p.requires_grad]
         if vision and not ranks.any_of(any(p.grad is not None for p in vision)):
             warnings.warn(
@@ -346,13 +346,13 @@ class MBATTrainer(EvaluatingTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Trainer's; a non-finite gradient must not reach the weights, nor they a checkpoint."""
         norm = super()._clip_grad_norm(model)
-        self._refuse_divergence("gradient", float(norm), {"norm": float(norm)})
+        self._refuse_divergence("gradient", float(norm), {"norm": torch.as_tensor(norm)})
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the averages of the loss parts since the last log."""
-        if "loss" in logs and self._sums:
-            means = torch.tensor([sum(v) / len(v) for v in self._sums.values()], device=self.args.device)
-            logs = {**logs, **dict(zip(self._sums, ranks.gather(means[None]).mean(0).tolist(), strict=True))}
-            self._sums.clear()
+        if "loss" in logs and self._logged:
+            means = torch.stack([torch.stack(v).float().mean().to(self.args.device) for v in self._logged.values()])
+            logs = {**logs, **dict(zip(self._logged, ranks.gather(means[None]).mean(0).tolist(), strict=True))}
+            self._logged.clear()
         super().log(logs, start_time)

@@ -77,7 +77,7 @@ def test_a_step_is_the_published_loss(feature_trainer, batch, objective, lam):
     inputs = {k: v for k, v in batch.items() if not k.startswith("negative_")}
     loss, grads, learning = by_hand(trainer, inputs, original)
     trainer.training_step(trainer.model, dict(inputs))
-    torch.testing.assert_close(torch.tensor(trainer._sums["loss_adv"][0]), loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trainer._logged["loss_adv"][0].to(loss), loss, rtol=1e-4, atol=1e-6)
     pairs = [(p.grad, g) for p, g in zip(learning, grads, strict=True) if g is not None]
     assert max(float(g.abs().max()) for _, g in pairs) > 1e-3
     for found, expected in pairs:

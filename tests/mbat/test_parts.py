@@ -64,7 +64,7 @@ def of_step(trainer: MBATTrainer, batch: dict[str, Any]) -> dict[str, torch.Tens
         **{f"heads.{k}": p for k, p in trainer.heads.named_parameters()},
     }
     grads = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    logs = {f"log {k}": torch.tensor(sum(v)) for k, v in trainer._sums.items()}
+    logs = {f"log {k}": torch.tensor(sum(v)) for k, v in trainer._logged.items()}
     return {"total": total, **grads, **logs}
 
 
