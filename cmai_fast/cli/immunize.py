@@ -65,7 +65,7 @@ def immunize(
     ] = None,
     anchor: Annotated[
         float | None,
-        _of_defence("Weight, in these steps, of how far features are from those before training.", _LOSS),
+        _of_defence("Weight, in steps on S_c alone, of how far features are from those before training.", _LOSS),
     ] = None,
     arm: Annotated[
         bool | None,

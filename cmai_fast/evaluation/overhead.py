@@ -21,6 +21,7 @@ from cmai_fast.pipeline import Pipeline
 CLEAN_STEP: dict[str, Any] = {
     "objective": "task",  # these first: beside what follows they would be refused
     "anchor": 0.0,
+    "cuda_graphs": False,
     "inner": "none",
     "gamma": 0.0,
     "beta": 0.0,

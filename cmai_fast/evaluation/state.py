@@ -27,7 +27,8 @@ from cmai_fast.evaluation.processes import Processes
 from cmai_fast.files import plain, write_bytes, write_text
 
 _SETTINGS, _LOCK, _PARTS = "run.json", "lock", "parts.jsonl"
-_FREE = frozenset({"command"})  # settings that may differ between a run and its resumption
+# Settings that may differ between a run and its resumption; without graphs, since a run may end because of them.
+_FREE = frozenset({"command", "cuda_graphs"})
 
 
 class State:

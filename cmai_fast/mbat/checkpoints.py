@@ -26,8 +26,8 @@ _HEADS_OPTIMIZER = "heads_optimizer.pt"
 _DEEPSPEED = "global_step*"  # a folder of its own files, with the optimizer
 # `eps` in the [0, 1] pixel range.
 _IN_CARD = (
-    "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "lam", "gamma", "arm", "beta_max", "eps_max",
-    "lam_max", "trainable", "modality", "text_eps", "text_norm",
+    "objective", "eps", "norm", "inner", "inner_steps", "refreshes", "alpha", "beta", "consistency_steps", "anchor",
+    "lam", "gamma", "arm", "beta_max", "eps_max", "lam_max", "trainable", "modality", "text_eps", "text_norm",
 )  # fmt: skip
 
 

@@ -234,7 +234,7 @@ class MBATConfig(TrainingArguments):
         if self.eps_max is not None:
             parse_eps(self.eps_max, self.norm, "eps_max")
         if self.anchor:
-            alone = "above 0: features are kept near the original ones in steps on S_c alone"
+            alone = "above 0, or anchor 0: features are kept near the original ones in steps on S_c alone"
             self._check_beside(f"anchor {self.anchor}", {"consistency_steps": (self.consistency_steps > 0, alone)})
         if self.objective != "task":
             self._check_features()

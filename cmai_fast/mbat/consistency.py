@@ -177,12 +177,15 @@ class ConsistencyTrainer(CheckpointedTrainer):
 
     def _anchored(self, parts: list[Part]) -> dict[str, Tensor]:
         """The mean distance of features from where they were, by name; its gradients stay at the views' leaves."""
-        drift = [squared_distance(part.views[0].leaf, part.were) for part in parts if part.were is not None]
-        if not drift:
-            return {}
-        loss = torch.cat(drift).mean()
-        self._backward(self._share * self.args.anchor * loss)
-        return {"loss_drift": loss.detach()}
+        count, losses = sum(len(part.were) for part in parts if part.were is not None), []
+        for part in parts:  # one by one: distances are in float32
+            if part.were is None:
+                continue
+            loss = squared_distance(part.views[0].leaf, part.were).sum() / count
+            self._backward(self._share * self.args.anchor * loss)
+            part.were = None
+            losses.append(loss.detach())
+        return {"loss_drift": torch.stack(losses).sum()} if losses else {}
 
     def _backward(self, loss: Tensor) -> None:
         """Adds its gradients to `.grad`. DeepSpeed's engine gets them at the end of an optimizer step (`zero.step`)."""

@@ -29,11 +29,13 @@ class Original:
     """A copy of a vision side. It is not part of checkpoints: a run resumes with the model that it began with."""
 
     def __init__(self, bridge: ModelBridge) -> None:
-        self._bridge = bridge_of(beside(bridge))
+        self._bridge, theirs = bridge_of(beside(bridge)), {id(part) for part in bridge.model.modules()}
+        self._copied = [part for part in self._bridge.model.modules() if id(part) not in theirs]
 
     def to(self, device: torch.device) -> None:
-        for part in self._bridge.vision_side:
-            part.to(device)
+        """Moves what was copied, also outside of `vision_side`, such as queries and row separators."""
+        for part in self._copied:
+            part._apply(lambda tensor: tensor.to(device), recurse=False)
 
     def features(self, pixel_values: Tensor, image: dict[str, Tensor]) -> Tensor:
         """h_v (N, T, D) as it was, no gradient."""

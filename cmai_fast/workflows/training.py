@@ -76,6 +76,8 @@ def training_arguments(settings: ImmunizeSettings, out: Path) -> MBATConfig:
             f"device is {settings.device!r}; training takes all devices that it sees: give cuda, and choose with "
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
+    if settings.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs is True, and the device is {device}; set it to False, or leave it out")
     settings = resolved(settings)
     assert settings.defence is not None
     _check_arm(settings)

@@ -10,7 +10,8 @@ from torch import nn
 
 from cmai_fast.cmcv import Verifier
 from cmai_fast.data import VQACollator, load_dataset
-from cmai_fast.evaluation.overhead import SavedActivations, step_overhead
+from cmai_fast.defences import DEFENCES
+from cmai_fast.evaluation.overhead import CLEAN_STEP, SavedActivations, step_overhead
 from cmai_fast.mbat import MBATConfig
 
 FLOAT = 4
@@ -99,6 +100,16 @@ def test_overhead_of_mbat(subject, batch, tmp_path):
     after = {**subject.model.state_dict(), **subject.heads.state_dict()}
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert args.inner == "pgd" and args.gamma == 0.1  # the clean run has its own copy
+
+
+@pytest.mark.parametrize("defence", list(DEFENCES))
+def test_any_step_becomes_a_clean_one(defence, tmp_path):
+    """One setting after the other, as `stepper` does it; with CUDA graphs, as on a GPU."""
+    values = DEFENCES[defence].values
+    args = config(tmp_path, **{"cuda_graphs": values.get("inner") != "none", **values})
+    for name, value in CLEAN_STEP.items():
+        setattr(args, name, value)
+    assert args.inner == "none" and not args.cuda_graphs
 
 
 def test_overhead_says_over_which_steps_its_time_is_a_mean(subject, tmp_path):

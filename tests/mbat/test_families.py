@@ -15,6 +15,7 @@ from cmai_fast.bridge import bridge_of
 from cmai_fast.cmcv import ConsistencyHeads
 from cmai_fast.cmcv.fit import fit_heads
 from cmai_fast.mbat import MBATConfig, MBATTrainer
+from cmai_fast.mbat.drift import Original
 from families import FAMILIES, Family, answer_tokens
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
@@ -125,3 +126,21 @@ def test_heads_are_fitted_to_frozen_features(family):
     losses: list[float] = []
     fit_heads(bridge, heads, iter([batch] * 12), 12, learning_rate=1e-2, on_step=lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0]
+
+
+@every_family
+def test_a_copy_of_the_vision_side_moves_as_a_whole(family):
+    """Also what lies outside of its modules, such as row separators and queries; the model itself stays."""
+    model = copy.deepcopy(family.model())
+    bridge = bridge_of(model)
+    batch = family.batch(model, family.samples())
+    image, _ = bridge.inputs(batch)
+    original = Original(bridge)
+    with torch.no_grad():
+        features = bridge.encode_image(batch["pixel_values"], **image)
+        for p in bridge.vision_parameters:
+            p.add_(0.1)
+    torch.testing.assert_close(original.features(batch["pixel_values"], image), features)
+    original.to(torch.device("meta"))
+    assert all(p.device.type == "meta" for p in original._bridge.vision_parameters)
+    assert all(p.device.type == "cpu" for p in model.parameters())

@@ -132,7 +132,8 @@ def test_what_is_pushed_is_the_plain_model_its_heads_and_a_card(make_trainer, da
     heads, _ = ConsistencyHeads.from_pretrained(folder / "cmcv")
     assert all(torch.equal(p, q) for p, q in zip(heads.parameters(), trainer.heads.parameters(), strict=True))
     card = files["README.md"].decode()
-    for line in (f"- eps: {4 / 255}", "- norm: linf", "- inner: pgd", "- inner_steps: 3", "- gamma: 0.5"):
+    lines = (f"- eps: {4 / 255}", "- norm: linf", "- inner: pgd", "- inner_steps: 3", "- gamma: 0.5", "- anchor: 0.0")
+    for line in lines:
         assert f"{line}\n" in card, line
     assert card.count("### Adversarial training (MBAT)") == card.count("### Framework versions") == 1
     assert "Robust Accuracy" in card and "learning_rate: 0.01" in card

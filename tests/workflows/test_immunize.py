@@ -297,7 +297,7 @@ def test_resume_names_the_settings_that_changed(settings, tmp_path):
     began = asdict(training.resolved(settings)) | {"data_fingerprint": settings.source.fingerprint()}
     write_results(began, out / "state" / "run.json")
     before = listing(out)
-    changed = replace(settings, eps=4 / 255, seed=1, command="other words")
+    changed = replace(settings, eps=4 / 255, seed=1, command="other words", cuda_graphs=False)
     with pytest.raises(ValueError, match=r"eps was 0\.03\d*, now 0\.01\d*; seed was 0, now 1\); resume with the same"):
         immunize(changed, out, resume=True, progress=False)
     assert listing(out) == before
@@ -312,6 +312,8 @@ def test_resume_names_the_settings_that_changed(settings, tmp_path):
         ({"inner": "pdg"}, "inner is 'pdg'"),
         ({"refreshes": 3}, "refreshes is 3; expected 0 to 2"),
         ({"eps_warmup": 2.0}, "eps_warmup is 2.0"),
+        ({"cuda_graphs": True}, "cuda_graphs is True, and the device is cpu"),
+        ({"anchor": 1.0}, "consistency_steps is 0 and anchor 1.0"),
     ],
 )
 def test_bad_input_is_refused_before_the_folder_is_claimed(settings, tmp_path, wrong, message):
