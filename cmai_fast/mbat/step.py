@@ -56,10 +56,10 @@ class StepTrainer(FeatureTrainer):
             names = dict.fromkeys(name for part in parts for name in part.sums)
             found = {name: torch.stack([p.sums[name] for p in parts if name in p.sums]).sum() for name in names}
             looked = [part for part in parts if part.views]
-            if self._of_consistency and looked:
-                found |= self._verify(looked)
-            elif self.heads is not None and looked:
-                found |= self._verify(looked) if self.verifier else self._contrast(looked, self.bridge.inputs(seen)[1])
+            if self.verifier:
+                found |= self._together(lambda: self._verify(looked) if looked else {})
+            elif self.heads is not None and looked:  # of all processes at once
+                found |= self._contrast(looked, self.bridge.inputs(seen)[1])
         weights = {"loss_clean": 1 - self.lam if args.inner != "none" else 1.0, "loss_adv": self.lam}
         weights |= {"loss_contrastive": args.gamma, "loss_consistency": 1.0, "loss_drift": args.anchor}
         losses = [weights[k] * v for k, v in found.items() if k in weights]

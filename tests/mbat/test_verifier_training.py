@@ -170,6 +170,33 @@ def test_consistency_steps_are_logged_resumed_and_done_in_parts(trained_by, data
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_where_the_verifier_does_not_fit_a_step_runs_in_parts(trained_by, data, monkeypatch, step):
+    grads = []
+    for fits in (True, False):
+        trainer = trained_by(consistency_steps=1, anchor=1.0)
+        trainer.create_optimizer()
+        trainer.state.global_step, verify = step, trainer._verify
+        inputs = {**trainer.data_collator([data[i] for i in range(6)]), "sample_ids": torch.arange(6)}
+
+        def scarce(parts, verify=verify):
+            if max(len(part.views[0].leaf) for part in parts) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return verify(parts)
+
+        if fits:
+            trainer.training_step(trainer.model, inputs)
+        else:
+            monkeypatch.setattr(trainer, "_verify", scarce)
+            with pytest.warns(RuntimeWarning, match="takes at most 3 at once"):
+                trainer.training_step(trainer.model, inputs)
+        learned = [*trainer.model.named_parameters(), *trainer.heads.named_parameters()]
+        grads.append({k: p.grad for k, p in learned if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-6)
+
+
 def test_an_anchor_keeps_features_where_they_were(trained_by, data):
     drift = {}
     for anchor in (0.0, 20.0):

@@ -27,7 +27,7 @@ from cmai_fast.defences import DEFENCES
 from cmai_fast.evaluation import comparison
 from cmai_fast.evaluation.results import read_results, write_results
 from cmai_fast.evaluation.versions import versions
-from cmai_fast.mbat import MBATTrainer
+from cmai_fast.mbat import MBATConfig, MBATTrainer
 from cmai_fast.pipeline import Pipeline
 from cmai_fast.workflows import folder as folders
 from cmai_fast.workflows import immunize as workflow
@@ -65,6 +65,25 @@ def finished(settings, tmp_path_factory) -> Path:
         shorten(patch)
         immunize(settings, out, progress=False)
     return out
+
+
+def test_a_run_with_graphs_goes_through_all_its_stages(settings, tmp_path, monkeypatch):
+    """What runs where a GPU captures them, with what would be captured in their place."""
+    captured = []
+
+    def of(self, bridge, model_input):
+        captured.append(tuple(model_input.shape))
+        return bridge.encode_image
+
+    monkeypatch.setattr(MBATConfig, "can_capture", True)
+    monkeypatch.setattr("cmai_fast.mbat.trainer.check_graphs", lambda trainer: None)
+    monkeypatch.setattr("cmai_fast.bridge.graphs.EncoderGraphs.of", of)
+    shorten(monkeypatch)
+    cmai = replace(settings, defence="cmai", max_steps=2)
+    results = immunize(cmai, tmp_path / "out", progress=False)
+    assert captured and results["overhead"]["time_ratio"] > 0 and results["settings"]["anchor"] == 1.0
+    eager = immunize(replace(cmai, cuda_graphs=False), tmp_path / "eager", progress=False)
+    assert eager["training"]["loss"] == results["training"]["loss"]
 
 
 def training_of(out: Path) -> dict:
