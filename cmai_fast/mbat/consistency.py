@@ -85,10 +85,10 @@ class ConsistencyTrainer(CheckpointedTrainer):
         self._count(vision_forward=1, vision_backward=1)
         model_input = result.model_input.to(self.bridge.model.dtype)
         view = View.of(lambda: victim.encode(model_input), self.args.device, keep=keep)
-        were = self._were(inputs["pixel_values"], image) if self.args.anchor else None
-        return Part(text, [view], None, None, bad_gradients(result), stated, were)
+        before = self._before(inputs["pixel_values"], image) if self.args.anchor else None
+        return Part(text, [view], None, None, bad_gradients(result), stated, before)
 
-    def _were(self, pixel_values: Tensor, image: dict[str, Tensor]) -> Tensor:
+    def _before(self, pixel_values: Tensor, image: dict[str, Tensor]) -> Tensor:
         """h_v of these images before training, (N, T, D), no gradient."""
         assert self._original is not None
         self._count(vision_forward=1)
@@ -177,13 +177,13 @@ class ConsistencyTrainer(CheckpointedTrainer):
 
     def _anchored(self, parts: list[Part]) -> dict[str, Tensor]:
         """The mean distance of features from where they were, by name; its gradients stay at the views' leaves."""
-        count, losses = sum(len(part.were) for part in parts if part.were is not None), []
+        count, losses = sum(len(part.before) for part in parts if part.before is not None), []
         for part in parts:  # one by one: distances are in float32
-            if part.were is None:
+            if part.before is None:
                 continue
-            loss = squared_distance(part.views[0].leaf, part.were).sum() / count
+            loss = squared_distance(part.views[0].leaf, part.before).sum() / count
             self._backward(self._share * self.args.anchor * loss)
-            part.were = None
+            part.before = None
             losses.append(loss.detach())
         return {"loss_drift": torch.stack(losses).sum()} if losses else {}
 

@@ -46,7 +46,11 @@ class FeatureTrainer(ConsistencyTrainer):
         if args.objective == "sim-clip" or self.lam < 1:
             clean = View.of(lambda: self.bridge.encode_image(inputs["pixel_values"], **image), args.device, keep=keep)
             self._count(vision_forward=1)
-        target = self._were(inputs["pixel_values"], image) if clean is None or self._original else clean.leaf.detach()
+        if self._original is not None:
+            target = self._before(inputs["pixel_values"], image)
+        else:
+            assert clean is not None
+            target = clean.leaf.detach()
         victim = self._images(inputs)
         ball = self._ball
         sizes = inner_sizes(args.inner, ball.eps, args.inner_steps, args.inner_step_size)

@@ -118,7 +118,7 @@ class Part:
     """A part of the batch after the language side.
 
     `texts` are inputs of `fuse`; `own` is h_t (n, text_dim) of its texts and `wrong` that of their wrong answers, if
-    they are needed, `stated` what the verifier reads, `were` h_v of the images before training, where features are to
+    they are needed, `stated` what the verifier reads, `before` h_v of the images before training, where features are to
     stay near it. The `sums` of all parts add up to the logged values of a step.
     """
 
@@ -128,7 +128,7 @@ class Part:
     wrong: Tensor | None
     sums: dict[str, Tensor]
     stated: Texts | None = None
-    were: Tensor | None = None
+    before: Tensor | None = None
 
 
 @contextmanager
