@@ -90,28 +90,37 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cmai-3": ("CMAI, anchor 3", {**CMAI, "anchor": 3.0, **HALF, **FAST}),
     "cmai-11": ("CMAI, 11 steps of 12 on S_c alone", {**CMAI, "consistency_steps": 11, **HALF, **FAST}),
     "alone-r0": ("CMAI without the anchor", {**ALONE, **HALF, **FAST}),
-    "alone-r1": ("without the anchor, R = 1", {**ALONE, "refreshes": 1, **HALF, **FAST}),
-    "alone-r1-64": ("without the anchor, R = 1, batches of 64", {**ALONE, "refreshes": 1, **FAST}),
-    "alone-r0-64": ("without the anchor, batches of 64", {**ALONE, **FAST}),
-    "alone-r0-beta": ("without the anchor, S_c in the attack too (beta = 1)", {**ALONE, "beta": 1.0, **HALF, **FAST}),
+    "alone-r1": ("CMAI without the anchor, R = 1", {**ALONE, "refreshes": 1, **HALF, **FAST}),
+    "alone-r1-64": ("CMAI without the anchor, R = 1, batches of 64", {**ALONE, "refreshes": 1, **FAST}),
+    "alone-r0-64": ("CMAI without the anchor, batches of 64", {**ALONE, **FAST}),
+    "alone-r0-beta": (
+        "CMAI without the anchor, S_c in the attack too (beta = 1)",
+        {**ALONE, "beta": 1.0, **HALF, **FAST},
+    ),
     "alone-r0-arm": (
-        "without the anchor, with ARM, which moves beta from 0.1",
+        "CMAI without the anchor, with ARM, which moves beta from 0.1",
         {**ALONE, "beta": 0.1, "arm": True, **HALF, **FAST},
     ),
     "alone-r0-11": (
-        "without the anchor, 11 steps of 12 on S_c alone",
+        "CMAI without the anchor, 11 steps of 12 on S_c alone",
         {**ALONE, "consistency_steps": 11, **HALF, **FAST},
     ),
-    "alone-r0-2": ("without the anchor, 2 steps of 3 on S_c alone", {**ALONE, "consistency_steps": 2, **HALF, **FAST}),
+    "alone-r0-2": (
+        "CMAI without the anchor, 2 steps of 3 on S_c alone",
+        {**ALONE, "consistency_steps": 2, **HALF, **FAST},
+    ),
     "gamma-r0": ("S_c in the loss, no step on it alone, R = 0", {**ALONE, "consistency_steps": 0, **HALF, **FAST}),
-    "alone-r0-k2": ("without the anchor, K = 2", {**ALONE, "inner_steps": 2, **HALF, **FAST}),
+    "alone-r0-k2": ("CMAI without the anchor, K = 2", {**ALONE, "inner_steps": 2, **HALF, **FAST}),
     "alone-r0-vision": (
-        "without the anchor, the vision side alone learns",
+        "CMAI without the anchor, the vision side alone learns",
         {**ALONE, "trainable": "vision", **HALF, **FAST},
     ),
-    "alone-r0-one": ("without the anchor, on one question of each picture", {**ALONE, **HALF, **FAST, **ONE}),
+    "alone-r0-one": ("CMAI without the anchor, on one question of each picture", {**ALONE, **HALF, **FAST, **ONE}),
     "half-r0-one": ("bridge, R = 0, K = 10, on one question of each picture", {**BRIDGE, **HALF, **ONE}),
-    "alone-r1-k10": ("without the anchor, R = 1, K = 10", {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST}),
+    "alone-r1-k10": (
+        "CMAI without the anchor, R = 1, K = 10",
+        {**ALONE, "refreshes": 1, "inner_steps": 10, **HALF, **FAST},
+    ),
 }
 
 TRAINERS: dict[str, type[MBATTrainer]] = {"n-fgsm": NFGSM, "free": Free}  # of rows that are no solver of the package

