@@ -91,7 +91,7 @@ def applicable(model: Any, device: torch.device) -> list[str]:
     """All steps that a model can take: a dual encoder has no questions to verify, and a CPU no graphs."""
     verified, graphs = not isinstance(bridge_of(model), DualBridge), device.type == "cuda"
     return [
-        n for n, values in STEPS.items() if (cycle_of(n) == 1 or verified) and (graphs or "cuda_graphs" not in values)
+        n for n, values in STEPS.items() if (cycle_of(n) == 1 or verified) and (graphs or not values.get("cuda_graphs"))
     ]
 
 
