@@ -44,7 +44,7 @@ def untimed(value, but=TIMINGS):
 
 def of_any_batches(results):
     """Results without the number of passes, counted by batch, and with scores as alike as float32 sums are."""
-    rounded = json.loads(json.dumps(results), parse_float=lambda text: round(float(text), 5))
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: round(float(text), 4))
     return untimed(rounded, (*TIMINGS, "passes"))
 
 
