@@ -87,7 +87,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cmai": ("CMAI: S_c in the loss, 5 steps of 6 on S_c alone, anchored, R = 0, K = 4", {**CMAI, **HALF, **FAST}),
     "cmai-one": ("CMAI, on one question of each picture", {**CMAI, **HALF, **FAST, **ONE}),
     "cmai-vision": ("CMAI, the vision side alone learns", {**CMAI, "trainable": "vision", **HALF, **FAST}),
-    "cmai-3": ("CMAI, anchor 3", {**CMAI, "anchor": 3.0, **HALF, **FAST}),
     "cmai-11": ("CMAI, 11 steps of 12 on S_c alone", {**CMAI, "consistency_steps": 11, **HALF, **FAST}),
     "alone-r0": ("CMAI without the anchor", {**ALONE, **HALF, **FAST}),
     "alone-r1": ("CMAI without the anchor, R = 1", {**ALONE, "refreshes": 1, **HALF, **FAST}),

@@ -188,7 +188,7 @@ def test_the_loop_against_one_written_out_by_hand(make_victim, clean):
             torch.minimum(adv + (2.0, 1.5, 1.0, 0.5)[k] * eps * grad.sign(), clean + eps), clean - eps
         ).clamp(0, 1)
     differ = (result.adv - adv).abs() > 1e-6
-    assert differ.float().mean() < 5e-4  # signs of gradients that are zero but for rounding
+    assert differ.float().mean() < 3e-4  # signs of gradients that are zero but for rounding
 
 
 def test_staleness_is_one_where_nothing_moved(make_victim, clean):
